@@ -1,0 +1,241 @@
+"""The contract between the executor and a backend, on one page.
+
+A backend is a `Registration`. Built-in ones are modules of this package; others are found by the entry-point group
+``penstock.backends``. The executor calls, in this order and from one thread: ``probe``, ``capabilities``, ``create``, then
+``step`` for every engine step, and ``close``. Nothing that is heavy to import is imported before ``create``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.backends.architectures.spec import DecoderSpec, SamplingDefaults
+
+__all__ = [
+    "Availability",
+    "Available",
+    "Broken",
+    "Capabilities",
+    "DType",
+    "DeviceConfig",
+    "GenerativeModel",
+    "KvChunk",
+    "KvSpec",
+    "ModelSpec",
+    "Registration",
+    "StepBatch",
+    "StepOutput",
+    "Unavailable",
+    "Unsupported",
+]
+
+
+class DType(StrEnum):
+    """How weights are held and products computed. ``int8`` and ``int4`` hold weights only in that type."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, slots=True)
+class Available:
+    """The backend can run here, on these devices, best first (``cpu``, ``cuda:0``)."""
+
+    devices: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """The backend is not meant to run here: its library or device is absent."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The backend is meant to run here and failed."""
+
+    reason: str
+
+
+Availability = Available | Unavailable | Broken
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A checkpoint, read by its headers: nothing of a weight has been touched.
+
+    Attributes:
+        folder: where config.json and the safetensors files are.
+        fingerprint: identity of configuration and weights' headers.
+        shards: the safetensors files that hold the weights.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    decoder: DecoderSpec
+    shards: tuple[Path, ...]
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """What the operator asks of a backend.
+
+    Attributes:
+        dtype: None lets the backend choose its fastest faithful one.
+        threads: of computation; None: every core of the process's affinity.
+        kv_cache_bytes: None: from the memory that is free once the weights are loaded.
+        max_batch_tokens: tokens that one step computes at most.
+        max_batch_size: sequences that one step holds at most.
+        max_context: tokens that one sequence holds at most; at most the model's own.
+    """
+
+    dtype: DType | None = None
+    device: str | None = None
+    threads: int | None = None
+    kv_cache_bytes: int | None = None
+    max_batch_tokens: int = 2048
+    max_batch_size: int = 64
+    max_context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend does for one model. The executor enforces each of these; none is advice.
+
+    Attributes:
+        dtypes: in order of preference; the first is what ``dtype=None`` takes.
+        chunked_prefill: whether a prompt may come in several steps, beside decodes.
+        prefix_cache: whether blocks may be shared between sequences.
+        prompt_logits: whether logits of every prompt token can be asked for.
+        batch_invariant: whether a sequence's logits are the same bits whatever runs beside it.
+    """
+
+    dtypes: tuple[DType, ...]
+    chunked_prefill: bool = True
+    prefix_cache: bool = True
+    prompt_logits: bool = True
+    batch_invariant: bool = False
+    export_kv: bool = False
+    import_kv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """The backend can not run this model, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """The KV cache that a model was created with: `blocks` blocks of `block_size` tokens, ids 0 … blocks - 1."""
+
+    block_size: int
+    blocks: int
+    bytes_per_block: int
+    layout: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One engine step: for each of S sequences, T_s ≥ 1 new tokens behind P_s ≥ 0 that stand in its blocks already.
+
+    The new tokens of all sequences lie end to end, T in all. Sequence s owns ``token_ids[starts[s]:starts[s + 1]]`` and the blocks
+    ``block_ids[block_starts[s]:block_starts[s + 1]]``, in order, exactly as many as P_s + T_s tokens need. Sequences may share
+    blocks that are full of past tokens; no block that a step writes to is shared.
+
+    Attributes:
+        token_ids: int64 [T].
+        positions: int64 [T], P_s … P_s + T_s - 1 for each sequence.
+        past_lengths: int32 [S].
+        starts: int32 [S + 1], from 0 to T.
+        block_ids: int32 [sum of blocks].
+        block_starts: int32 [S + 1].
+        logits_rows: int64 [R], indices into T, rising: where logits are wanted. May be empty.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    past_lengths: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    block_ids: NDArray[np.int32]
+    block_starts: NDArray[np.int32]
+    logits_rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gives: float32 logits [R, vocabulary], valid until the next call of `step`; the caller may overwrite them."""
+
+    logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class KvChunk:
+    """KV of a range of tokens in the canonical layout: [layer, 2 (key, value), token, kv head, head dim]."""
+
+    tokens: range
+    data: NDArray[np.generic]
+
+
+class GenerativeModel(Protocol):
+    """A model in memory: paged, batched, one engine step at a time."""
+
+    @property
+    def kv(self) -> KvSpec:
+        """The cache it was created with."""
+
+    @property
+    def dtype(self) -> DType:
+        """The type it was created with."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        """Compute one step, writing KV of the new tokens into their blocks. Releases the interpreter lock while it computes.
+
+        Raises:
+            Exception: any; the executor fails the sequences of the batch, and the process if it happens again.
+        """
+
+    def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
+        """Copy the KV of `tokens` (positions in a sequence whose blocks these are) out of the cache."""
+
+    def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
+        """Copy a chunk into the cache."""
+
+    def close(self) -> None:
+        """Give all memory back. Idempotent, and safe after a start that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """How the executor finds and makes a backend.
+
+    Attributes:
+        name: unique among backends; what ``--backend`` takes.
+        probe: cheap, and never raises: importable? a device there?
+        capabilities: what it does for this model, from the spec alone.
+        create: loads the weights and allocates the cache; heavy imports happen here.
+    """
+
+    name: str
+    probe: Callable[[], Availability]
+    capabilities: Callable[[ModelSpec], Capabilities | Unsupported]
+    create: Callable[[ModelSpec, DeviceConfig], GenerativeModel]

@@ -1,0 +1,52 @@
+"""gRPC's channel arguments, set on purpose and in one place: gRPC ignores a misspelt one silently, so a test asserts each."""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+
+__all__ = ["CLIENT_OPTIONS", "MAX_MESSAGE_BYTES", "MAX_PUBLIC_MESSAGE_BYTES", "SERVER_OPTIONS", "connect", "server_options"]
+
+# A prompt of 128 Ki tokens as packed varints is well under 1 MiB; text and log-probabilities of all prompt tokens are larger.
+MAX_MESSAGE_BYTES = 64 << 20
+MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+    *_KEEPALIVE,
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Channels to one address share no connection: a stream that is stuck harms no other.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
+    """Arguments of a server that takes messages of at most this size."""
+    return [
+        *_KEEPALIVE,
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_receive_message_length", max_receive_bytes),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # Two processes on one port would share its connections, and one of them would be the wrong one.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+SERVER_OPTIONS = server_options()
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """A channel to another service of the suite, HOST:PORT, on the mesh's trusted network."""
+    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)

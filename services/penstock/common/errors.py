@@ -1,0 +1,182 @@
+"""What can go wrong with a request, as exceptions; one table says what each is over gRPC, another what a status is over HTTP.
+
+    PenstockError
+    ├── InvalidRequest          a field is wrong; names the field and what would be right
+    │   └── UnsupportedField    the field is right, but no live executor supports it
+    ├── UnknownModel
+    ├── Unauthenticated
+    ├── RequestTooLarge
+    ├── Overloaded              try again after `retry_after` seconds
+    ├── DeadlineExceeded
+    ├── Cancelled
+    ├── Unavailable             a service that the request needs is not there
+    └── InternalError           a defect; the text is logged and never sent
+
+The text of every exception but InternalError is written for the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+__all__ = [
+    "HTTP_STATUS",
+    "STATUS",
+    "Cancelled",
+    "DeadlineExceeded",
+    "FieldViolation",
+    "InternalError",
+    "InvalidRequest",
+    "Overloaded",
+    "PenstockError",
+    "RequestTooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "UnknownModel",
+    "UnsupportedField",
+    "error_from_status",
+    "status_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One wrong field: its public path, such as ``sampling.top_p``, and what would be right."""
+
+    field: str
+    description: str
+
+
+class PenstockError(Exception):
+    """Base of all that a request can fail with."""
+
+
+class InvalidRequest(PenstockError):
+    """One or more fields of a request are wrong."""
+
+    def __init__(self, *violations: FieldViolation) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+    @classmethod
+    def field(cls, field: str, description: str) -> InvalidRequest:
+        """The error for a single field."""
+        return cls(FieldViolation(field, description))
+
+
+class UnsupportedField(InvalidRequest):
+    """A field that is right in itself, which no live executor of the model supports."""
+
+
+class UnknownModel(PenstockError):
+    """No executor serves a model of this name."""
+
+
+class Unauthenticated(PenstockError):
+    """The request bears no known credential."""
+
+
+class RequestTooLarge(PenstockError):
+    """The request's body is larger than the door takes."""
+
+
+class Overloaded(PenstockError):
+    """The service has as much work as it takes; `retry_after` in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(PenstockError):
+    """The request's deadline passed before it began to answer."""
+
+
+class Cancelled(PenstockError):
+    """The client does not want the answer any more."""
+
+
+class Unavailable(PenstockError):
+    """A service that the request needs is not there now."""
+
+
+class InternalError(PenstockError):
+    """A defect. The text is for the log; clients get a fixed sentence."""
+
+
+STATUS: Mapping[type[PenstockError], grpc.StatusCode] = {
+    UnsupportedField: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownModel: grpc.StatusCode.NOT_FOUND,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    RequestTooLarge: grpc.StatusCode.OUT_OF_RANGE,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+
+HTTP_STATUS: Mapping[grpc.StatusCode, int] = {
+    grpc.StatusCode.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
+    grpc.StatusCode.NOT_FOUND: HTTPStatus.NOT_FOUND,
+    grpc.StatusCode.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
+    grpc.StatusCode.OUT_OF_RANGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: HTTPStatus.TOO_MANY_REQUESTS,
+    grpc.StatusCode.DEADLINE_EXCEEDED: HTTPStatus.GATEWAY_TIMEOUT,
+    grpc.StatusCode.CANCELLED: 499,  # nginx's "client closed request", which HTTPStatus does not know
+    grpc.StatusCode.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    grpc.StatusCode.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+_INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id"
+_CODE_NUMBER = {code: code.value[0] for code in grpc.StatusCode}
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, status_pb2.Status]:
+    """The gRPC code and the full status, details included, that an exception is told as."""
+    kind = next((k for k in type(error).__mro__ if k in STATUS), InternalError)
+    code = STATUS[kind]
+    message = _INTERNAL_MESSAGE if kind is InternalError else str(error)
+    status = status_pb2.Status(code=_CODE_NUMBER[code], message=message)
+    details: Message | None = None
+    if isinstance(error, InvalidRequest):
+        details = error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description) for v in error.violations
+            ]
+        )
+    elif isinstance(error, Overloaded):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details = error_details_pb2.RetryInfo(retry_delay=delay)
+    if details is not None:
+        packed = any_pb2.Any()
+        packed.Pack(details)
+        status.details.append(packed)
+    return code, status
+
+
+def error_from_status(code: grpc.StatusCode, status: status_pb2.Status) -> PenstockError:
+    """The exception that a peer's status tells: `status_of` the other way."""
+    for packed in status.details:
+        bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if packed.Unpack(bad):
+            return InvalidRequest(*(FieldViolation(v.field, v.description) for v in bad.field_violations))
+        if packed.Unpack(retry):
+            return Overloaded(status.message, retry.retry_delay.ToTimedelta().total_seconds())
+    kind = {v: k for k, v in STATUS.items() if k is not UnsupportedField}.get(code, InternalError)
+    if kind is InvalidRequest:
+        return InvalidRequest.field("request", status.message)
+    if kind is Overloaded:
+        return Overloaded(status.message, 1.0)
+    if status.code == code_pb2.UNKNOWN:
+        return InternalError(status.message)
+    return kind(status.message)

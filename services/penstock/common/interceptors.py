@@ -1,0 +1,99 @@
+"""Server interceptors: every RPC gets a request id, and exceptions become statuses by the table of `penstock.common.errors`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_status import rpc_status
+
+from penstock.common.errors import PenstockError, status_of
+from penstock.common.logs import logger
+
+__all__ = ["REQUEST_ID_KEY", "ErrorsToStatuses", "RequestIds"]
+
+REQUEST_ID_KEY = "x-request-id"
+
+
+class RequestIds(grpc.aio.ServerInterceptor):
+    """Binds the caller's ``x-request-id``, or a new one, to the logs of each call."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY)
+        structlog.contextvars.bind_contextvars(request_id=str(given)[:128] if given else uuid.uuid4().hex)
+        return await continuation(handler_call_details)
+
+
+class ErrorsToStatuses(grpc.aio.ServerInterceptor):
+    """Ends calls that raise with the status that the exception stands for; what is unknown is logged and told as INTERNAL."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        inner = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+        rebuild = _REBUILD[(bool(handler.request_streaming), bool(handler.response_streaming))]
+        wrapped = (
+            _streaming(inner, handler_call_details.method)
+            if handler.response_streaming
+            else _unary(inner, handler_call_details.method)
+        )
+        return rebuild(wrapped, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer)
+
+
+_REBUILD = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await inner(request, context)
+        except _PASSED_ON:
+            raise
+        except Exception as error:  # noqa: BLE001 - this is the one place that turns any exception into a status
+            await _abort(error, context, method)
+
+    return call
+
+
+def _streaming(inner: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            answers = inner(request, context)
+            if hasattr(answers, "__aiter__"):
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        yield answer
+            else:
+                await answers
+        except _PASSED_ON:
+            raise
+        except Exception as error:  # noqa: BLE001 - the same, for streams
+            await _abort(error, context, method)
+
+    return call
+
+
+_PASSED_ON = (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit)
+
+
+async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
+    _, status = status_of(error)
+    if not isinstance(error, PenstockError):
+        logger().error("rpc failed", method=method, exc_info=error)
+    await context.abort_with_status(rpc_status.to_status(status))
