@@ -9,7 +9,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-__all__ = ["WIRE_BYTES", "block_hashes", "next_block_hash", "wire_form"]
+__all__ = ["WIRE_BYTES", "block_hashes", "next_block_hash", "tenant_salt", "wire_form"]
 
 # Leading bytes of a hash that stand for it in messages between services. Placement bears a collision; the cache uses all bytes.
 WIRE_BYTES = 8
@@ -35,3 +35,8 @@ def block_hashes(ids: Sequence[int], block_size: int, salt: bytes) -> list[bytes
 def wire_form(hashes: Sequence[bytes]) -> bytes:
     """The hashes as `Placing.block_hashes` and `KvEvents` hold them."""
     return b"".join(h[:WIRE_BYTES] for h in hashes)
+
+
+def tenant_salt(tenant: str, cache_salt: str) -> bytes:
+    """The salt under which a request shares cached blocks: with the same tenant and the same client-given salt alone."""
+    return hashlib.blake2b(f"{len(tenant)}:{tenant}{cache_salt}".encode(), digest_size=_DIGEST_BYTES).digest()
