@@ -1,4 +1,4 @@
-"""Identity of a tokenizer: services that name the same fingerprint agree on every token id and on the chat template."""
+"""Identity of a checkpoint's tokenizer: the tokenizer service and the executors tell it, and only equals are placed together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 
 __all__ = ["tokenizer_fingerprint"]
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Hash of the tokenizer's files in a checkpoint's folder: the names and the bytes of those that are there."""
+    """BLAKE2b, as hex, over the files of a checkpoint that decide how text becomes ids and back, its chat template included.
+
+    Files that the checkpoint lacks count as absent, so a folder without any tokenizer has a fingerprint too.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in _FILES:
         path = folder / name
