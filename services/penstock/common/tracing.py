@@ -75,7 +75,7 @@ class _Nothing:
     def end(self, *, error: str | None = None, at_ns: int | None = None) -> None:
         pass
 
-    def __enter__(self) -> Span:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:

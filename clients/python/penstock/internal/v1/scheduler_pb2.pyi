@@ -117,7 +117,7 @@ class Placing(_message.Message):
     priority: _builtins.int
     tenant: _builtins.str
     deadline_ms: _builtins.int
-    """Milliseconds from now until the request's deadline."""
+    """Milliseconds from now until the request's deadline; 0: none."""
     replacing: _builtins.bool
     """Whether the request was running before: it goes ahead of new ones and is never refused for a full queue."""
     @_builtins.property
@@ -195,6 +195,7 @@ class Lease(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     QUEUED_US_FIELD_NUMBER: _builtins.int
     EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     executor_id: _builtins.str
     address: _builtins.str
@@ -205,6 +206,8 @@ class Lease(_message.Message):
     """How long the request was queued."""
     expected_cached_tokens: _builtins.int
     """Prompt tokens that the scheduler expects in the executor's prefix cache."""
+    choices: _builtins.int
+    """Sequences that the lease is for: the request's choices."""
     def __init__(
         self,
         *,
@@ -214,10 +217,11 @@ class Lease(_message.Message):
         tokens: _builtins.int = ...,
         queued_us: _builtins.int = ...,
         expected_cached_tokens: _builtins.int = ...,
+        choices: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "expected_cached_tokens", b"expected_cached_tokens", "queued_us", b"queued_us", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "choices", b"choices", "executor_id", b"executor_id", "expected_cached_tokens", b"expected_cached_tokens", "queued_us", b"queued_us", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
