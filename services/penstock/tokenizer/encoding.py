@@ -1,0 +1,119 @@
+"""Models whose tokenizers are loaded: prompts and conversations to ids, ids to text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from penstock.common.errors import InvalidRequest, UnknownModel
+from penstock.tokenizer.detokenizers import Detokenizer, PrefixDetokenizer, TableDetokenizer
+from penstock.tokenizer.loading import Vocabulary
+from penstock.tokenizer.pieces import token_bytes
+from penstock.tokenizer.templates import Templates
+
+__all__ = ["Model", "Models"]
+
+# A shorter text is encoded in less time than a thread takes to begin.
+_INLINE_CHARACTERS = 512
+
+
+class Model:
+    """One model's tokenizer at work."""
+
+    def __init__(self, name: str, vocabulary: Vocabulary, templates: Templates | None) -> None:
+        self.name = name
+        self.vocabulary = vocabulary
+        self._templates = templates
+
+    async def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int = 0, field: str = "prompt") -> list[int]:
+        """The ids of a text. `max_tokens` 0 is no limit; `field` is what an error names.
+
+        Raises:
+            InvalidRequest: it is longer than `max_tokens`.
+        """
+        if len(text) <= _INLINE_CHARACTERS:
+            ids = self._encode(text, add_special_tokens)
+        else:
+            ids = await asyncio.to_thread(self._encode, text, add_special_tokens)
+        if max_tokens and len(ids) > max_tokens:
+            raise InvalidRequest.field(field, f"{len(ids)} tokens; at most {max_tokens} fit")
+        return ids
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, max_tokens: int = 0
+    ) -> list[int]:
+        """The ids of a conversation, rendered by the chat template.
+
+        Raises:
+            InvalidRequest: there is no template, it refuses these messages, or they are longer than `max_tokens`.
+        """
+        if self._templates is None:
+            raise InvalidRequest.field("messages", f"model {self.name!r} has no chat template; send a prompt instead")
+        if not messages:
+            raise InvalidRequest.field("messages", "must hold at least one message")
+        text = await self._templates.render(messages, add_generation_prompt=add_generation_prompt)
+        return await self.encode(text, add_special_tokens=False, max_tokens=max_tokens, field="messages")
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Of the library's ways in, the one that lets other threads run and does not work offsets out.
+        ids: list[int] = self.vocabulary.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of all ids at once.
+
+        Raises:
+            InvalidRequest: an id is outside the vocabulary.
+        """
+        unknown = next((i for i in ids if i >= self.vocabulary.size), None)
+        if unknown is not None:
+            raise InvalidRequest.field("token_ids", f"{unknown} is not in the vocabulary; ids are below {self.vocabulary.size}")
+        return await asyncio.to_thread(self.vocabulary.tokenizer.decode, ids, skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
+        """A new one for one growing answer."""
+        if self.vocabulary.pieces is not None:
+            return TableDetokenizer(self.vocabulary.pieces, skip_special_tokens=skip_special_tokens)
+        return PrefixDetokenizer(self.vocabulary.tokenizer, skip_special_tokens=skip_special_tokens)
+
+    def describe(self, ids: Sequence[int]) -> list[bytes]:
+        """Each id's own bytes; empty for an unknown id."""
+        return [token_bytes(self.vocabulary.tokenizer, self.vocabulary.pieces, i) for i in ids]
+
+    async def close(self) -> None:
+        """End what renders its template."""
+        if self._templates is not None:
+            await self._templates.close()
+
+
+class Models:
+    """The models of one service, by name."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def get(self, name: str) -> Model:
+        """The model of this name; an empty name is the one model, where there is one only.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        model = self.find(name)
+        if model is None:
+            raise UnknownModel(f"no tokenizer of a model {name!r} here; there are {', '.join(sorted(self._models)) or 'none'}")
+        return model
+
+    def find(self, name: str) -> Model | None:
+        """The same; None where there is none."""
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        return self._models.get(name)
+
+    def all(self) -> list[Model]:
+        """Every model."""
+        return list(self._models.values())
+
+    async def close(self) -> None:
+        """Close every model."""
+        for model in self._models.values():
+            await model.close()
