@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,7 +66,7 @@ def _fetch(model: str, *, progress: bool, revision: str | None) -> Path:
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # public, but not marked as exported
 
     try:
-        with contextlib.nullcontext() if progress else disable_progress_bars():
+        with contextlib.nullcontext() if progress and sys.stderr.isatty() else disable_progress_bars():
             fetched = Path(snapshot_download(model, revision=revision, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # noqa: BLE001 - whatever the hub's client raises is told in one line
         _refuse(model, revision, error)
