@@ -1,0 +1,98 @@
+"""Sequences over a model's blocks, stepped by hand: the least that stands between a test and `GenerativeModel.step`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.backends.contract import GenerativeModel, StepBatch
+
+__all__ = ["ALL", "LAST", "NONE", "Driver", "Piece", "SequenceState", "step_batch"]
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """A sequence: the tokens that stand in its blocks already, and the blocks."""
+
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+# Rows, counted from a piece's first token, where logits are wanted.
+LAST, ALL, NONE = "last", "all", "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New tokens of one sequence in one step, and where their logits are wanted."""
+
+    sequence: SequenceState
+    ids: Sequence[int]
+    rows: str = LAST
+
+    def wanted(self) -> range:
+        """Rows within the piece."""
+        return {LAST: range(len(self.ids) - 1, len(self.ids)), ALL: range(len(self.ids)), NONE: range(0)}[self.rows]
+
+
+class Driver:
+    """Hands out blocks in an order of its own and steps the model.
+
+    Args:
+        model: what is driven.
+        order: block ids in the order in which they are handed out; None: rising.
+    """
+
+    def __init__(self, model: GenerativeModel, order: Sequence[int] | None = None) -> None:
+        self.model = model
+        self._free = list(reversed(order if order is not None else range(model.kv.blocks)))
+
+    def sequence(self, shared: Sequence[int] = ()) -> SequenceState:
+        """A new sequence behind full blocks that another one filled."""
+        return SequenceState(len(shared) * self.model.kv.block_size, list(shared))
+
+    def extend(self, sequence: SequenceState, tokens: int) -> None:
+        """Give a sequence the blocks that it needs to hold so many tokens."""
+        while len(sequence.blocks) * self.model.kv.block_size < tokens:
+            sequence.blocks.append(self._free.pop())
+
+    def release(self, sequence: SequenceState) -> None:
+        """Take a sequence's blocks back, to be handed out next."""
+        self._free.extend(reversed(sequence.blocks))
+        sequence.blocks.clear()
+
+    def step(self, *pieces: Piece) -> list[NDArray[np.float32]]:
+        """One step; the logits of each piece, [rows wanted, vocabulary], copied."""
+        for piece in pieces:
+            self.extend(piece.sequence, piece.sequence.length + len(piece.ids))
+        logits = self.model.step(step_batch(pieces)).logits.copy()
+        for piece in pieces:
+            piece.sequence.length += len(piece.ids)
+        return np.split(logits, np.cumsum([len(piece.wanted()) for piece in pieces])[:-1])
+
+    def prefill(self, ids: Sequence[int], chunk: int | None = None) -> tuple[SequenceState, NDArray[np.float32]]:
+        """A new sequence of these tokens, `chunk` of them a step, and all their logits."""
+        sequence, parts = self.sequence(), []
+        for start in range(0, len(ids), chunk or len(ids)):
+            parts += self.step(Piece(sequence, ids[start : start + (chunk or len(ids))], ALL))
+        return sequence, np.concatenate(parts)
+
+
+def step_batch(pieces: Sequence[Piece]) -> StepBatch:
+    """The batch that the contract asks for."""
+    starts = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
+    past = [piece.sequence.length for piece in pieces]
+    return StepBatch(
+        token_ids=np.concatenate([np.asarray(piece.ids, np.int64) for piece in pieces]),
+        positions=np.concatenate([np.arange(p, p + len(piece.ids), dtype=np.int64) for p, piece in zip(past, pieces, strict=True)]),
+        past_lengths=np.array(past, np.int32),
+        starts=starts.astype(np.int32),
+        block_ids=np.array([block for piece in pieces for block in piece.sequence.blocks], np.int32),
+        block_starts=np.cumsum([0, *(len(piece.sequence.blocks) for piece in pieces)]).astype(np.int32),
+        logits_rows=np.array(
+            [start + row for start, piece in zip(starts, pieces, strict=False) for row in piece.wanted()], np.int64
+        ),
+    )

@@ -1,0 +1,160 @@
+"""A model in PyTorch: a decoder, a paged cache and the step over both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.pytorch.attention import plan_attention, slots_of
+from penstock.backends.pytorch.decoder import Decoder
+from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
+from penstock.backends.pytorch.registration import REGISTRATION
+from penstock.common.service import StartError
+
+__all__ = ["TorchModel"]
+
+BLOCK_SIZE = 16
+
+_TYPES = {DType.F32: torch.float32, DType.BF16: torch.bfloat16}
+
+
+class TorchModel:
+    """A `GenerativeModel`. Its cache is one tensor, [layers, 2 (key, value), slots, kv heads, head dim], the canonical layout.
+
+    Raises:
+        StartError: the device is not there, or its memory holds no cache.
+    """
+
+    def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
+        capabilities = REGISTRATION.capabilities(spec)
+        self._dtype = config.dtype or capabilities.dtypes[0]
+        if self._dtype not in _TYPES:
+            raise StartError(f"backend torch has no {self._dtype}, but {', '.join(_TYPES)}")
+        self._device = _find_device(config.device)
+        self._threads = config.threads or len(os.sched_getaffinity(0))
+        self._window = spec.decoder.sliding_window
+        with _threads(self._threads):
+            self._decoder: Decoder | None = load_decoder(spec, _TYPES[self._dtype], self._device)
+        self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
+        self._kv, self._cache = self._allocate(spec, config)
+
+    @property
+    def kv(self) -> KvSpec:
+        """The cache it was created with."""
+        return self._kv
+
+    @property
+    def dtype(self) -> DType:
+        """The type it was created with."""
+        return self._dtype
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return str(self._device)
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        """Compute one step; all tokens go through each product together.
+
+        Raises:
+            RuntimeError: the model is closed, or the device failed.
+        """
+        decoder, cache = self._open()
+        with torch.inference_mode(), _threads(self._threads):
+            plan = plan_attention(batch, BLOCK_SIZE, self._window, self._device)
+            positions = self._tensor(batch.positions)
+            angles = positions[:, None].float() * self._frequencies
+            logits = decoder(self._tensor(batch.token_ids), angles, self._tensor(batch.logits_rows), plan, cache)
+            return StepOutput(to_numpy(logits.cpu()))
+
+    def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
+        """Copy the KV of `tokens` out of the cache.
+
+        Raises:
+            ValueError: `tokens` are not consecutive positions within these blocks.
+        """
+        _, cache = self._open()
+        with torch.inference_mode():
+            chosen = cache[:, :, self._slots(blocks, tokens)]
+            return KvChunk(tokens, to_numpy(chosen.cpu()))
+
+    def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
+        """Copy a chunk into the cache, converted to its type.
+
+        Raises:
+            ValueError: its positions are not within these blocks, or its shape is not this model's.
+        """
+        _, cache = self._open()
+        layers, kinds, _, kv_heads, dim = cache.shape
+        expected = (layers, kinds, len(chunk.tokens), kv_heads, dim)
+        if chunk.data.shape != expected:
+            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        slots = self._slots(blocks, chunk.tokens)
+        with torch.inference_mode():
+            cache[:, :, slots] = from_numpy(chunk.data).to(device=self._device, dtype=cache.dtype)
+
+    def close(self) -> None:
+        """Give all memory back. Idempotent."""
+        self._decoder = self._cache = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _open(self) -> tuple[Decoder, Tensor]:
+        if self._decoder is None or self._cache is None:
+            raise RuntimeError("the model is closed")
+        return self._decoder, self._cache
+
+    def _tensor(self, values: NDArray[np.int64]) -> Tensor:
+        return from_numpy(values).to(self._device)
+
+    def _slots(self, blocks: Sequence[int], tokens: range) -> Tensor:
+        held = len(blocks) * BLOCK_SIZE
+        if tokens.step != 1 or not 0 <= tokens.start <= tokens.stop <= held:
+            raise ValueError(f"{tokens} does not lie within {len(blocks)} blocks of {BLOCK_SIZE} tokens")
+        if any(not 0 <= block < self._kv.blocks for block in blocks):
+            raise ValueError(f"block ids go from 0 to {self._kv.blocks - 1}")
+        return self._tensor(slots_of(blocks, np.arange(tokens.start, tokens.stop), BLOCK_SIZE))
+
+    def _allocate(self, spec: ModelSpec, config: DeviceConfig) -> tuple[KvSpec, Tensor | None]:
+        decoder, dtype = spec.decoder, _TYPES[self._dtype]
+        bytes_per_block = decoder.layers * 2 * BLOCK_SIZE * decoder.kv_heads * decoder.head_dim * dtype.itemsize
+        free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
+        blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block, free)
+        shape = (decoder.layers, 2, blocks * BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
+        # Not cleared: rows are written before they are read, and padding reads row 0 under a mask, where zeros keep NaN out.
+        cache = torch.empty(shape, dtype=dtype, device=self._device)
+        cache[:, :, 0] = 0
+        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, "layer,kv,block,token,head,dim", self._dtype.value), cache
+
+
+def _find_device(name: str | None) -> torch.device:
+    accelerated = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda:0" if accelerated else "cpu"))
+    except RuntimeError as error:
+        raise StartError(f"{name} is no device; cpu and cuda:0 are") from error
+    if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise StartError(f"there is no device {name} here; there is {'cuda:0 and cpu' if accelerated else 'cpu'}")
+    return device
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, and leave the process's setting as it was."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
