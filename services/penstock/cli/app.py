@@ -1,0 +1,66 @@
+"""`penstock`: a command's module is imported when the command runs, so that help is quick and clients need no numpy."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from penstock.cli.layers import CONFIG_LAYERS
+from penstock.common.config import ConfigError
+from penstock.common.service import StartError
+
+__all__ = ["app", "main"]
+
+_LOCAL = Group("Serve", sort_key=0)
+_CLIENTS = Group("Use", sort_key=1)
+_SERVICES = Group("Single services", sort_key=2)
+
+
+def _split(_: object, text: str) -> list[str]:
+    """A list in an environment variable stands between commas."""
+    return text.split(",")
+
+
+app = App(
+    name="penstock",
+    help="Self-hosted inference: small gRPC services and pluggable hardware backends.",
+    version=lambda: version("penstock"),
+    default_parameter=Parameter(negative_iterable=(), env_var_split=_split),
+    config=CONFIG_LAYERS,
+    help_format="plaintext",
+)
+
+app.command("penstock.cli.up:up", name="up", group=_LOCAL, help="Serve a model on this machine: all services, supervised.")
+app.command("penstock.cli.backends:backends", name="backends", group=_LOCAL, help="What can run models here, or why it can not.")
+app.command("penstock.cli.generate:generate", name="generate", group=_CLIENTS, help="Continue a prompt.")
+app.command("penstock.cli.chat:chat", name="chat", group=_CLIENTS, help="Talk with a model.")
+app.command("penstock.cli.models:models", name="models", group=_CLIENTS, help="The models that are served.")
+if find_spec("penstock.cli.bench") is not None:
+    app.command("penstock.cli.bench:app", name="bench", group=_CLIENTS, help="Measure an engine or a suite.")
+app.command("penstock.cli.services:gateway", name="gateway", group=_SERVICES, help="The door: gRPC and OpenAI's HTTP API.")
+app.command("penstock.cli.services:tokenizer", name="tokenizer", group=_SERVICES, help="Text to token ids and back.")
+app.command("penstock.cli.services:scheduler", name="scheduler", group=_SERVICES, help="Where and when requests run.")
+app.command("penstock.cli.services:executor", name="executor", group=_SERVICES, help="Runs one model on one backend.")
+
+
+def main() -> None:
+    """Run the command that the arguments name, and exit with its status."""
+    try:
+        status = app(exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _refuse(str(error), 2)
+    except (ConfigError, StartError) as error:
+        _refuse(str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(why: str, status: int) -> None:
+    print(f"penstock: {' '.join(why.split())}", file=sys.stderr)
+    sys.exit(status)

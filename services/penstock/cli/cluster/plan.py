@@ -1,0 +1,98 @@
+"""Which processes make a local cluster, and the command line of each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.cli.cluster.child import Program
+from penstock.cli.cluster.settings import UpConfig
+
+__all__ = ["Plan"]
+
+_LOOPBACK = "127.0.0.1:0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A local cluster.
+
+    Attributes:
+        served_name: what clients call the model.
+        folder: the model's files.
+        settings: what the user asked for.
+        config: a file with sections for services, which they read themselves; or None.
+        console: whether logs are for a person, where the format is left to the terminal.
+    """
+
+    served_name: str
+    folder: Path
+    settings: UpConfig
+    config: Path | None = None
+    console: bool = False
+
+    def scheduler(self) -> Program:
+        """The scheduler's process."""
+        return self._program("scheduler", "scheduler", [], {"grpc": ("--listen", _LOOPBACK)})
+
+    def tokenizer(self) -> Program:
+        """The tokenizer's process."""
+        models = ["--models", f"{self.served_name}={self.folder}"]
+        return self._program("tokenizer", "tokenizer", models, {"grpc": ("--listen", _LOOPBACK)})
+
+    def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
+        """The gateway's process, which knows where these two listen."""
+        listen = {"http": ("--http", self.settings.http), "grpc": ("--grpc", self.settings.grpc)}
+        return self._program("gateway", "gateway", ["--scheduler", scheduler, "--tokenizer", tokenizer], listen)
+
+    def executors(self, *, scheduler: str) -> list[Program]:
+        """The executors' processes, which register with this scheduler. Threads are split between them."""
+        workers = self.settings.workers
+        names = ["executor"] if workers == 1 else [f"executor-{i}" for i in range(workers)]
+        flags = [
+            *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler),
+            *self._given(("backend", "dtype", "kv_cache_gib", "max_batch_tokens", "max_batch_size")),
+            *([] if self.settings.prefix_cache else ["--no-prefix-cache"]),
+        ]
+        shares = thread_shares(self.settings.threads, workers)
+        return [
+            self._program(name, "executor", flags + _flag("threads", share), {"grpc": ("--listen", _LOOPBACK)})
+            for name, share in zip(names, shares, strict=True)
+        ]
+
+    def _program(self, name: str, service: str, flags: Sequence[str], listen: dict[str, tuple[str, str]]) -> Program:
+        log_format = "console" if self.console and self.settings.log_format == "auto" else self.settings.log_format
+        common = [
+            *(["--config", str(self.config)] if self.config else []),
+            *self._given(("log_level", "grace_seconds")),
+            *([] if log_format == "auto" else ["--log-format", log_format]),
+        ]
+        argv = (sys.executable, "-m", "penstock.cli", service, *flags, *common)
+        return Program(name=name, argv=argv, listen=listen)
+
+    def _given(self, keys: Sequence[str]) -> list[str]:
+        """Flags for what differs from the default; the rest is left to the service's own section, environment and defaults."""
+        default = UpConfig()
+        return [
+            word
+            for key in keys
+            if (value := getattr(self.settings, key)) != getattr(default, key)
+            for word in _flag(key.replace("_", "-"), value)
+        ]
+
+
+def thread_shares(threads: int | None, workers: int) -> list[int | None]:
+    """Threads of each executor; None leaves one executor alone to find out by itself."""
+    if threads is None:
+        if workers == 1:
+            return [None]
+        threads = len(os.sched_getaffinity(0))
+    each, over = divmod(threads, workers)
+    return [max(1, each + (i < over)) for i in range(workers)]
+
+
+def _flag(name: str, value: object) -> list[str]:
+    return [] if value is None else [f"--{name}", str(value)]

@@ -1,0 +1,53 @@
+"""What `penstock up` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.common.logs import LogFormat
+
+__all__ = ["UpConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpConfig:
+    """Settings of a local cluster. Others of a single service stand in its section of the file, or in its environment variables.
+
+    Attributes:
+        backend: What runs the model; `penstock backends` lists them. auto takes the best that is here.
+        dtype: Precision of the weights; auto takes what the backend prefers.
+        workers: Executors; each holds the model once.
+        prefill: Executors for prefill alone. Not built yet: refused.
+        decode: Executors for decoding alone. Not built yet: refused.
+        http: HOST:PORT of the OpenAI HTTP door; port 0 takes a free one.
+        grpc: HOST:PORT of the gRPC door; port 0 takes a free one.
+        kv_cache_gib: KV cache of each executor, in GiB; from the memory that is free where absent.
+        max_batch_tokens: Tokens of one engine step at most.
+        max_batch_size: Sequences of one engine step at most.
+        prefix_cache: Whether requests share the KV of prefixes that are equal.
+        threads: Threads of all executors together; every core where absent.
+        served_name: Name by which clients ask for the model; where absent MODEL, or the last part of a folder's path.
+        max_restarts: Deaths of one service in a row after which the cluster gives up.
+        log_level: Least level of the log lines that are written.
+        log_format: Console or JSON lines; auto is console on a terminal.
+        grace_seconds: Time that running requests get when the cluster ends.
+    """
+
+    backend: str = "auto"
+    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
+    workers: int = 1
+    prefill: int = 0
+    decode: int = 0
+    http: str = "127.0.0.1:8000"
+    grpc: str = "127.0.0.1:8001"
+    kv_cache_gib: float | None = None
+    max_batch_tokens: int | None = None
+    max_batch_size: int | None = None
+    prefix_cache: bool = True
+    threads: int | None = None
+    served_name: str | None = None
+    max_restarts: int = 5
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "auto"
+    grace_seconds: float = 30.0

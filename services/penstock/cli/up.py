@@ -1,0 +1,101 @@
+"""`penstock up`: the whole suite on one machine, as supervised processes on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import Parameter
+
+from penstock.cli.cluster.console import Console
+from penstock.cli.cluster.group import Group
+from penstock.cli.cluster.plan import Plan
+from penstock.cli.cluster.readiness import listed, registered, serving, told
+from penstock.cli.cluster.restarts import RestartPolicy
+from penstock.cli.cluster.settings import UpConfig
+from penstock.cli.cluster.supervisor import supervise
+from penstock.cli.layers import SERVICES
+from penstock.common.config import ConfigError, sections_of
+from penstock.common.sources import resolve
+
+__all__ = ["bring_up", "up"]
+
+T = TypeVar("T")
+
+
+def up(
+    model: str,
+    *,
+    config: Annotated[Path | None, Parameter(help="YAML file of these settings, and of a section per service.")] = None,
+    settings: Annotated[UpConfig, Parameter(name="*")] = UpConfig(),
+) -> int:
+    """Serve a model on this machine: gateway, tokenizer, scheduler and executors, supervised.
+
+    Prints one line to stdout once everything serves: ready http=HOST:PORT grpc=HOST:PORT. Logs go to stderr. Ctrl-C or SIGTERM
+    lets running requests finish; a second one ends at once.
+
+    Args:
+        model: A folder, a Hugging Face hub id such as Qwen/Qwen3-0.6B, or builtin.
+        config: See its help.
+        settings: See its fields.
+    """
+    _check(settings)
+    console = Console(sys.stderr)
+    folder = resolve(model)
+    plan = Plan(
+        served_name=settings.served_name or (folder.name if Path(model).expanduser().is_dir() else model),
+        folder=folder,
+        settings=settings,
+        config=config if config and sections_of(config, SERVICES) else None,
+        console=sys.stderr.isatty(),
+    )
+    policy = RestartPolicy(limit=settings.max_restarts)
+    return asyncio.run(supervise(functools.partial(bring_up, plan, console), console, policy, settings.grace_seconds))
+
+
+def _check(settings: UpConfig) -> None:
+    if settings.prefill or settings.decode:
+        raise ConfigError("--prefill and --decode: pools apart are not built yet; --workers N starts executors that do both")
+    if settings.workers < 1:
+        raise ConfigError(f"--workers: must be at least 1, and is {settings.workers}")
+    if settings.threads is not None and settings.threads < settings.workers:
+        raise ConfigError(f"--threads: {settings.workers} workers need at least one each, and there are {settings.threads}")
+    if settings.served_name is not None and (not settings.served_name or "=" in settings.served_name):
+        raise ConfigError(f"--served-name: must be a name without '=', and is {settings.served_name!r}")
+
+
+async def bring_up(plan: Plan, console: Console, group: Group) -> str:
+    """Start every process of a plan, and return the line that tells that all of them serve."""
+    workers = plan.settings.workers
+    console.line("up", f"serving {plan.folder} as {plan.served_name}")
+    scheduler = (await group.start(plan.scheduler(), stage=0))["grpc"]
+
+    async def doors() -> dict[str, str]:
+        tokenizer = (await group.start(plan.tokenizer(), stage=1))["grpc"]
+        await serving(tokenizer)
+        return await group.start(plan.gateway(scheduler=scheduler, tokenizer=tokenizer), stage=3)
+
+    async with told(console, "the model to load"):
+        executors = (group.start(program, stage=2) for program in plan.executors(scheduler=scheduler))
+        gateway, *loaded = await _all(doors(), *executors)
+        await _all(*(serving(executor["grpc"]) for executor in loaded))
+    async with told(console, "the services to find each other"):
+        await registered(scheduler, workers)
+        await _all(serving(scheduler), serving(gateway["grpc"]))
+        await listed(gateway["grpc"], plan.served_name)
+    return f"ready http={gateway['http']} grpc={gateway['grpc']}"
+
+
+async def _all(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """Their results, or the first exception, which cancels the rest."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
