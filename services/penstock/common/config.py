@@ -12,7 +12,17 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ENVIRONMENT_PREFIX", "ConfigError", "check_environment", "check_keys", "nearest", "read_file", "sections_of", "spelled", "variables"]
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "ConfigError",
+    "check_environment",
+    "check_keys",
+    "nearest",
+    "read_file",
+    "sections_of",
+    "spelled",
+    "variables",
+]
 
 ENVIRONMENT_PREFIX = "PENSTOCK_"
 
