@@ -1,0 +1,48 @@
+"""How a scheduler is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.common.logs import LogFormat
+
+__all__ = ["SchedulerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The scheduler: decides where and when requests run.
+
+    Attributes:
+        listen: HOST:PORT of its gRPC services; port 0 takes a free one.
+        max_queued_requests: Requests of one model that wait at most; a tenth is kept for tenants that hold little of the queue.
+        max_queued_tokens: Tokens of one model's waiting requests at most, prompts and expected answers.
+        expected_output_tokens: An answer is taken to be this long where it may be longer, in load and fairness.
+        look_ahead: Sequences given to an executor beyond its batch, so that it never waits for the next.
+        prefill_weight: Tokens of load that one token to prefill counts for when an executor is chosen.
+        lease_seconds: An executor from which nothing comes for so long is taken for lost.
+        executor_wait_seconds: Time that requests wait for an executor when all of their model's are gone.
+        model_memory_seconds: Time for which a model whose executors are all gone stays known.
+        settle_seconds: Time after the start in which unknown models are waited for, since executors still have to register.
+        log_level: Least level of the log lines that are written.
+        log_format: Console or JSON lines; auto is console on a terminal.
+        metrics: HOST:PORT of a Prometheus endpoint.
+        otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
+        grace_seconds: Time that waiting requests get to be placed in when the scheduler drains.
+    """
+
+    listen: str = "127.0.0.1:8012"
+    max_queued_requests: int = 16_384
+    max_queued_tokens: int = 1 << 26
+    expected_output_tokens: int = 256
+    look_ahead: int = 2
+    prefill_weight: float = 1.0
+    lease_seconds: float = 5.0
+    executor_wait_seconds: float = 30.0
+    model_memory_seconds: float = 300.0
+    settle_seconds: float = 3.0
+    log_level: str = "info"
+    log_format: LogFormat = "auto"
+    metrics: str | None = None
+    otlp_endpoint: str | None = None
+    grace_seconds: float = 30.0

@@ -1,0 +1,305 @@
+"""The scheduler's core: soft state alone, driven by calls and a clock; it knows neither gRPC nor messages.
+
+Inputs change the state; `step` places what can be placed, lets expire what has expired, and tells what came of it. The caller
+steps after its inputs, and again at `next_wake`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from penstock.scheduler.admission import retry_after
+from penstock.scheduler.config import SchedulerConfig
+from penstock.scheduler.executors import Executor, Hold
+from penstock.scheduler.model import Grant, Lost, Needs, Outcome, Reason, Refused
+from penstock.scheduler.placement import Choice, Unsupported
+from penstock.scheduler.pool import Pool
+from penstock.scheduler.registry import Registry
+from penstock.scheduler.requests import Request, load_tokens
+from penstock.scheduler.timers import Timers
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Decides where and when requests run.
+
+    Args:
+        config: limits and waiting times.
+        clock: tells monotonic seconds.
+    """
+
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
+        self._config = config
+        self._clock = clock
+        self._settled_at = clock() + config.settle_seconds
+        self._gateways: dict[int, dict[int, Request]] = {}
+        self._opened = 0
+        self._arrivals = 0
+        self._pools: dict[str, Pool] = {}
+        self._dirty: dict[Pool, None] = {}
+        self._deadlines: Timers[Request] = Timers()
+        self._patience: Timers[Request] = Timers()
+        self._outcomes: list[Outcome] = []
+        self._draining = False
+        self.executors = Registry(config, clock, self._changed, self._freed)
+
+    @property
+    def pools(self) -> Mapping[str, Pool]:
+        """By model."""
+        return self._pools
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return sum(pool.queued for pool in self._pools.values())
+
+    def open_gateway(self) -> int:
+        """A number for a gateway's stream."""
+        self._opened += 1
+        self._gateways[self._opened] = {}
+        return self._opened
+
+    def close_gateway(self, gateway: int) -> None:
+        """The stream has ended: all that was asked and leased on it is free."""
+        for request_id in list(self._gateways[gateway]):
+            self.release(gateway, request_id)
+        del self._gateways[gateway]
+
+    def announce(self, gateway: int, request_id: int, executor_id: str, *, tokens: int, choices: int) -> None:
+        """Take over a lease that was granted on a stream which was lost, or by a scheduler which is gone."""
+        self.release(gateway, request_id)
+        request = self._request(gateway, request_id, Needs(model="", choices=max(choices, 1)), tokens)
+        self._gateways[gateway][request_id] = request
+        hold = self.executors.hold(executor_id)
+        self._lease(request, hold, tokens)
+        executor = self.executors.get(executor_id)
+        if executor is not None:
+            executor.foreign = max(0, executor.foreign - request.needs.choices)
+
+    def place(self, gateway: int, request_id: int, needs: Needs) -> None:
+        """Ask for an executor. What the request id stood for before is released."""
+        self.release(gateway, request_id)
+        request = self._request(gateway, request_id, needs, load_tokens(needs, self._config.expected_output_tokens))
+        if self._draining and not needs.replacing:
+            self._refuse(request, Reason.DRAINING, "the scheduler is shutting down; try again")
+            return
+        if needs.deadline is not None and needs.deadline <= 0:
+            self._refuse(request, Reason.DEADLINE, "the deadline passed before the request was queued")
+            return
+        pool = self._pool_for(needs)
+        if pool is None:
+            self._refuse(request, Reason.UNKNOWN_MODEL, self._unknown(needs.model))
+            return
+        self._queue(pool, request)
+
+    def release(self, gateway: int, request_id: int) -> None:
+        """The request needs no place any more, queued or leased; unknown ones are none."""
+        request = self._gateways[gateway].pop(request_id, None)
+        if request is None:
+            return
+        if request.hold is not None:
+            self._free(request, request.hold)
+        else:
+            self._pools[request.needs.model].remove(request)
+            self._dirty[self._pools[request.needs.model]] = None
+            self._clear_timers(request)
+
+    def drain(self) -> None:
+        """Refuse new requests. Those that wait, and those that ran before, are placed still."""
+        self._draining = True
+
+    def step(self) -> list[Outcome]:
+        """Do all that can be done now; what came of it since the last step, in order."""
+        now = self._clock()
+        for lost in self.executors.expire(now):
+            self._outcomes.append(Lost(lost))
+        for request in self._deadlines.due(now):
+            self._expire(request)
+        for request in self._patience.due(now):
+            self._give_up(request)
+        while self._dirty:
+            pool, _ = self._dirty.popitem()
+            self._dispatch(pool, now)
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def next_wake(self) -> float | None:
+        """When `step` has something to do even if nothing comes in; None: never."""
+        times = (self._deadlines.next_due(), self._patience.next_due(), self.executors.next_expiry())
+        return min((t for t in times if t is not None), default=None)
+
+    def _request(self, gateway: int, request_id: int, needs: Needs, tokens: int) -> Request:
+        self._arrivals += 1
+        return Request(gateway, request_id, needs, order=self._arrivals, arrived=self._clock(), tokens=tokens)
+
+    def _pool_for(self, needs: Needs) -> Pool | None:
+        pool = self._pools.get(needs.model)
+        now = self._clock()
+        if pool is not None and pool.known and not pool.live and not pool.queued:
+            if now - pool.last_seen <= self._config.model_memory_seconds:
+                return pool
+            del self._pools[needs.model]
+            pool = None
+        if pool is None and (needs.replacing or now < self._settled_at):
+            pool = self._pool(needs.model)
+        return pool
+
+    def _pool(self, model: str) -> Pool:
+        pool = self._pools.get(model)
+        if pool is None:
+            pool = Pool(model, self.executors.prefixes, self._config.prefill_weight, self._clock())
+            self._pools[model] = pool
+        return pool
+
+    def _queue(self, pool: Pool, request: Request) -> None:
+        needs, config = request.needs, self._config
+        executors = pool.route(needs)
+        patience = config.executor_wait_seconds if pool.known or needs.replacing else 0.0
+        if isinstance(executors, Unsupported):
+            if request.arrived >= self._settled_at:
+                self._refuse(request, Reason.UNSUPPORTED, executors.message, field=executors.field)
+                return
+            executors, patience = (), 0.0
+        if not needs.replacing and not self._has_room(pool, request):
+            message = f"too many requests wait for model {needs.model!r}; try again later"
+            rate = pool.drain_rate.per_second(request.arrived)
+            self._refuse(request, Reason.QUEUE_FULL, message, retry=retry_after(pool.queued, rate))
+            return
+        self._gateways[request.gateway][request.request_id] = request
+        pool.enqueue(request, executors)
+        if request.deadline is not None:
+            request.deadline_tick = self._deadlines.add(request, request.deadline)
+        if not executors:
+            self._strand(request, max(request.arrived + patience, self._settled_at))
+        self._dirty[pool] = None
+
+    def _has_room(self, pool: Pool, request: Request) -> bool:
+        config, tenant = self._config, request.needs.tenant
+        limits = (config.max_queued_requests, config.max_queued_tokens)
+        if pool.admits(tenant, request.tokens, *limits):
+            return True
+        self._dispatch(pool, request.arrived)
+        return pool.admits(tenant, request.tokens, *limits)
+
+    def _strand(self, request: Request, until: float) -> None:
+        """Give up on the request if no executor has come by then."""
+        if request.stranded_tick is not None:
+            self._patience.discard(request, request.stranded_tick)
+        request.stranded_tick = self._patience.add(request, until)
+
+    def _dispatch(self, pool: Pool, now: float) -> None:
+        while (found := pool.next_placement()) is not None:
+            request, choice = found
+            self._clear_timers(request)
+            if request.deadline is not None and request.deadline <= now:
+                del self._gateways[request.gateway][request.request_id]
+                self._refuse(request, Reason.DEADLINE, "the deadline passed in the queue")
+                continue
+            pool.drain_rate.mark(now)
+            self._grant(request, choice, now)
+        self._forget_if_idle(pool)
+
+    def _grant(self, request: Request, choice: Choice, now: float) -> None:
+        executor, cached = choice.executor, choice.cached_tokens
+        tokens = max(request.tokens - cached, 1)
+        self._lease(request, executor.hold, tokens)
+        executor.fresh_tokens += request.needs.prompt_tokens - cached
+        description = executor.description
+        self._outcomes.append(
+            Grant(
+                request.gateway,
+                request.request_id,
+                request.needs.model,
+                description.executor_id,
+                description.address,
+                tokens,
+                request.needs.choices,
+                now - request.arrived,
+                cached,
+            )
+        )
+
+    def _lease(self, request: Request, hold: Hold, tokens: int) -> None:
+        request.hold = hold
+        request.leased_tokens = tokens
+        hold.add(request.needs.choices, tokens)
+
+    def _free(self, request: Request, hold: Hold) -> None:
+        request.hold = None
+        hold.subtract(request.needs.choices, request.leased_tokens)
+        self.executors.freed(hold)
+
+    def _freed(self, executor: Executor) -> None:
+        self._dirty[self._pools[executor.description.model]] = None
+
+    def _changed(self, model: str) -> None:
+        """Executors of a model came, left, or began to drain."""
+        pool = self._pool(model)
+        pool.live = {e.description.executor_id: e for e in self.executors.of_model(model)}
+        if pool.live:
+            pool.known = True
+        pool.last_seen = self._clock()
+        before = set(pool.stranded)
+        for request, why in pool.rebuild(strict=pool.last_seen >= self._settled_at):
+            self._drop(request)
+            self._refuse(request, Reason.UNSUPPORTED, why.message, field=why.field)
+        for order, request in pool.stranded.items():
+            if order not in before:
+                self._strand(request, self._clock() + self._config.executor_wait_seconds)
+        self._dirty[pool] = None
+
+    def _expire(self, request: Request) -> None:
+        request.deadline_tick = None
+        self._take_out(request)
+        self._refuse(request, Reason.DEADLINE, "the deadline passed in the queue")
+
+    def _give_up(self, request: Request) -> None:
+        request.stranded_tick = None
+        if request.lane is not None:
+            return  # an executor came
+        pool = self._pools[request.needs.model]
+        verdict = pool.route(request.needs)
+        self._take_out(request)
+        if isinstance(verdict, Unsupported):
+            self._refuse(request, Reason.UNSUPPORTED, verdict.message, field=verdict.field)
+        elif pool.known or request.needs.replacing:
+            self._refuse(request, Reason.NO_EXECUTOR, _none_came(request.needs.model, pool))
+        else:
+            self._refuse(request, Reason.UNKNOWN_MODEL, self._unknown(request.needs.model))
+
+    def _take_out(self, request: Request) -> None:
+        pool = self._pools[request.needs.model]
+        pool.remove(request)
+        self._drop(request)
+        self._dirty[pool] = None
+
+    def _drop(self, request: Request) -> None:
+        del self._gateways[request.gateway][request.request_id]
+        self._clear_timers(request)
+
+    def _clear_timers(self, request: Request) -> None:
+        if request.deadline_tick is not None:
+            self._deadlines.discard(request, request.deadline_tick)
+            request.deadline_tick = None
+        if request.stranded_tick is not None:
+            self._patience.discard(request, request.stranded_tick)
+            request.stranded_tick = None
+
+    def _forget_if_idle(self, pool: Pool) -> None:
+        if not pool.known and not pool.queued:
+            self._pools.pop(pool.model, None)
+
+    def _unknown(self, model: str) -> str:
+        served = ", ".join(sorted(name for name, pool in self._pools.items() if pool.live))
+        return f"model {model[:200]!r} is not served here" + (f"; there is {served}" if served else "")
+
+    def _refuse(self, request: Request, reason: Reason, message: str, *, field: str = "", retry: float = 0.0) -> None:
+        model = request.needs.model
+        self._outcomes.append(Refused(request.gateway, request.request_id, model, reason, message, field, retry))
+
+
+def _none_came(model: str, pool: Pool) -> str:
+    if pool.placeable:
+        return f"no executor of model {model!r} has the tokenizer that the prompt was encoded with"
+    return f"model {model!r} has no executor now; try again later"

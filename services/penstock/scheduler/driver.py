@@ -1,0 +1,167 @@
+"""Steps the core on the event loop: after inputs, once for all that came in one turn of the loop, and when a timer is due."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from penstock.common.logs import logger
+from penstock.internal.v1 import scheduler_pb2 as pb
+from penstock.scheduler import messages
+from penstock.scheduler.core import Scheduler
+from penstock.scheduler.executors import Executor
+from penstock.scheduler.metrics import SchedulerMetrics
+from penstock.scheduler.model import Grant, Lost, Outcome, Refused
+
+__all__ = ["Driver", "Outbox"]
+
+
+class Outbox:
+    """What is to be sent to one gateway; what gathers while a frame is on its way goes out in the next."""
+
+    def __init__(self) -> None:
+        self.response = pb.PlaceResponse()
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    def flush(self) -> None:
+        """Something was added to `response`."""
+        self._ready.set()
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self._closed = True
+        self._ready.set()
+
+    async def __aiter__(self) -> AsyncIterator[pb.PlaceResponse]:
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            response, self.response = self.response, pb.PlaceResponse()
+            if response.ByteSize():
+                yield response
+            if self._closed:
+                return
+
+
+class Driver:
+    """Connects the core with the streams.
+
+    Args:
+        core: what decides. Its clock is the event loop's.
+        metrics: where outcomes are counted.
+    """
+
+    def __init__(self, core: Scheduler, metrics: SchedulerMetrics) -> None:
+        self._core = core
+        self._metrics = metrics
+        self._outboxes: dict[int, Outbox] = {}
+        self._descriptions: dict[Executor, pb.ExecutorDescription] = {}
+        self._lost: dict[Executor, asyncio.Event] = {}
+        self._told_version = 0
+        self._kicked = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.emptied = asyncio.Event()
+
+    def connect(self, gateway: int) -> Outbox:
+        """A gateway's stream begins; the catalog goes out first."""
+        outbox = self._outboxes[gateway] = Outbox()
+        outbox.response.catalog.CopyFrom(self._catalog())
+        outbox.flush()
+        return outbox
+
+    def disconnect(self, gateway: int) -> None:
+        """It has ended."""
+        del self._outboxes[gateway]
+
+    def register(self, description: pb.ExecutorDescription, executor: Executor) -> asyncio.Event:
+        """An executor's stream begins; the event is set when the executor is taken for lost."""
+        self._descriptions[executor] = description
+        lost = self._lost[executor] = asyncio.Event()
+        logger().info("executor joined", executor_id=description.executor_id, model=description.model, address=description.address)
+        return lost
+
+    def unregister(self, executor: Executor) -> None:
+        """It has ended."""
+        del self._descriptions[executor], self._lost[executor]
+
+    def kick(self) -> None:
+        """Step soon: once, however many inputs come before."""
+        if not self._kicked:
+            self._kicked = True
+            asyncio.get_running_loop().call_soon(self._step)
+
+    def stop(self) -> None:
+        """No timer fires any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def list_executors(self) -> pb.ListExecutorsResponse:
+        """All that live, those that drain too."""
+        states = [
+            pb.ExecutorState(
+                description=self._descriptions[executor],
+                load=messages.load_message(executor),
+                draining=executor.draining,
+                leases=executor.hold.leases,
+            )
+            for executor in self._core.executors
+            if executor in self._descriptions
+        ]
+        return pb.ListExecutorsResponse(executors=states, queued=self._core.queued)
+
+    def _step(self) -> None:
+        self._kicked = False
+        outcomes = self._core.step()
+        touched = {id(outbox): outbox for outcome in outcomes if (outbox := self._deliver(outcome)) is not None}
+        for outbox in touched.values():
+            outbox.flush()
+        if self._core.executors.version != self._told_version:
+            self._tell_catalog()
+        (self.emptied.clear if self._core.queued else self.emptied.set)()
+        self._set_timer()
+
+    def _deliver(self, outcome: Outcome) -> Outbox | None:
+        if isinstance(outcome, Lost):
+            self._lose(outcome)
+            return None
+        outbox = self._outboxes.get(outcome.gateway)
+        if isinstance(outcome, Grant):
+            self._metrics.placed(outcome)
+            if outbox is not None:
+                outbox.response.granted.append(messages.lease_message(outcome))
+        else:
+            self._note(outcome)
+            if outbox is not None:
+                outbox.response.refused.append(messages.refusal_message(outcome))
+        return outbox
+
+    def _note(self, refused: Refused) -> None:
+        self._metrics.refused(refused)
+        logger().info(
+            "refused", request=refused.request_id, model=refused.model[:200], reason=refused.reason.value, field=refused.field
+        )
+
+    def _lose(self, lost: Lost) -> None:
+        logger().warning("executor lost: nothing came from it within its lease", executor_id=lost.executor_id)
+        for executor, event in self._lost.items():
+            if executor.description.executor_id == lost.executor_id:
+                event.set()
+
+    def _catalog(self) -> pb.Catalog:
+        live = (e for e in self._core.executors if not e.draining)
+        return pb.Catalog(executors=[self._descriptions[e] for e in live if e in self._descriptions])
+
+    def _tell_catalog(self) -> None:
+        self._told_version = self._core.executors.version
+        catalog = self._catalog()
+        for outbox in self._outboxes.values():
+            outbox.response.catalog.CopyFrom(catalog)
+            outbox.flush()
+
+    def _set_timer(self) -> None:
+        self.stop()
+        wake = self._core.next_wake()
+        if wake is not None:
+            self._timer = asyncio.get_running_loop().call_at(wake, self._step)

@@ -1,0 +1,202 @@
+"""Queues of requests that the same executors can run: priority first, then fairness between tenants, then order of arrival.
+
+Fairness is start-time fair queueing (Goyal, Vin and Cheng, 1996): a tenant's virtual time grows by the tokens of each request that
+is placed, and the tenant with the least goes next. Two tenants that both have requests waiting never differ by more than the
+largest request of each. A tenant that comes back starts at the time of the request placed last, so it saves nothing up.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from penstock.scheduler.requests import Request
+
+__all__ = ["FairQueue", "Lane", "Shares"]
+
+
+class _Share:
+    __slots__ = ("queued", "virtual")
+
+    def __init__(self, virtual: int) -> None:
+        self.virtual = virtual
+        self.queued = 0
+
+
+class Shares:
+    """Virtual times of the tenants at one priority of one model, whatever lanes their requests wait in."""
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.queued = 0
+        self._tenants: dict[str, _Share] = {}
+        self._sweep_at = 1024
+
+    def virtual(self, tenant: str) -> int:
+        """A waiting tenant's virtual time."""
+        return self._tenants[tenant].virtual
+
+    def enter(self, tenant: str) -> int:
+        """One more request of the tenant waits; its virtual time."""
+        share = self._tenants.get(tenant)
+        if share is None:
+            if len(self._tenants) >= self._sweep_at:
+                self._sweep()
+            share = self._tenants[tenant] = _Share(self.clock)
+        elif not share.queued:
+            share.virtual = max(share.virtual, self.clock)
+        share.queued += 1
+        self.queued += 1
+        return share.virtual
+
+    def leave(self, tenant: str, served_tokens: int = 0) -> int:
+        """One request of the tenant waits no more, served or not; the tenant's virtual time."""
+        share = self._tenants[tenant]
+        share.queued -= 1
+        self.queued -= 1
+        if served_tokens:
+            self.clock = max(self.clock, share.virtual)
+            share.virtual += served_tokens
+        if not share.queued and share.virtual <= self.clock:
+            del self._tenants[tenant]
+        return share.virtual
+
+    def _sweep(self) -> None:
+        self._tenants = {name: s for name, s in self._tenants.items() if s.queued or s.virtual > self.clock}
+        self._sweep_at = max(1024, 2 * len(self._tenants))
+
+
+class FairQueue:
+    """Requests of one lane at one priority.
+
+    The heap's keys may be behind their tenants' virtual times, which only grow: what comes up is checked, and put back if it is.
+    """
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._waiting: dict[str, OrderedDict[int, Request]] = {}
+        self._heap: list[tuple[int, int, str]] = []
+        self._empty = 0
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        for requests in self._waiting.values():
+            yield from requests.values()
+
+    def push(self, request: Request) -> None:
+        """Let a request wait behind its tenant's others."""
+        tenant = request.needs.tenant
+        virtual = self._shares.enter(tenant)
+        requests = self._waiting.get(tenant)
+        if requests is None:
+            requests = self._waiting[tenant] = OrderedDict()
+            heapq.heappush(self._heap, (virtual, request.order, tenant))
+        elif not requests:
+            self._empty -= 1
+        requests[request.order] = request
+        self.count += 1
+
+    def remove(self, request: Request) -> None:
+        """Take out a request that is not served."""
+        requests = self._waiting[request.needs.tenant]
+        del requests[request.order]
+        self.count -= 1
+        self._shares.leave(request.needs.tenant)
+        if not requests:
+            self._empty += 1
+            if self._empty > 64 and 2 * self._empty > len(self._heap):
+                self._sweep()
+
+    def head(self) -> tuple[int, Request]:
+        """The virtual time and the request of the tenant whose turn it is; `count` is not 0."""
+        heap, waiting = self._heap, self._waiting
+        while True:
+            virtual, order, tenant = heap[0]
+            requests = waiting[tenant]
+            if not requests:
+                heapq.heappop(heap)
+                del waiting[tenant]
+                self._empty -= 1
+                continue
+            now = self._shares.virtual(tenant)
+            if now == virtual:
+                return virtual, next(iter(requests.values()))
+            heapq.heapreplace(heap, (now, order, tenant))
+
+    def serve(self, request: Request) -> None:
+        """Take out the request that `head` told, and charge its tenant."""
+        tenant = request.needs.tenant
+        requests = self._waiting[tenant]
+        del requests[request.order]
+        self.count -= 1
+        virtual = self._shares.leave(tenant, request.tokens)
+        if requests:
+            heapq.heapreplace(self._heap, (virtual, request.order, tenant))
+        else:
+            heapq.heappop(self._heap)
+            del self._waiting[tenant]
+
+    def _sweep(self) -> None:
+        self._waiting = {tenant: requests for tenant, requests in self._waiting.items() if requests}
+        self._heap = [entry for entry in self._heap if entry[2] in self._waiting]
+        heapq.heapify(self._heap)
+        self._empty = 0
+
+
+class Lane:
+    """Requests that exactly the same executors, named by a mask of their bits, can run."""
+
+    def __init__(self, mask: int, shares: dict[int, Shares]) -> None:
+        self.mask = mask
+        self._shares = shares
+        self._queues: dict[int, FairQueue] = {}
+        self._ranks: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
+    def __iter__(self) -> Iterator[Request]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def push(self, request: Request) -> None:
+        """Let a request wait."""
+        queue = self._queues.get(request.rank)
+        if queue is None:
+            shares = self._shares.get(request.rank)
+            if shares is None:
+                shares = self._shares[request.rank] = Shares()
+            queue = self._queues[request.rank] = FairQueue(shares)
+            heapq.heappush(self._ranks, request.rank)
+        queue.push(request)
+        request.lane = self
+
+    def remove(self, request: Request) -> None:
+        """Take out a request that is not served."""
+        queue = self._queues[request.rank]
+        queue.remove(request)
+        self._left(request, queue)
+
+    def head(self) -> tuple[int, int, Request]:
+        """Rank, virtual time and the request that is next; the lane is not empty."""
+        rank = self._ranks[0]
+        virtual, request = self._queues[rank].head()
+        return rank, virtual, request
+
+    def serve(self, request: Request) -> None:
+        """Take out the request that `head` told, and charge its tenant."""
+        queue = self._queues[request.rank]
+        queue.serve(request)
+        self._left(request, queue)
+
+    def _left(self, request: Request, queue: FairQueue) -> None:
+        request.lane = None
+        rank = request.rank
+        if not queue.count:
+            del self._queues[rank]
+            self._ranks.remove(rank)
+            heapq.heapify(self._ranks)
+        shares = self._shares[rank]
+        if not shares.queued:
+            del self._shares[rank]

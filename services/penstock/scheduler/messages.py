@@ -1,0 +1,138 @@
+"""Messages into calls of the core, and outcomes into messages."""
+
+from __future__ import annotations
+
+from penstock.common.errors import InvalidRequest
+from penstock.internal.v1 import scheduler_pb2 as pb
+from penstock.scheduler.core import Scheduler
+from penstock.scheduler.executors import Executor
+from penstock.scheduler.model import Description, Grant, Load, Needs, Reason, Refused
+from penstock.scheduler.prefixes import unpack_hashes
+
+__all__ = ["apply_place", "apply_register", "lease_message", "load_message", "read_description", "refusal_message"]
+
+_REASONS = {
+    Reason.QUEUE_FULL: pb.REFUSAL_REASON_QUEUE_FULL,
+    Reason.DEADLINE: pb.REFUSAL_REASON_DEADLINE,
+    Reason.UNKNOWN_MODEL: pb.REFUSAL_REASON_UNKNOWN_MODEL,
+    Reason.UNSUPPORTED: pb.REFUSAL_REASON_UNSUPPORTED,
+    Reason.NO_EXECUTOR: pb.REFUSAL_REASON_NO_EXECUTOR,
+    Reason.DRAINING: pb.REFUSAL_REASON_DRAINING,
+}
+
+
+def apply_place(core: Scheduler, gateway: int, frame: pb.PlaceRequest) -> None:
+    """One frame of a gateway: what it gives back before what it asks for."""
+    for lease in frame.announced:
+        core.announce(gateway, lease.request_id, lease.executor_id, tokens=lease.tokens, choices=lease.choices)
+    for request_id in frame.released:
+        core.release(gateway, request_id)
+    for placing in frame.place:
+        core.place(gateway, placing.request_id, read_needs(placing))
+
+
+def read_needs(placing: pb.Placing) -> Needs:
+    """What a request needs."""
+    return Needs(
+        model=placing.model,
+        tokenizer_fingerprint=placing.tokenizer_fingerprint,
+        prompt_tokens=placing.prompt_tokens,
+        max_tokens=placing.max_tokens,
+        choices=placing.choices or 1,
+        block_hashes=unpack_hashes(placing.block_hashes),
+        fields=tuple(placing.fields),
+        priority=placing.priority,
+        tenant=placing.tenant,
+        deadline=placing.deadline_ms / 1000 if placing.deadline_ms else None,
+        avoid=frozenset(placing.avoid_executor_ids),
+        replacing=placing.replacing,
+    )
+
+
+def read_description(message: pb.ExecutorDescription) -> Description:
+    """What an executor is.
+
+    Raises:
+        InvalidRequest: it lacks what it is found or placed by.
+    """
+    for field in ("executor_id", "address", "model", "context_length", "kv_block_size", "kv_blocks", "max_batch_size"):
+        if not getattr(message, field):
+            raise InvalidRequest.field(f"description.{field}", "must be set: an executor is found and placed by it")
+    return Description(
+        executor_id=message.executor_id,
+        address=message.address,
+        model=message.model,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        context_length=message.context_length,
+        kv_block_size=message.kv_block_size,
+        kv_blocks=message.kv_blocks,
+        max_batch_size=message.max_batch_size,
+        fields=frozenset(message.fields),
+    )
+
+
+def apply_register(core: Scheduler, executor: Executor, frame: pb.RegisterRequest) -> None:
+    """One frame of an executor."""
+    executors = core.executors
+    executors.heard(executor)
+    if frame.HasField("load"):
+        executors.report(executor, _read_load(frame.load))
+    if frame.HasField("kv_events"):
+        events = frame.kv_events
+        executors.kv_events(
+            executor,
+            events.sequence,
+            stored=unpack_hashes(events.stored),
+            removed=unpack_hashes(events.removed),
+            cleared=events.cleared,
+        )
+    if frame.draining:
+        executors.drain(executor)
+
+
+def _read_load(message: pb.Load) -> Load:
+    return Load(
+        running=message.running,
+        waiting=message.waiting,
+        kv_blocks_free=message.kv_blocks_free,
+        waiting_tokens=message.waiting_tokens,
+        steps_per_second=message.steps_per_second,
+        prefill_tokens_per_second=message.prefill_tokens_per_second,
+    )
+
+
+def lease_message(grant: Grant) -> pb.Lease:
+    """What a gateway is told of its lease."""
+    return pb.Lease(
+        request_id=grant.request_id,
+        executor_id=grant.executor_id,
+        address=grant.address,
+        tokens=grant.tokens,
+        queued_us=int(grant.queued_seconds * 1e6),
+        expected_cached_tokens=grant.cached_tokens,
+        choices=grant.choices,
+    )
+
+
+def refusal_message(refused: Refused) -> pb.Refusal:
+    """What a gateway is told of a refusal."""
+    return pb.Refusal(
+        request_id=refused.request_id,
+        reason=_REASONS[refused.reason],
+        field=refused.field,
+        message=refused.message,
+        retry_after_ms=int(refused.retry_after * 1000),
+    )
+
+
+def load_message(executor: Executor) -> pb.Load:
+    """What an executor told of itself."""
+    load = executor.load
+    return pb.Load(
+        running=load.running,
+        waiting=load.waiting,
+        kv_blocks_free=load.kv_blocks_free,
+        waiting_tokens=load.waiting_tokens,
+        prefill_tokens_per_second=load.prefill_tokens_per_second,
+        steps_per_second=load.steps_per_second,
+    )

@@ -1,0 +1,86 @@
+"""What a scheduler tells Prometheus."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from penstock.common.metrics import E2E_SECONDS, TIME_TO_FIRST_TOKEN_SECONDS
+from penstock.scheduler.core import Scheduler
+from penstock.scheduler.model import Grant, Reason, Refused
+
+__all__ = ["SchedulerMetrics"]
+
+# A queue is empty most of the time, and as long as a request at worst.
+_QUEUE_SECONDS = tuple(sorted({*TIME_TO_FIRST_TOKEN_SECONDS, *E2E_SECONDS}))
+
+
+class SchedulerMetrics:
+    """Counts outcomes, and reads the core's state when asked."""
+
+    def __init__(self, core: Scheduler) -> None:
+        self.registry = CollectorRegistry()
+        self._queue_time = Histogram(
+            "penstock_request_queue_time_seconds",
+            "Time from a request's arrival at the scheduler to its lease.",
+            ["model_name"],
+            buckets=_QUEUE_SECONDS,
+            registry=self.registry,
+        )
+        self._placements = Counter(
+            "penstock_scheduler_placements",
+            "Requests that were answered, by outcome: granted, or why not.",
+            ["model_name", "outcome"],
+            registry=self.registry,
+        )
+        self.registry.register(_State(core))
+
+    def placed(self, grant: Grant) -> None:
+        """A request has its lease."""
+        self._queue_time.labels(grant.model).observe(grant.queued_seconds)
+        self._placements.labels(grant.model, "granted").inc()
+
+    def refused(self, refused: Refused) -> None:
+        """A request got none. Names of unknown models are a client's, and would grow without bound."""
+        model = "" if refused.reason in {Reason.UNKNOWN_MODEL, Reason.DRAINING} else refused.model
+        self._placements.labels(model, refused.reason.value).inc()
+
+
+class _State(Collector):
+    """The core as it is. Scrapes come from another thread, so everything is copied before it is looked at."""
+
+    def __init__(self, core: Scheduler) -> None:
+        self._core = core
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily("penstock_num_requests_waiting", "Requests in the queue.", labels=["model_name"])
+        tokens = GaugeMetricFamily("penstock_scheduler_waiting_tokens", "Tokens of these.", labels=["model_name"])
+        for model, pool in list(self._core.pools.items()):
+            if pool.known:
+                waiting.add_metric([model], pool.queued)
+                tokens.add_metric([model], pool.queued_tokens)
+        yield waiting
+        yield tokens
+        yield from self._executors()
+        gaps = CounterMetricFamily("penstock_scheduler_kv_event_gaps", "Times that an executor's KV events were lost.")
+        gaps.add_metric([], self._core.executors.gaps)
+        yield gaps
+
+    def _executors(self) -> Iterator[Metric]:
+        count = GaugeMetricFamily("penstock_scheduler_executors", "Registered executors.", labels=["model_name", "state"])
+        executors = list(self._core.executors)
+        states = Tally((e.description.model, "draining" if e.draining else "live") for e in executors)
+        for (model, state), number in states.items():
+            count.add_metric([model, state], number)
+        yield count
+        leases = GaugeMetricFamily("penstock_scheduler_leases", "Leases that are held.", labels=["executor_id"])
+        leased = GaugeMetricFamily("penstock_scheduler_leased_tokens", "Tokens of these.", labels=["executor_id"])
+        for hold in list(self._core.executors.holds.values()):
+            leases.add_metric([hold.executor_id], hold.leases)
+            leased.add_metric([hold.executor_id], hold.tokens)
+        yield leases
+        yield leased

@@ -1,0 +1,113 @@
+"""What the scheduler decides about: requests, the executors they run on, and what becomes of them."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "Reason", "Refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one request needs. `block_hashes` are those of its prompt's full blocks; `deadline` is in seconds from now."""
+
+    model: str
+    tokenizer_fingerprint: str = ""
+    prompt_tokens: int = 1
+    max_tokens: int = 1
+    choices: int = 1
+    block_hashes: Sequence[int] = ()
+    fields: tuple[str, ...] = ()
+    priority: int = 0
+    tenant: str = ""
+    deadline: float | None = None
+    avoid: frozenset[str] = frozenset()
+    replacing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What an executor is; limits in tokens, sequences and KV blocks."""
+
+    executor_id: str
+    address: str
+    model: str
+    tokenizer_fingerprint: str = ""
+    context_length: int
+    kv_block_size: int
+    kv_blocks: int
+    max_batch_size: int
+    fields: frozenset[str] = frozenset()
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV cache holds."""
+        return self.kv_blocks * self.kv_block_size
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens that one sequence may hold here."""
+        return min(self.context_length, self.kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An executor's own report."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    prefill_tokens_per_second: float = 0.0
+    kv_blocks_free: int = 0
+    steps_per_second: float = 0.0
+
+
+class Reason(enum.Enum):
+    """Why a request gets no executor."""
+
+    QUEUE_FULL = "queue_full"
+    DEADLINE = "deadline"
+    UNKNOWN_MODEL = "unknown_model"
+    UNSUPPORTED = "unsupported"
+    NO_EXECUTOR = "no_executor"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Grant:
+    """A lease."""
+
+    gateway: int
+    request_id: int
+    model: str
+    executor_id: str
+    address: str
+    tokens: int
+    choices: int
+    queued_seconds: float
+    cached_tokens: int
+
+
+@dataclass(slots=True)
+class Refused:
+    """A request that leaves without a lease. `field` is the public one that is not supported; `retry_after` in seconds."""
+
+    gateway: int
+    request_id: int
+    model: str
+    reason: Reason
+    message: str
+    field: str = ""
+    retry_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An executor whose lease ran out."""
+
+    executor_id: str
+
+
+Outcome = Grant | Refused | Lost

@@ -1,0 +1,115 @@
+"""Which executors can run a request, and which of them should: pure functions.
+
+The cost of an executor for a request, in tokens, the least being chosen:
+
+    cost = slowness * (prefill_weight * (uncached + waiting + fresh) + leased)
+
+where *uncached* is the part of the request's prompt that is not expected in the executor's prefix cache, *waiting* the prompt
+tokens that the executor reported as waiting for prefill, *fresh* those leased since that report, and *leased* all tokens that the
+scheduler holds against the executor. The first three delay this request's first token, the last slows every step of its decoding;
+the shape is that of NVIDIA Dynamo's KV router (overlap weight times prefill blocks, plus decode blocks). *slowness* is the model's
+highest measured prefill rate over the executor's own, 1 where unknown. Equal costs go to the executor with fewer sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from penstock.scheduler.executors import Executor
+from penstock.scheduler.model import Needs
+from penstock.scheduler.prefixes import PrefixIndex
+from penstock.scheduler.requests import Request
+
+__all__ = ["Capable", "Choice", "Unsupported", "cached_tokens", "capable", "choose", "cost", "fitting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """No executor can run it: the public field that stands in the way, and a sentence for the client."""
+
+    field: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capable:
+    """Executors that support all of a request's fields; `least` tokens of a sequence fit every one of them."""
+
+    executors: tuple[Executor, ...]
+    least: int
+
+
+def capable(model: str, fingerprint: str, fields: Sequence[str], executors: Sequence[Executor]) -> Capable | Unsupported:
+    """The executors with the same tokenizer that support every field. None have the tokenizer: none are capable."""
+    left = [e for e in executors if e.description.tokenizer_fingerprint == fingerprint]
+    had = bool(left)
+    for field in fields:
+        supporting = [e for e in left if field in e.description.fields]
+        if had and not supporting:
+            return Unsupported(field, _unsupported(model, field, left, executors))
+        left = supporting
+    return Capable(tuple(left), min((e.sequence_tokens for e in left), default=0))
+
+
+def _unsupported(model: str, field: str, left: Sequence[Executor], executors: Sequence[Executor]) -> str:
+    if any(field in e.description.fields for e in executors):
+        return f"no executor of model {model!r} supports {field} together with the request's other fields; leave one of them out"
+    backends = len(left)
+    return f"none of the {backends} executor(s) of model {model!r} supports {field}; leave it out, or run one that does"
+
+
+def fitting(needs: Needs, found: Capable) -> tuple[Executor, ...] | Unsupported:
+    """Those of the capable executors that can hold one of the request's sequences, without those to avoid unless all are."""
+    executors = found.executors
+    total = needs.prompt_tokens + needs.max_tokens
+    if total > found.least and executors:
+        executors = tuple(e for e in executors if e.sequence_tokens >= total)
+        if not executors:
+            return _too_long(needs, max(e.sequence_tokens for e in found.executors))
+    if needs.avoid:
+        executors = tuple(e for e in executors if e.description.executor_id not in needs.avoid) or executors
+    return executors
+
+
+def _too_long(needs: Needs, most: int) -> Unsupported:
+    if needs.prompt_tokens >= most:
+        return Unsupported("prompt", f"the prompt has {needs.prompt_tokens} tokens, and executors hold {most} with the answer")
+    fit = most - needs.prompt_tokens
+    return Unsupported(
+        "stopping.max_tokens", f"{needs.max_tokens} is too many: {fit} fit behind the prompt's {needs.prompt_tokens}"
+    )
+
+
+def cached_tokens(executor: Executor, depths: Mapping[int, int], prompt_tokens: int) -> int:
+    """Prompt tokens expected in the executor's cache. The last one is always computed: the answer begins from it."""
+    return min(depths.get(executor.bit, 0) * executor.description.kv_block_size, prompt_tokens - 1)
+
+
+def cost(executor: Executor, uncached: int, prefill_weight: float) -> float:
+    """The module's formula."""
+    prefill = uncached + executor.load.waiting_tokens + executor.fresh_tokens
+    return executor.slowness * (prefill_weight * prefill + executor.hold.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The executor, and the prompt tokens expected in its cache."""
+
+    executor: Executor
+    cached_tokens: int
+
+
+def choose(request: Request, open_executors: Sequence[Executor], index: PrefixIndex, mask: int, prefill_weight: float) -> Choice:
+    """The cheapest of the executors that have room, at least one; `mask` holds their bits, and may hold others'."""
+    needs = request.needs
+    prompt = needs.prompt_tokens
+    depths = index.depths(needs.block_hashes, mask) if needs.block_hashes else {}
+    best, best_cached, best_key = open_executors[0], 0, (math.inf, 0)
+    for executor in open_executors:
+        cached = cached_tokens(executor, depths, prompt) if depths else 0
+        key = (cost(executor, prompt - cached, prefill_weight), executor.hold.sequences + executor.foreign)
+        if key < best_key:
+            best, best_cached, best_key = executor, cached, key
+    return Choice(best, best_cached)

@@ -1,0 +1,167 @@
+"""The executors that live: they come with their stream, stay while they report, and leave with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from penstock.scheduler.config import SchedulerConfig
+from penstock.scheduler.executors import Executor, Hold
+from penstock.scheduler.model import Description, Load
+from penstock.scheduler.prefixes import PrefixIndex
+from penstock.scheduler.timers import Timers
+
+__all__ = ["Registry"]
+
+
+class Registry:
+    """Executors, what is leased on each, and what each has cached.
+
+    Args:
+        config: the time after which a silent executor is lost.
+        clock: tells monotonic seconds.
+        changed: called with a model whose executors came, left or began to drain.
+        freed: called with an executor that may have room again.
+
+    Attributes:
+        version: grows whenever the executors that take requests change.
+        gaps: how often KV events of an executor were lost.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        clock: Callable[[], float],
+        changed: Callable[[str], None],
+        freed: Callable[[Executor], None],
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._changed = changed
+        self._on_freed = freed
+        self._executors: dict[str, Executor] = {}
+        self._holds: dict[str, Hold] = {}
+        self._expiries: Timers[Executor] = Timers()
+        self.prefixes = PrefixIndex()
+        self.version = 0
+        self.gaps = 0
+
+    def __iter__(self) -> Iterator[Executor]:
+        return iter(list(self._executors.values()))
+
+    @property
+    def holds(self) -> Mapping[str, Hold]:
+        """What is leased, by executor, registered or not."""
+        return self._holds
+
+    def get(self, executor_id: str) -> Executor | None:
+        """A registered executor."""
+        return self._executors.get(executor_id)
+
+    def of_model(self, model: str) -> list[Executor]:
+        """Those that serve a model."""
+        return [e for e in self._executors.values() if e.description.model == model]
+
+    def hold(self, executor_id: str) -> Hold:
+        """What is leased on an executor, which may register later."""
+        hold = self._holds.get(executor_id)
+        if hold is None:
+            hold = self._holds[executor_id] = Hold(executor_id)
+        return hold
+
+    def freed(self, hold: Hold) -> None:
+        """A lease of the hold has ended."""
+        executor = self._executors.get(hold.executor_id)
+        if executor is not None:
+            self._on_freed(executor)
+        elif not hold.leases:
+            self._holds.pop(hold.executor_id, None)
+
+    def join(self, description: Description) -> Executor:
+        """An executor registers. An earlier registration of the same id, whose stream is still to end, is replaced."""
+        earlier = self._executors.get(description.executor_id)
+        if earlier is not None:
+            self.leave(earlier)
+        executor = Executor(
+            description,
+            self.hold(description.executor_id),
+            bit=self.prefixes.join(),
+            look_ahead=self._config.look_ahead,
+            expires=self._clock() + self._config.lease_seconds,
+        )
+        self._executors[description.executor_id] = executor
+        self._expiries.add(executor, executor.expires)
+        self._change(description.model)
+        return executor
+
+    def leave(self, executor: Executor) -> bool:
+        """Its stream has ended. Whether it was registered still."""
+        executor_id = executor.description.executor_id
+        if self._executors.get(executor_id) is not executor:
+            return False
+        del self._executors[executor_id]
+        self.prefixes.leave(executor.bit)
+        if not executor.hold.leases:
+            self._holds.pop(executor_id, None)
+        self._change(executor.description.model)
+        return True
+
+    def heard(self, executor: Executor) -> None:
+        """Anything came from it."""
+        executor.expires = self._clock() + self._config.lease_seconds
+
+    def report(self, executor: Executor, load: Load) -> None:
+        """It tells its load."""
+        if self._executors.get(executor.description.executor_id) is not executor:
+            return
+        changed = load.prefill_tokens_per_second != executor.load.prefill_tokens_per_second
+        executor.report(load)
+        if changed:
+            self._weigh(executor.description.model)
+        self._on_freed(executor)
+
+    def drain(self, executor: Executor) -> None:
+        """It takes no more requests, and finishes those that it has."""
+        if not executor.draining:
+            executor.draining = True
+            self._change(executor.description.model)
+
+    def kv_events(self, executor: Executor, sequence: int, *, stored: Sequence[int], removed: Sequence[int], cleared: bool) -> None:
+        """Its prefix cache changed. After a gap in the sequence nothing that was known of it holds."""
+        if self._executors.get(executor.description.executor_id) is not executor:
+            return
+        last, executor.kv_sequence = executor.kv_sequence, sequence
+        gap = last is not None and sequence != last + 1
+        if gap:
+            self.gaps += 1
+        if gap or cleared:
+            self.prefixes.clear(executor.bit)
+        self.prefixes.remove(executor.bit, removed)
+        self.prefixes.store(executor.bit, stored)
+
+    def expire(self, now: float) -> list[str]:
+        """Let go of the executors from which nothing came for too long; their ids."""
+        lost = []
+        for executor in self._expiries.due(now):
+            if self._executors.get(executor.description.executor_id) is not executor:
+                continue
+            if executor.expires > now:
+                self._expiries.add(executor, executor.expires)
+            elif self.leave(executor):
+                lost.append(executor.description.executor_id)
+        return lost
+
+    def next_expiry(self) -> float | None:
+        """When `expire` may have something to do."""
+        return self._expiries.next_due()
+
+    def _weigh(self, model: str) -> None:
+        peers = self.of_model(model)
+        fastest = max((e.load.prefill_tokens_per_second for e in peers), default=0.0)
+        for executor in peers:
+            own = executor.load.prefill_tokens_per_second
+            executor.slowness = fastest / own if own > 0 else 1.0
+
+    def _change(self, model: str) -> None:
+        self._weigh(model)
+        self.version += 1
+        self._changed(model)

@@ -1,0 +1,61 @@
+"""A request as the scheduler keeps it: waiting in a lane, waiting for any executor, or leased."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from penstock.scheduler.model import Needs
+
+if TYPE_CHECKING:
+    from penstock.scheduler.executors import Hold
+    from penstock.scheduler.lanes import Lane
+
+__all__ = ["REPLACING_RANK", "Request", "load_tokens", "rank_of"]
+
+# Before every priority: these were running, and their clients are reading.
+REPLACING_RANK = -(1 << 40)
+
+
+def rank_of(needs: Needs) -> int:
+    """The least goes first."""
+    return REPLACING_RANK if needs.replacing else -needs.priority
+
+
+def load_tokens(needs: Needs, expected_output: int) -> int:
+    """Tokens that a request is expected to put on an executor: answers are seldom as long as they may be."""
+    return needs.prompt_tokens + needs.choices * min(needs.max_tokens, expected_output)
+
+
+class Request:
+    """Identity is the object itself. At most one of `lane` and `hold` is set; neither while it waits for any executor to come."""
+
+    __slots__ = (
+        "arrived",
+        "deadline",
+        "deadline_tick",
+        "gateway",
+        "hold",
+        "lane",
+        "leased_tokens",
+        "needs",
+        "order",
+        "rank",
+        "request_id",
+        "stranded_tick",
+        "tokens",
+    )
+
+    def __init__(self, gateway: int, request_id: int, needs: Needs, *, order: int, arrived: float, tokens: int) -> None:
+        self.gateway = gateway
+        self.request_id = request_id
+        self.needs = needs
+        self.order = order
+        self.arrived = arrived
+        self.tokens = tokens
+        self.rank = rank_of(needs)
+        self.deadline = None if needs.deadline is None else arrived + needs.deadline
+        self.deadline_tick: int | None = None
+        self.stranded_tick: int | None = None
+        self.lane: Lane | None = None
+        self.hold: Hold | None = None
+        self.leased_tokens = 0

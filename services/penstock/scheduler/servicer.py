@@ -1,0 +1,96 @@
+"""`penstock.internal.v1.SchedulerService`: messages in, core calls, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+
+from penstock.common.logs import logger
+from penstock.internal.v1 import scheduler_pb2 as pb
+from penstock.internal.v1 import scheduler_pb2_grpc
+from penstock.scheduler import messages
+from penstock.scheduler.config import SchedulerConfig
+from penstock.scheduler.core import Scheduler
+from penstock.scheduler.driver import Driver
+from penstock.scheduler.executors import Executor
+
+__all__ = ["SchedulerServicer"]
+
+
+class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Streams of gateways and executors."""
+
+    def __init__(self, config: SchedulerConfig, core: Scheduler, driver: Driver) -> None:
+        self._lease_ms = int(config.lease_seconds * 1000)
+        self._core = core
+        self._driver = driver
+
+    async def Place(
+        self, request_iterator: AsyncIterator[pb.PlaceRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.PlaceResponse]:
+        gateway = self._core.open_gateway()
+        outbox = self._driver.connect(gateway)
+        logger().info("gateway joined", gateway=gateway, peer=context.peer())
+        reading = asyncio.create_task(self._read_places(gateway, request_iterator, outbox.close))
+        try:
+            async for response in outbox:
+                yield response
+            await reading
+        finally:
+            reading.cancel()
+            self._driver.disconnect(gateway)
+            self._core.close_gateway(gateway)
+            self._driver.kick()
+            logger().info("gateway left", gateway=gateway)
+
+    async def _read_places(self, gateway: int, frames: AsyncIterator[pb.PlaceRequest], done: Callable[[], None]) -> None:
+        try:
+            async for frame in frames:
+                messages.apply_place(self._core, gateway, frame)
+                self._driver.kick()
+        finally:
+            done()
+
+    async def Register(
+        self, request_iterator: AsyncIterator[pb.RegisterRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.RegisterResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            return
+        executor = self._core.executors.join(messages.read_description(first.description))
+        lost = self._driver.register(first.description, executor)
+        try:
+            messages.apply_register(self._core, executor, first)
+            self._driver.kick()
+            yield pb.RegisterResponse(lease_ms=self._lease_ms)
+            await self._hear(executor, request_iterator, lost)
+        finally:
+            self._driver.unregister(executor)
+            if self._core.executors.leave(executor):
+                logger().info("executor left", executor_id=executor.description.executor_id, model=executor.description.model)
+            self._driver.kick()
+
+    async def _hear(self, executor: Executor, frames: AsyncIterator[pb.RegisterRequest], lost: asyncio.Event) -> None:
+        """Take an executor's reports until its stream ends or it is lost."""
+        reading = asyncio.create_task(self._read_reports(executor, frames))
+        losing = asyncio.create_task(lost.wait())
+        try:
+            await asyncio.wait((reading, losing), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+        finally:
+            reading.cancel()
+            losing.cancel()
+
+    async def _read_reports(self, executor: Executor, frames: AsyncIterator[pb.RegisterRequest]) -> None:
+        async for frame in frames:
+            messages.apply_register(self._core, executor, frame)
+            self._driver.kick()
+
+    async def ListExecutors(
+        self, request: pb.ListExecutorsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListExecutorsResponse:
+        return self._driver.list_executors()

@@ -1,0 +1,351 @@
+import asyncio
+import contextlib
+from collections import deque
+
+import grpc
+import grpc.aio
+import pytest
+
+from penstock.common.channel import connect
+from penstock.internal.v1 import scheduler_pb2 as pb
+from penstock.internal.v1 import scheduler_pb2_grpc as rpc
+from penstock.scheduler.config import SchedulerConfig
+from penstock.scheduler.server import SchedulerServer
+
+WAIT = 10.0
+
+
+class Stream:
+    """One side of a bidirectional stream: `send`, and answers as they come."""
+
+    def __init__(self, method):
+        self._frames = asyncio.Queue()
+        self.call = method(self._requests())
+
+    async def _requests(self):
+        while (frame := await self._frames.get()) is not None:
+            yield frame
+
+    def send(self, frame):
+        self._frames.put_nowait(frame)
+
+    async def end(self):
+        self._frames.put_nowait(None)
+        while await self.read() is not grpc.aio.EOF:
+            pass
+
+    async def read(self):
+        async with asyncio.timeout(WAIT):
+            return await self.call.read()
+
+
+class Gateway(Stream):
+    def __init__(self, stub):
+        super().__init__(stub.Place)
+        self.granted, self.refused, self.catalogs = deque(), deque(), deque()
+
+    async def _until(self, queue):
+        while not queue:
+            response = await self.read()
+            assert response is not grpc.aio.EOF
+            self.granted += response.granted
+            self.refused += response.refused
+            if response.HasField("catalog"):
+                self.catalogs.append([e.executor_id for e in response.catalog.executors])
+        return queue.popleft()
+
+    async def grant(self):
+        return await self._until(self.granted)
+
+    async def refusal(self):
+        return await self._until(self.refused)
+
+    async def catalog(self, *ids):
+        while await self._until(self.catalogs) != list(ids):
+            pass
+
+    def place(self, request_id, **fields):
+        fields = {"model": "m", "prompt_tokens": 10, "max_tokens": 5} | fields
+        self.send(pb.PlaceRequest(place=[pb.Placing(request_id=request_id, **fields)]))
+
+
+def description(executor_id="e1", **fields):
+    given = {
+        "executor_id": executor_id,
+        "address": f"127.0.0.1:{9000 + sum(executor_id.encode())}",
+        "model": "m",
+        "context_length": 1024,
+        "kv_block_size": 16,
+        "kv_blocks": 1000,
+        "max_batch_size": 2,
+        "fields": ["sampling.temperature"],
+    }
+    return pb.ExecutorDescription(**given | fields)
+
+
+class Executor(Stream):
+    def __init__(self, stub, executor_id="e1", **fields):
+        super().__init__(stub.Register)
+        self.send(pb.RegisterRequest(description=description(executor_id, **fields)))
+
+    async def ready(self):
+        response = await self.read()
+        assert response.lease_ms > 0
+        return self
+
+
+@contextlib.asynccontextmanager
+async def scheduler(listen="127.0.0.1:0", **config):
+    server = SchedulerServer(SchedulerConfig(listen=listen, **{"settle_seconds": 0.0, "look_ahead": 0} | config))
+    try:
+        yield (await server.start())["grpc"], server
+    finally:
+        await server.close()
+
+
+@contextlib.asynccontextmanager
+async def stub_of(address):
+    async with connect(address) as channel:
+        yield rpc.SchedulerServiceStub(channel)
+
+
+@contextlib.asynccontextmanager
+async def served(**config):
+    async with scheduler(**config) as (address, _), stub_of(address) as stub:
+        yield stub
+
+
+async def states(stub):
+    listed = await stub.ListExecutors(pb.ListExecutorsRequest(), timeout=WAIT, wait_for_ready=True)
+    return {e.description.executor_id: e for e in listed.executors}, listed.queued
+
+
+async def eventually(check):
+    async with asyncio.timeout(WAIT):
+        while not await check():
+            pass
+
+
+async def test_request_is_granted_the_executor_with_its_address():
+    async with served() as stub:
+        await Executor(stub).ready()
+        gateway = Gateway(stub)
+        await gateway.catalog("e1")
+        gateway.place(7)
+        lease = await gateway.grant()
+        assert (lease.request_id, lease.executor_id, lease.address) == (7, "e1", description().address)
+        assert lease.tokens == 15
+        assert lease.choices == 1
+
+
+async def test_catalog_comes_first_and_follows_join_drain_and_leave():
+    async with served() as stub:
+        gateway = Gateway(stub)
+        await gateway.catalog()
+        first = await Executor(stub, "e1").ready()
+        await gateway.catalog("e1")
+        second = await Executor(stub, "e2").ready()
+        await gateway.catalog("e1", "e2")
+        second.send(pb.RegisterRequest(draining=True))
+        await gateway.catalog("e1")
+        gateway.place(1)
+        assert (await gateway.grant()).executor_id == "e1"
+        found, _ = await states(stub)
+        assert found["e2"].draining
+        await first.end()
+        await gateway.catalog()
+
+
+async def test_ended_gateway_frees_its_leases_and_its_queue():
+    async with served() as stub:
+        await Executor(stub).ready()
+        dying, other = Gateway(stub), Gateway(stub)
+        for request_id in range(5):
+            dying.place(request_id)
+        await dying.grant()
+        await dying.grant()
+        other.place(1)
+        dying.call.cancel()
+        assert (await other.grant()).request_id == 1
+
+        async def only_one_lease():
+            found, queued = await states(stub)
+            return found["e1"].leases == 1 and not queued
+
+        await eventually(only_one_lease)
+
+
+async def test_released_lease_makes_room_and_released_queued_request_is_never_granted():
+    async with served() as stub:
+        await Executor(stub, max_batch_size=1).ready()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        gateway.place(2)
+        gateway.place(3)
+        gateway.send(pb.PlaceRequest(released=[2]))
+        gateway.send(pb.PlaceRequest(released=[1]))
+        assert (await gateway.grant()).request_id == 3
+
+
+async def test_deadline_in_the_queue_is_told_without_anything_else_happening():
+    async with served() as stub:
+        await Executor(stub, max_batch_size=1).ready()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        gateway.place(2, deadline_ms=50)
+        refusal = await gateway.refusal()
+        assert (refusal.request_id, refusal.reason) == (2, pb.REFUSAL_REASON_DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("placing", "reason", "field", "said"),
+    [
+        ({"model": "other"}, pb.REFUSAL_REASON_UNKNOWN_MODEL, "", "there is m"),
+        ({"fields": ["sampling.temperature", "sampling.min_p"]}, pb.REFUSAL_REASON_UNSUPPORTED, "sampling.min_p", "leave it out"),
+        ({"prompt_tokens": 2000}, pb.REFUSAL_REASON_UNSUPPORTED, "prompt", "hold 1024"),
+        ({"max_tokens": 1020}, pb.REFUSAL_REASON_UNSUPPORTED, "stopping.max_tokens", "1014 fit"),
+    ],
+)
+async def test_what_can_never_run_is_refused_at_once_and_says_why(placing, reason, field, said):
+    async with served() as stub:
+        await Executor(stub).ready()
+        gateway = Gateway(stub)
+        gateway.place(1, **placing)
+        refusal = await gateway.refusal()
+        assert (refusal.reason, refusal.field) == (reason, field)
+        assert said in refusal.message
+
+
+async def test_full_queue_refuses_with_a_time_to_come_back():
+    async with served(max_queued_requests=1) as stub:
+        await Executor(stub, max_batch_size=1).ready()
+        gateway = Gateway(stub)
+        for request_id in (1, 2, 3):
+            gateway.place(request_id)
+        refusal = await gateway.refusal()
+        assert (refusal.request_id, refusal.reason) == (3, pb.REFUSAL_REASON_QUEUE_FULL)
+        assert refusal.retry_after_ms > 0
+
+
+async def test_cached_prefix_draws_a_request_and_lost_events_are_forgotten():
+    hashes = bytes(range(64 * 8 // 8)) * 8
+    async with served() as stub:
+        first, second = await Executor(stub, "e1").ready(), await Executor(stub, "e2").ready()
+        second.send(pb.RegisterRequest(kv_events=pb.KvEvents(sequence=1, stored=hashes[:64])))
+        gateway = Gateway(stub)
+
+        async def place(request_id):
+            gateway.place(request_id, prompt_tokens=200, block_hashes=hashes[:64])
+            lease = await gateway.grant()
+            gateway.send(pb.PlaceRequest(released=[request_id]))
+            return lease
+
+        async def drawn():
+            drawn.count += 1
+            lease = await place(drawn.count)
+            return lease.executor_id == "e2" and lease.expected_cached_tokens == 128
+
+        drawn.count = 0
+        await eventually(drawn)
+        second.send(pb.RegisterRequest(kv_events=pb.KvEvents(sequence=3, removed=b"\1" * 8)))
+
+        async def forgotten():
+            drawn.count += 1
+            return (await place(drawn.count)).expected_cached_tokens == 0
+
+        await eventually(forgotten)
+        assert first.call.done() is False
+
+
+async def test_silent_executor_is_lost_and_its_stream_ends():
+    async with served(lease_seconds=0.1) as stub:
+        executor = await Executor(stub).ready()
+        gateway = Gateway(stub)
+        assert await executor.read() is grpc.aio.EOF
+        await gateway.catalog()
+        assert (await states(stub))[0] == {}
+
+
+async def test_heartbeats_keep_an_executor():
+    async with served(lease_seconds=0.3) as stub:
+        executor, silent = await Executor(stub, "e1").ready(), await Executor(stub, "e2").ready()
+        losing = asyncio.create_task(silent.read())
+        while not losing.done():
+            executor.send(pb.RegisterRequest(load=pb.Load(running=1)))
+            await asyncio.wait([losing], timeout=0.02)
+        assert list((await states(stub))[0]) == ["e1"]
+
+
+async def test_executor_that_comes_back_in_time_serves_who_waited():
+    async with served() as stub:
+        executor = await Executor(stub).ready()
+        await executor.end()
+        gateway = Gateway(stub)
+        await gateway.catalog()
+        gateway.place(1)
+        await Executor(stub, "e1-again").ready()
+        assert (await gateway.grant()).executor_id == "e1-again"
+
+
+async def test_no_executor_in_time_is_told():
+    async with served(executor_wait_seconds=0.05) as stub:
+        await (await Executor(stub).ready()).end()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        assert (await gateway.refusal()).reason == pb.REFUSAL_REASON_NO_EXECUTOR
+
+
+async def test_executor_without_identity_is_refused_by_field():
+    async with served() as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await Executor(stub, kv_blocks=0).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "description.kv_blocks" in caught.value.details()
+
+
+async def test_restart_under_load_takes_leases_over_from_gateways_and_executors_in_any_order():
+    async with scheduler() as (address, _), stub_of(address) as stub:
+        await Executor(stub).ready()
+        gateway = Gateway(stub)
+        for request_id in (1, 2, 3):
+            gateway.place(request_id)
+        leases = [await gateway.grant(), await gateway.grant()]
+    async with scheduler(listen=address, settle_seconds=5.0) as (_, _), stub_of(address) as stub:
+        gateway = Gateway(stub)
+        gateway.send(pb.PlaceRequest(announced=leases))
+        gateway.place(3)
+        executor = await Executor(stub).ready()
+        executor.send(pb.RegisterRequest(load=pb.Load(running=2)))
+
+        async def taken_over():
+            found, queued = await states(stub)
+            return found["e1"].leases == 2 and found["e1"].load.running == 2 and queued == 1
+
+        await eventually(taken_over)
+        gateway.send(pb.PlaceRequest(released=[leases[0].request_id]))
+        assert (await gateway.grant()).request_id == 3
+
+
+async def test_draining_scheduler_refuses_new_requests_and_waits_for_its_queue():
+    async with scheduler() as (address, server), stub_of(address) as stub:
+        await Executor(stub, max_batch_size=1).ready()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        gateway.place(2)
+
+        async def waits():
+            return (await states(stub))[1] == 1
+
+        await eventually(waits)
+        draining = asyncio.create_task(server.drain())
+        await asyncio.sleep(0)
+        gateway.place(3)
+        assert (await gateway.refusal()).reason == pb.REFUSAL_REASON_DRAINING
+        assert not draining.done()
+        gateway.send(pb.PlaceRequest(released=[1]))
+        assert (await gateway.grant()).request_id == 2
+        async with asyncio.timeout(WAIT):
+            await draining
