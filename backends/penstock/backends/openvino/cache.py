@@ -1,0 +1,77 @@
+"""The KV cache: two arrays a layer in host memory, which the graph reads and writes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+import openvino as ov
+from penstock.backends.contract import KvChunk
+from penstock.backends.openvino.weights import shared_tensor
+
+__all__ = ["BLOCK_SIZE", "PagedCache"]
+
+BLOCK_SIZE = 32  # the plug-in's own; it has no other
+
+_TYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class PagedCache:
+    """Blocks of keys and values, [block, kv head, slot, head dim] for each layer and kind.
+
+    The arrays are not written when they are made, so memory is taken as blocks are first used.
+
+    Attributes:
+        tensors: by the name of the graph's input.
+        bytes_per_block: over all layers, keys and values.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, blocks: int) -> None:
+        ports = [port for port in compiled.inputs if port.any_name.startswith(("key.", "value."))]
+        self.layers = len(ports) // 2
+        self.dtype = ports[0].element_type.to_string()
+        self._type = _TYPES[self.dtype]
+        self._shape = tuple(dimension.get_length() for dimension in list(ports[0].partial_shape)[1:])
+        self._arrays: dict[str, NDArray[Any]] = {port.any_name: np.empty((blocks, *self._shape), self._type) for port in ports}
+        self.tensors = {name: shared_tensor(array) for name, array in self._arrays.items()}
+        self.bytes_per_block = len(ports) * int(np.prod(self._shape)) * self._type.itemsize
+
+    def read(self, blocks: Sequence[int], tokens: range) -> KvChunk:
+        """Copy `tokens` out, which are positions in a sequence whose blocks these are.
+
+        Raises:
+            ValueError: they are not consecutive positions within the blocks.
+        """
+        held, slots = self._locate(blocks, tokens)
+        heads, _, dim = self._shape
+        data = np.empty((self.layers, 2, len(tokens), heads, dim), self._type)
+        for layer in range(self.layers):
+            for kind, name in enumerate(("key", "value")):
+                data[layer, kind] = self._arrays[f"{name}.{layer}"][held, :, slots]
+        return KvChunk(tokens, data)
+
+    def write(self, blocks: Sequence[int], chunk: KvChunk) -> None:
+        """Copy a chunk in, converted to this cache's type.
+
+        Raises:
+            ValueError: its positions are not within the blocks, or its shape is not this model's.
+        """
+        held, slots = self._locate(blocks, chunk.tokens)
+        heads, _, dim = self._shape
+        expected = (self.layers, 2, len(chunk.tokens), heads, dim)
+        if chunk.data.shape != expected:
+            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        for layer in range(self.layers):
+            for kind, name in enumerate(("key", "value")):
+                self._arrays[f"{name}.{layer}"][held, :, slots] = chunk.data[layer, kind].astype(self._type, copy=False)
+
+    def _locate(self, blocks: Sequence[int], tokens: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The block and the slot of each token."""
+        if tokens.step != 1 or not 0 <= tokens.start <= tokens.stop <= len(blocks) * BLOCK_SIZE:
+            raise ValueError(f"{tokens} are not consecutive positions within {len(blocks)} blocks of {BLOCK_SIZE}")
+        positions = np.arange(tokens.start, tokens.stop)
+        return np.asarray(blocks, np.int64)[positions // BLOCK_SIZE], positions % BLOCK_SIZE

@@ -1,0 +1,147 @@
+"""A model in OpenVINO: the compiled graph, its cache, and the step over both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+import openvino as ov
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.openvino import REGISTRATION
+from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
+from penstock.backends.openvino.graph import build
+from penstock.backends.openvino.properties import properties
+from penstock.backends.openvino.weights import Constants
+from penstock.backends.safetensors import Weights
+from penstock.common.service import StartError
+
+__all__ = ["OpenVinoModel"]
+
+
+class OpenVinoModel:
+    """A `GenerativeModel`.
+
+    Raises:
+        StartError: the dtype is none of this backend's, or memory holds no cache.
+    """
+
+    def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
+        dtypes = REGISTRATION.capabilities(spec).dtypes
+        self._dtype = config.dtype or dtypes[0]
+        if self._dtype not in dtypes:
+            raise StartError(f"backend openvino has no {self._dtype}, but {', '.join(dtypes)}")
+        self._request: ov.InferRequest | None = None
+        self._cache: PagedCache | None = None
+        self._longest = np.zeros((), np.int32)
+        # The graph's constants are these arrays: it keeps no reference of its own.
+        self._held, compiled = _compile(spec, config, self._dtype)
+        self._request = compiled.create_infer_request()
+        self._cache = self._allocate(compiled, spec, config)
+
+    @property
+    def kv(self) -> KvSpec:
+        """The cache it was created with."""
+        return self._kv
+
+    @property
+    def dtype(self) -> DType:
+        """The type it was created with."""
+        return self._dtype
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return "cpu"
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        """Compute one step; all tokens go through each product together.
+
+        Raises:
+            RuntimeError: the model is closed, or the plug-in failed.
+        """
+        request, _ = self._open()
+        self._longest[...] = (batch.past_lengths + np.diff(batch.starts)).max()
+        for name in _FIELDS:
+            request.set_tensor(name, ov.Tensor(getattr(batch, name), shared_memory=True))
+        request.infer(share_outputs=True)
+        return StepOutput(request.get_output_tensor(0).data)
+
+    def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
+        """Copy the KV of `tokens` out of the cache.
+
+        Raises:
+            ValueError: `tokens` are not consecutive positions within these blocks.
+        """
+        return self._open()[1].read(blocks, tokens)
+
+    def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
+        """Copy a chunk into the cache, converted to its type.
+
+        Raises:
+            ValueError: its positions are not within these blocks, or its shape is not this model's.
+        """
+        self._open()[1].write(blocks, chunk)
+
+    def close(self) -> None:
+        """Give all memory back. Idempotent."""
+        self._request = self._cache = None
+        self._held.clear()
+
+    def _open(self) -> tuple[ov.InferRequest, PagedCache]:
+        if self._request is None or self._cache is None:
+            raise RuntimeError("the model is closed")
+        return self._request, self._cache
+
+    def _allocate(self, compiled: ov.CompiledModel, spec: ModelSpec, config: DeviceConfig) -> PagedCache:
+        """A cache of the size that memory allows, once a first step has made the plug-in lay its weights out."""
+        self._cache = small = PagedCache(compiled, blocks=1)
+        self._attach(small)
+        self._warm_up()
+        blocks = count_blocks(spec.decoder, config, BLOCK_SIZE, small.bytes_per_block, free_memory())
+        cache = PagedCache(compiled, blocks)
+        self._attach(cache)
+        self._kv = KvSpec(BLOCK_SIZE, blocks, cache.bytes_per_block, layout="block.head.slot.dim", dtype=cache.dtype)
+        return cache
+
+    def _attach(self, cache: PagedCache) -> None:
+        request, _ = self._open()
+        for name, tensor in cache.tensors.items():
+            request.set_tensor(name, tensor)
+        request.set_tensor("longest", ov.Tensor(self._longest, shared_memory=True))
+
+    def _warm_up(self) -> None:
+        for tokens in (BLOCK_SIZE, 1):
+            self.step(_only(tokens))
+
+
+_FIELDS = ("token_ids", "positions", "past_lengths", "starts", "block_ids", "block_starts", "logits_rows")
+
+
+def _only(tokens: int) -> StepBatch:
+    """A step of one sequence in block 0."""
+    return StepBatch(
+        token_ids=np.zeros(tokens, np.int64),
+        positions=np.arange(tokens, dtype=np.int64),
+        past_lengths=np.zeros(1, np.int32),
+        starts=np.array([0, tokens], np.int32),
+        block_ids=np.zeros(1, np.int32),
+        block_starts=np.array([0, 1], np.int32),
+        logits_rows=np.array([tokens - 1], np.int64),
+    )
+
+
+def _compile(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[list[NDArray[np.generic]], ov.CompiledModel]:
+    core = ov.Core()
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    threads = config.threads or len(os.sched_getaffinity(0))
+    with Weights(spec) as weights:
+        constants = Constants(weights, dtype, threads)
+        try:
+            graph = build(spec.decoder, constants)
+        finally:
+            constants.close()
+        return constants.held, core.compile_model(graph, "CPU", properties(config, dtype, has_bf16))
