@@ -9,7 +9,8 @@ from dataclasses import dataclass
 __all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "Reason", "Refused"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: that would cost a tenth of a placement.
+@dataclass(slots=True, kw_only=True)
 class Needs:
     """What one request needs. `block_hashes` are those of its prompt's full blocks; `deadline` is in seconds from now."""
 
