@@ -1,0 +1,347 @@
+"""The engine: continuous batching over one model, in a thread of its own.
+
+In process, without any service::
+
+    engine = Engine(model, EngineConfig(vocabulary_size=32_000, context_length=4096))
+    engine.start()
+    engine.submit(SequenceRequest(sequence_id=1, prompt=[1, 2, 3], max_tokens=16), on_frame)
+    ...
+    engine.close()
+
+`on_frame` is a sink: it is called once for each step that gave its sequences something, with one `Frame` of plain columns, from
+the engine's thread (and from the caller's, inside `submit`, for what is refused). It must be quick and must not raise. A sequence
+is told finished exactly once, unless it was aborted. Sinks stand for gateways: `abort_all(sink)` ends all that one has started.
+
+`Engine.step` is the whole of it: schedule, build the batch, compute, sample, publish. Commands reach the engine between steps.
+What can be done beside a running step is done in other threads, since a backend releases the interpreter's lock: a sequence's
+hashes are computed by who submits it, and frames become messages in the sink's event loop.
+
+A backend that raises costs the batch's sequences; one that raises twice in a row is taken for broken, and the engine is dead.
+`progress` tells a watchdog whether the engine moves: a step may take `stall_seconds`, and `stall_seconds_per_prompt_token` more
+for each prompt token in it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.backends.contract import GenerativeModel
+from penstock.executor.batch import Built, PromptRows, build
+from penstock.executor.blocks import BlockManager
+from penstock.executor.meter import Meter, StepFacts
+from penstock.executor.sampling import Sampled, Sampler, token_logprob
+from penstock.executor.schedule import Limits, Scheduler, Step
+from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Started
+
+__all__ = ["Engine", "EngineConfig", "EngineDead"]
+
+_JOIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs.
+
+    Attributes:
+        context_length: tokens that one sequence holds at most; never more than the cache has room for.
+        max_batch_tokens: tokens of one step; more than `max_batch_size`.
+        max_batch_size: sequences that run at a time.
+        prefill_chunk: prompt tokens of one step while others decode.
+        chunked_prefill: whether the backend takes a prompt in several steps.
+        stall_seconds: what a step of decoding takes at most before the engine counts as stalled.
+        stall_seconds_per_prompt_token: what a prompt token adds to that.
+    """
+
+    vocabulary_size: int
+    context_length: int
+    max_batch_tokens: int = 2048
+    max_batch_size: int = 64
+    prefill_chunk: int = 512
+    prefix_cache: bool = True
+    chunked_prefill: bool = True
+    stall_seconds: float = 2.5
+    stall_seconds_per_prompt_token: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens <= self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be more than max_batch_size ({self.max_batch_size}): every "
+                "running sequence takes a token of each step, and prompts need room beside them"
+            )
+
+
+class EngineDead(RuntimeError):
+    """The engine can not go on; the text says why."""
+
+
+class Engine:
+    """Runs sequences on a model. Its methods may be called from any thread, but for `step`."""
+
+    def __init__(self, model: GenerativeModel, config: EngineConfig, *, on_death: Callable[[str], None] | None = None) -> None:
+        self.model = model
+        self.block_size = model.kv.block_size
+        self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
+        self.blocks = BlockManager(model.kv.blocks, caching=config.prefix_cache)
+        self.meter = Meter()
+        self.failure: str | None = None
+        self._config = config
+        self._on_death = on_death
+        limits = Limits(
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_size=config.max_batch_size,
+            prefill_chunk=config.prefill_chunk,
+            chunked=config.chunked_prefill,
+            caching=config.prefix_cache,
+        )
+        self.scheduler = Scheduler(self.blocks, self.block_size, limits)
+        self._sampler = Sampler(config.vocabulary_size)
+        self._sequences: dict[Sink, dict[int, Sequence]] = {}
+        self._frames: dict[Sink, Frame] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._draining = False
+        self._raised_before = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread.
+
+    def start(self) -> None:
+        """Begin to run what is submitted."""
+        self._thread.start()
+
+    def submit(self, request: SequenceRequest, sink: Sink) -> None:
+        """Run a sequence and tell `sink` what comes of it, a refusal included."""
+        reason = self._refusal(request)
+        if reason is not None:
+            sink(Frame(finished=[Finished(request.sequence_id, Finish.REFUSED, message=reason)]))
+            return
+        sequence = Sequence(request, sink, self.block_size, time.monotonic())
+        self._command(lambda: self._add(sequence))
+
+    def abort(self, sequence_ids: Iterable[int], sink: Sink) -> None:
+        """End sequences within a step; nothing more is told of them. Unknown ones are ignored: they may just have ended."""
+        ids = list(sequence_ids)
+        self._command(lambda: self._abort(ids, sink))
+
+    def abort_all(self, sink: Sink) -> None:
+        """End all that was submitted with this sink."""
+        self._command(lambda: self._abort(list(self._sequences.get(sink, ())), sink))
+
+    def drain(self) -> None:
+        """Refuse whatever comes from now on. What runs or waits goes on."""
+        self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs, waits, or is on its way in or out."""
+        return not (self._commands or self.scheduler.running or self.scheduler.waiting or self._frames)
+
+    def progress(self, now: float) -> bool:
+        """Whether the engine lives and its step, if one is running, has taken no longer than it may. `now` by `time.monotonic`."""
+        return self.failure is None and now <= self.meter.step_due
+
+    def close(self) -> None:
+        """Stop after the running step, drop what is left, and close the model. Idempotent."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_SECONDS)
+        if not self._thread.is_alive():
+            self.model.close()
+
+    def _refusal(self, request: SequenceRequest) -> str | None:
+        asked, most = len(request.prompt) + request.max_tokens, self.context_length
+        if self.failure is not None:
+            return f"the engine has failed: {self.failure}"
+        if self._draining or self._stopping:
+            return "the executor is draining"
+        if not request.prompt or len(request.replayed) >= request.max_tokens:
+            return "there is nothing to compute: the prompt is empty, or all of the output was replayed"
+        if asked > most:
+            return f"{len(request.prompt)} prompt tokens and {request.max_tokens} new ones are more than the {most} that fit"
+        if not self._config.chunked_prefill and asked > self._config.max_batch_tokens:
+            return (
+                f"{asked} tokens are more than the {self._config.max_batch_tokens} of one step, and the backend takes prompts whole"
+            )
+        return None
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self.step()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing can be computed any more, and who waits must hear of it
+            self._die(f"{type(error).__name__}: {error}")
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is something to do; False once the engine is to stop."""
+        with self._wake:
+            while not self._stopping and self.idle:
+                self._wake.wait()
+            return not self._stopping
+
+    def step(self) -> None:
+        """One step of all that runs. The engine's thread calls it; a test that starts none may."""
+        self._obey()
+        self._expire()
+        step = self.scheduler.schedule()
+        if step.sequences:
+            built = build(step, self.block_size)
+            logits = self._compute(step, built)
+            if logits is not None:
+                self.scheduler.advance(step)
+                self._tell_prompts(built.prompts, logits)
+                drawn = logits if built.drawing_rows is None else logits[built.drawing_rows]
+                self._deliver(built.drawing, self._sampler.sample(drawn, [s.next_row() for s in built.drawing]))
+        self._publish()
+
+    def _obey(self) -> None:
+        while self._commands:
+            self._commands[0]()
+            self._commands.popleft()  # not before it is done: `idle` is read by other threads
+
+    def _expire(self) -> None:
+        for sequence in self.scheduler.expired(time.monotonic()):
+            self._finish(sequence, Finish.DEADLINE)
+
+    def _add(self, sequence: Sequence) -> None:
+        mine = self._sequences.setdefault(sequence.sink, {})
+        if sequence.request.sequence_id in mine:
+            self._frame(sequence).finished.append(
+                Finished(sequence.request.sequence_id, Finish.REFUSED, message="its sequence_id is in use")
+            )
+            return
+        mine[sequence.request.sequence_id] = sequence
+        self.scheduler.add(sequence)
+
+    def _abort(self, sequence_ids: list[int], sink: Sink) -> None:
+        mine = self._sequences.get(sink, {})
+        for sequence_id in sequence_ids:
+            if sequence_id in mine:
+                self._forget(mine[sequence_id])
+
+    def _compute(self, step: Step, built: Built) -> NDArray[np.float32] | None:
+        """The step's logits; None where the backend failed, and the step's sequences with it."""
+        began = time.monotonic()
+        decodes = step.counts.count(1)
+        prompt_tokens = int(built.batch.starts[-1]) - decodes
+        for sequence in step.sequences:
+            if not sequence.first_step_at:
+                sequence.first_step_at = began
+        self.meter.begin(began + self._config.stall_seconds + prompt_tokens * self._config.stall_seconds_per_prompt_token)
+        try:
+            logits = self.model.step(built.batch).logits
+        except Exception as error:  # noqa: BLE001 - the contract lets a backend raise anything
+            self._fail(step, f"{type(error).__name__}: {error}")
+            return None
+        finally:
+            self.meter.end(StepFacts(time.monotonic() - began, decodes, prompt_tokens))
+        self._raised_before = False
+        return logits
+
+    def _fail(self, step: Step, reason: str) -> None:
+        for sequence in step.sequences:
+            self._finish(sequence, Finish.FAILED, f"the backend failed: {reason}")
+        if self._raised_before:
+            self._publish()
+            raise EngineDead(f"the backend failed twice in a row, at last with {reason}")
+        self._raised_before = True
+
+    def _tell_prompts(self, prompts: list[PromptRows], logits: NDArray[np.float32]) -> None:
+        for rows in prompts:
+            told, count = rows.sequence.prompt_logprobs, rows.sequence.request.prompt_logprobs
+            if told is not None and count is not None:
+                for i in range(rows.count):
+                    told.append(token_logprob(logits[rows.first + i], rows.sequence.ids[rows.place + i + 1], count))
+
+    def _deliver(self, sequences: list[Sequence], sampled: list[Sampled]) -> None:
+        """Add the drawn tokens to their sequences and to the frames."""
+        now = time.monotonic()
+        self.meter.generated += len(sequences)
+        for sequence, drawn in zip(sequences, sampled, strict=True):
+            if drawn.error is not None:
+                self._finish(sequence, Finish.FAILED, str(drawn.error))
+                continue
+            frame = self._frame(sequence)
+            sequence_id = sequence.request.sequence_id
+            if not sequence.first_token_at:
+                self._tell_start(sequence, frame, now)
+            position = sequence.output_length
+            frame.sequence_ids.append(sequence_id)
+            frame.token_ids.append(drawn.token)
+            frame.positions.append(position)
+            if drawn.logprob is not None:
+                frame.logprobs.append((sequence_id, position, drawn.logprob))
+            finish = sequence.append(drawn.token, self.block_size)
+            if finish is not None:
+                self._finish(sequence, finish)
+
+    def _tell_start(self, sequence: Sequence, frame: Frame, now: float) -> None:
+        sequence.first_token_at = now
+        self.meter.prompted += sequence.prompt_length
+        frame.started.append(
+            Started(
+                sequence.request.sequence_id,
+                sequence.cached_tokens,
+                sequence.first_step_at - sequence.submitted_at,
+                now - sequence.first_step_at,
+            )
+        )
+        if sequence.prompt_logprobs is not None:
+            frame.prompt_logprobs.append((sequence.request.sequence_id, sequence.prompt_logprobs))
+
+    def _finish(self, sequence: Sequence, reason: Finish, message: str = "") -> None:
+        decode = time.monotonic() - sequence.first_token_at if sequence.first_token_at else 0.0
+        finished = Finished(sequence.request.sequence_id, reason, sequence.preemptions, message, decode)
+        self._frame(sequence).finished.append(finished)
+        self.meter.finished[reason] += 1
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        mine = self._sequences[sequence.sink]
+        del mine[sequence.request.sequence_id]
+        if not mine:
+            del self._sequences[sequence.sink]
+
+    def _frame(self, sequence: Sequence) -> Frame:
+        frame = self._frames.get(sequence.sink)
+        if frame is None:
+            frame = self._frames[sequence.sink] = Frame()
+        return frame
+
+    def _publish(self) -> None:
+        if self._frames:
+            for sink, frame in self._frames.items():
+                sink(frame)
+            self._frames = {}
+
+    def _die(self, reason: str) -> None:
+        """Tell everyone that nothing more comes."""
+        self.failure = reason
+        self._obey()
+        for mine in list(self._sequences.values()):
+            for sequence in list(mine.values()):
+                self._finish(sequence, Finish.FAILED, f"the engine has failed: {reason}")
+        self._publish()
+        if self._on_death is not None:
+            self._on_death(reason)

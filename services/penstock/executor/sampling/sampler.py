@@ -1,0 +1,120 @@
+"""From a step's logits to tokens, with their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.executor.sampling.adjust import Adjustment
+from penstock.executor.sampling.draw import Drawer
+from penstock.executor.sampling.likeliest import top
+from penstock.executor.sampling.parameters import SamplingParameters
+
+__all__ = ["NotFinite", "Row", "Sampled", "Sampler", "TokenLogprob", "token_logprob"]
+
+
+class NotFinite(ArithmeticError):
+    """A row of logits holds no number to choose by."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model, before any change by the request, took a token to be.
+
+    Attributes:
+        rank: 1 for the likeliest.
+        top_ids: the likeliest tokens, best first, and beside them their log-probabilities.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True)
+class Row:
+    """What is to be drawn from one row of logits.
+
+    Attributes:
+        position: of the token in the output, from 0.
+        masked: ids that must not be drawn now.
+        logprobs: how many of the likeliest tokens to tell; None: tell nothing.
+    """
+
+    parameters: SamplingParameters
+    position: int
+    adjustment: Adjustment | None = None
+    masked: Sequence[int] = ()
+    logprobs: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the largest logit is all that counts."""
+        return self.parameters.temperature == 0 and self.adjustment is None and not self.masked and self.logprobs is None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token, or why there is none."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: NotFinite | None = None
+
+
+class Sampler:
+    """Chooses the tokens of a step. Not for two threads at once."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        self._drawer = Drawer(vocabulary_size)
+        self._nothing = Adjustment(SamplingParameters(), (), ())
+
+    def sample(self, logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
+        """One token for each row of `logits` [rows, vocabulary], which may be overwritten."""
+        plain = [i for i, row in enumerate(rows) if row.plain]
+        if len(plain) == len(rows):
+            return _greedy(logits)
+        sampled: list[Sampled | None] = [None] * len(rows)
+        for i in plain:
+            sampled[i] = _greedy(logits[i : i + 1])[0]
+        return [done or self._sample_row(logits[i], rows[i]) for i, done in enumerate(sampled)]
+
+    def _sample_row(self, logits: NDArray[np.float32], row: Row) -> Sampled:
+        raw = logits
+        if row.adjustment is not None or row.masked:
+            if row.logprobs is not None:
+                raw = logits.copy()
+            (row.adjustment or self._nothing).apply(logits, row.masked)
+        if not np.isfinite(logits.max()):
+            return Sampled(0, error=NotFinite("the model's logits are not finite"))
+        greedy = row.parameters.temperature == 0
+        token = int(logits.argmax()) if greedy else self._drawer.draw(logits, row.parameters, row.position)
+        return Sampled(token, None if row.logprobs is None else token_logprob(raw, token, row.logprobs))
+
+
+def token_logprob(row: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+    """The log-probability of a token and of the `count` likeliest, by the logits as the model gave them."""
+    largest = row.max()
+    normalizer = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
+    ids = top(row, count)
+    return TokenLogprob(
+        logprob=float(row[token]) - normalizer,
+        rank=1 + int(np.count_nonzero(row > row[token])),
+        top_ids=ids.tolist(),
+        top_logprobs=(row[ids].astype(np.float64) - normalizer).tolist(),
+    )
+
+
+def _greedy(logits: NDArray[np.float32]) -> list[Sampled]:
+    tokens = logits.argmax(axis=1)
+    finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
+    if finite.all():
+        return [Sampled(token) for token in tokens.tolist()]
+    return [
+        Sampled(token) if good else Sampled(0, error=NotFinite("the model's logits are not finite"))
+        for token, good in zip(tokens.tolist(), finite.tolist(), strict=True)
+    ]

@@ -1,0 +1,215 @@
+"""Who computes how many tokens in the next step.
+
+There is one view of a sequence: it has tokens, and so many of them are computed. Decoding is one token left, prefill is more, and
+a preempted sequence is one with nothing computed. Decodes go first, so that no prompt delays them by more than its chunk; as they
+take one token each and there are fewer of them than tokens in a step, prompts always get room as well.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from penstock.executor.blocks import BlockManager
+from penstock.executor.sequence import Sequence, Status
+
+__all__ = ["Limits", "Scheduler", "SchedulerCounts", "Step"]
+
+# Rows of logits over a whole vocabulary are large: prompts whose logits are all wanted come in such chunks.
+PROMPT_LOGITS_CHUNK = 128
+
+_rank = attrgetter("rank")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a step may hold.
+
+    Attributes:
+        max_batch_tokens: tokens in one step; more than `max_batch_size`.
+        max_batch_size: sequences that run at a time.
+        prefill_chunk: prompt tokens in a step in which others decode.
+        chunked: whether a prompt may come in several steps.
+        caching: whether cached prefixes are looked for.
+    """
+
+    max_batch_tokens: int
+    max_batch_size: int
+    prefill_chunk: int
+    chunked: bool = True
+    caching: bool = True
+
+
+@dataclass(slots=True)
+class Step:
+    """The sequences of one step and how many new tokens each computes."""
+
+    sequences: list[Sequence]
+    counts: list[int]
+
+
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Sums since the start, in tokens but for preemptions."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making. Who is preempted after it was planned leaves it again."""
+
+    room: int
+    counts: dict[Sequence, int] = field(default_factory=dict)
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        self.counts[sequence] = count
+        self.room -= count
+
+    def drop(self, sequence: Sequence) -> None:
+        self.room += self.counts.pop(sequence, 0)
+
+
+class Scheduler:
+    """Waiting and running sequences of one engine, each list in the order of rank."""
+
+    def __init__(self, blocks: BlockManager, block_size: int, limits: Limits) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.counts = SchedulerCounts()
+        self._blocks = blocks
+        self._block_size = block_size
+        self._limits = limits
+        self._arrivals = 0
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait, behind those of its priority."""
+        self._arrivals += 1
+        sequence.rank = (-sequence.request.priority, self._arrivals)
+        insort(self.waiting, sequence, key=_rank)
+        if sequence.request.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.request.deadline, self._arrivals, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence ends, for whatever reason: its blocks come back."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        self._give_back(sequence)
+        sequence.status = Status.DONE
+
+    def expired(self, now: float) -> list[Sequence]:
+        """The sequences whose deadline has passed, each told once."""
+        late: list[Sequence] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.status is not Status.DONE:
+                late.append(sequence)
+        return late
+
+    def schedule(self) -> Step:
+        """Choose the next step; blocks for it are allocated. Empty only where nothing waits or runs."""
+        plan = _Plan(self._limits.max_batch_tokens)
+        self._plan_decodes(plan)
+        if plan.counts and self._limits.chunked:
+            plan.room = min(plan.room, self._limits.prefill_chunk)
+        self._plan_prefills(plan)
+        self._admit(plan)
+        return Step(list(plan.counts), list(plan.counts.values()))
+
+    def advance(self, step: Step) -> None:
+        """A step has been computed: blocks that it filled can be shared from now on."""
+        for sequence, count in zip(step.sequences, step.counts, strict=True):
+            sequence.computed += count
+            full = sequence.computed // self._block_size
+            for i in range(sequence.registered, full):
+                self._blocks.register(int(sequence.table[i]), sequence.hashes[i])
+            sequence.registered = full
+
+    def _plan_decodes(self, plan: _Plan) -> None:
+        for sequence in list(self.running):
+            if sequence.status is Status.RUNNING and sequence.remaining == 1 and self._make_room(sequence, plan):
+                plan.add(sequence, 1)
+
+    def _plan_prefills(self, plan: _Plan) -> None:
+        """Go on with prompts that have begun. All their blocks were allocated when they were admitted."""
+        for sequence in self.running:
+            if sequence.remaining > 1:
+                count = self._chunk(sequence, plan.room)
+                if not count:
+                    return
+                plan.add(sequence, count)
+
+    def _admit(self, plan: _Plan) -> None:
+        """Let the first of those that wait run, as long as there are room and blocks; nobody overtakes the first."""
+        while self.waiting and len(self.running) < self._limits.max_batch_size:
+            sequence = self.waiting[0]
+            shared = self._find_cached(sequence)
+            cached = len(shared) * self._block_size
+            count = self._chunk(sequence, plan.room, cached)
+            fresh = -(-len(sequence.ids) // self._block_size) - len(shared)
+            # Each that runs may need a block soon; a newcomer that takes the last ones would only be preempted.
+            if not count or not self._blocks.can_allocate(shared, fresh, spare=len(self.running)):
+                return
+            del self.waiting[0]
+            sequence.hold(self._blocks.allocate(shared, fresh))
+            sequence.computed = cached
+            sequence.registered = len(shared)
+            sequence.status = Status.RUNNING
+            insort(self.running, sequence, key=_rank)
+            self._count_cached(sequence, cached)
+            plan.add(sequence, count)
+
+    def _chunk(self, sequence: Sequence, room: int, cached: int = 0) -> int:
+        """How many tokens of a prompt come next; 0: none, there is no room."""
+        left = sequence.remaining - cached
+        if not self._limits.chunked:
+            return left if left <= room else 0
+        if sequence.wants_prompt_logprobs:
+            room = min(room, PROMPT_LOGITS_CHUNK)
+        return max(0, min(left, room))
+
+    def _find_cached(self, sequence: Sequence) -> list[int]:
+        """Cached blocks that the sequence can begin with. Its last token is computed in any case, for its logits."""
+        if not self._limits.caching or sequence.wants_prompt_logprobs:
+            return []
+        return self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
+
+    def _count_cached(self, sequence: Sequence, cached: int) -> None:
+        if sequence.preemptions or not self._limits.caching:
+            return
+        sequence.cached_tokens = cached
+        self.counts.prefix_queries += len(sequence.ids)
+        self.counts.prefix_hits += cached
+
+    def _make_room(self, sequence: Sequence, plan: _Plan) -> bool:
+        """See to it that the sequence has a block for its next token, if need be by preempting the last in rank."""
+        if sequence.blocks * self._block_size >= len(sequence.ids):
+            return True
+        while not self._blocks.can_allocate((), 1):
+            victim = self.running[-1]
+            plan.drop(victim)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.hold(self._blocks.allocate((), 1))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it waits, ahead of those that came later, to be computed again."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.status = Status.WAITING
+        sequence.preemptions += 1
+        self.counts.preemptions += 1
+        insort(self.waiting, sequence, key=_rank)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.table[: sequence.blocks].tolist())
+        sequence.blocks = sequence.computed = sequence.registered = 0
