@@ -1,0 +1,150 @@
+"""What every server of the suite has: health with Watch, reflection, channel arguments that gRPC knows, errors as statuses."""
+
+import asyncio
+import re
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from penstock.common import errors
+from penstock.common.channel import CLIENT_OPTIONS, MAX_PUBLIC_MESSAGE_BYTES, connect, server_options
+from penstock.common.server import GrpcServer
+from penstock.v1 import models_pb2, models_pb2_grpc
+
+SERVICE = "penstock.v1.Models"
+Health = health_pb2.HealthCheckResponse
+
+
+class Models(models_pb2_grpc.ModelsServicer):
+    """Fails with what it is told to."""
+
+    error: Exception = errors.UnknownModel("no model")
+
+    async def GetModel(self, request, context):  # noqa: N802 - the name in the proto
+        raise self.error
+
+
+@asynccontextmanager
+async def running(**options):
+    server, servicer = GrpcServer(**options), Models()
+    server.add(models_pb2_grpc.add_ModelsServicer_to_server, servicer, SERVICE)
+    address = server.listen("127.0.0.1:0")
+    await server.start()
+    try:
+        async with connect(address) as channel:
+            yield server, servicer, channel
+    finally:
+        await server.stop(0)
+
+
+async def test_health_is_watched_from_start_to_drain():
+    async with running() as (server, _, channel):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == Health.NOT_SERVING
+        await server.set_serving(serving=True)
+        assert (await watch.read()).status == Health.SERVING
+        stopping = asyncio.create_task(server.stop(5))
+        assert (await watch.read()).status == Health.NOT_SERVING
+        watch.cancel()
+        await stopping
+
+
+@pytest.mark.parametrize("service", ["", SERVICE])
+async def test_health_is_told_of_the_server_and_of_each_service(service):
+    async with running() as (server, _, channel):
+        check = health_pb2_grpc.HealthStub(channel).Check
+        assert (await check(health_pb2.HealthCheckRequest(service=service))).status == Health.NOT_SERVING
+        await server.set_serving(serving=True)
+        assert (await check(health_pb2.HealthCheckRequest(service=service))).status == Health.SERVING
+
+
+async def test_reflection_lists_the_services_and_describes_them():
+    async with running() as (_, _, channel):
+        ask = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        call = ask()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        listed = {service.name for service in (await call.read()).list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health"} <= listed
+        await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))
+        raw = (await call.read()).file_descriptor_response.file_descriptor_proto
+        files = [descriptor_pb2.FileDescriptorProto.FromString(one) for one in raw]
+        assert any(file.package == "penstock.v1" for file in files)
+        await call.done_writing()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in errors.STATUS if kind not in {errors.InvalidRequest, errors.UnsupportedField}])
+async def test_every_error_has_its_status_and_comes_back_as_itself(kind):
+    async with running() as (_, servicer, channel):
+        servicer.error = kind("words", 2.5) if kind is errors.Overloaded else kind("words")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await models_pb2_grpc.ModelsStub(channel).GetModel(models_pb2.GetModelRequest())
+        assert caught.value.code() is errors.STATUS[kind]
+        status = rpc_status.from_call(caught.value)
+        back = errors.error_from_status(caught.value.code(), status)
+        assert type(back) is kind
+        if kind is errors.Overloaded:
+            assert back.retry_after == 2.5
+
+
+async def test_a_wrong_field_is_named_in_the_details():
+    async with running() as (_, servicer, channel):
+        servicer.error = errors.InvalidRequest.field("sampling.top_p", "must be in (0, 1]")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await models_pb2_grpc.ModelsStub(channel).GetModel(models_pb2.GetModelRequest())
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        bad = error_details_pb2.BadRequest()
+        assert rpc_status.from_call(caught.value).details[0].Unpack(bad)
+        assert [(v.field, v.description) for v in bad.field_violations] == [("sampling.top_p", "must be in (0, 1]")]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the password is 1234"), errors.InternalError("the password is 1234")])
+async def test_a_defect_tells_its_client_nothing_of_itself(error):
+    async with running() as (_, servicer, channel):
+        servicer.error = error
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await models_pb2_grpc.ModelsStub(channel).GetModel(models_pb2.GetModelRequest())
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "1234" not in str(caught.value)
+
+
+async def test_a_message_beyond_the_servers_bound_is_refused():
+    async with running(max_receive_bytes=1000) as (_, _, channel):
+        get = models_pb2_grpc.ModelsStub(channel).GetModel
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await get(models_pb2.GetModelRequest(name="x" * 2000))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_second_server_can_not_take_the_port():
+    async with running():
+        first, second = GrpcServer(), GrpcServer()
+        address = first.listen("127.0.0.1:0")
+        await first.start()
+        with pytest.raises(RuntimeError):
+            second.listen(address)
+        await first.stop(0)
+
+
+def test_every_channel_argument_is_one_that_grpc_knows():
+    """An unknown argument is ignored in silence. The library holds the names of those that it reads."""
+    library = next(Path(grpc.__file__).parent.glob("_cython/cygrpc*.so")).read_bytes()
+    known = {found.decode() for found in re.findall(rb"grpc\.[a-z0-9_.]+", library)}
+    for name, _ in [*CLIENT_OPTIONS, *server_options()]:
+        assert name in known, name
+
+
+def test_channel_arguments_are_what_was_meant():
+    client, server = dict(CLIENT_OPTIONS), dict(server_options(MAX_PUBLIC_MESSAGE_BYTES))
+    assert server["grpc.max_receive_message_length"] == MAX_PUBLIC_MESSAGE_BYTES
+    assert server["grpc.so_reuseport"] == 0
+    # A server that is pinged more often than it allows answers with GOAWAY.
+    assert client["grpc.keepalive_time_ms"] > server["grpc.http2.min_ping_interval_without_data_ms"]
+    assert client["grpc.keepalive_time_ms"] > client["grpc.keepalive_timeout_ms"]
+    assert client["grpc.min_reconnect_backoff_ms"] <= client["grpc.max_reconnect_backoff_ms"]
