@@ -1,0 +1,120 @@
+"""A suite, or any server of OpenAI's API that tells token ids, through its HTTP door."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from penstock.cli.bench.http_stream import HttpError, request
+from penstock.cli.bench.scenarios import Request
+from penstock.cli.bench.target import Description
+from penstock.cli.bench.timeline import Timeline
+from penstock.common.service import StartError
+
+__all__ = ["HttpTarget"]
+
+_LOOKUP_SECONDS = 10
+
+
+class HttpTarget:
+    """Looks the model up when it is made; each request has a connection of its own.
+
+    Args:
+        address: HOST:PORT.
+        model: its served name; None: the one that is served.
+        vocabulary: of the model; OpenAI's API does not tell it.
+        dtype: as the results tell it; the API does not tell it either.
+        prefix_cache: False makes every request unlike any other to the suite's prefix cache.
+        timeout: deadline of each request in seconds.
+
+    Raises:
+        StartError: nothing answers there, or it serves no such model.
+    """
+
+    def __init__(
+        self, address: str, *, model: str | None, vocabulary: int, dtype: str, backend: str, prefix_cache: bool, timeout: float
+    ) -> None:
+        self._address = address
+        self._prefix_cache = prefix_cache
+        self._timeout = timeout
+        self._model = asyncio.run(self._find(model))
+        self.description = Description("penstock-http", version("penstock"), dtype, backend, vocabulary)
+
+    def run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
+        return asyncio.run(self._run(requests, finished))
+
+    def close(self) -> None:
+        """Nothing is kept between runs."""
+
+    async def _find(self, name: str | None) -> str:
+        try:
+            async with asyncio.timeout(_LOOKUP_SECONDS):
+                listed = json.loads(b"".join([part async for part in request(self._address, "GET", "/v1/models")]))
+        except (OSError, HttpError, TimeoutError, ValueError) as error:
+            raise StartError(f"--target: http://{self._address} does not answer as OpenAI's API ({error})") from error
+        served = [model["id"] for model in listed["data"]]
+        if name is None and len(served) == 1:
+            return str(served[0])
+        if name is None or name not in served:
+            raise StartError(f"--model: must be one of those that {self._address} serves: {', '.join(served) or 'none'}")
+        return name
+
+    async def _run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
+        began = time.perf_counter()
+        return await asyncio.gather(*(self._one(one, began, finished) for one in requests))
+
+    async def _one(self, asked: Request, began: float, finished: Callable[[], None]) -> Timeline:
+        body = self._body(asked)
+        if asked.at:
+            await asyncio.sleep(began + asked.at - time.perf_counter())
+        timeline = Timeline(sent=time.perf_counter())
+        try:
+            async with asyncio.timeout(self._timeout):
+                async for event in _events(request(self._address, "POST", "/v1/completions", body)):
+                    _note(timeline, event)
+        except (OSError, HttpError, TimeoutError, ValueError) as error:
+            timeline.error = str(error) or type(error).__name__
+        timeline.ended = time.perf_counter()
+        if timeline.error is None and len(timeline.ids) != asked.new_tokens:
+            timeline.error = f"{len(timeline.ids)} tokens came where {asked.new_tokens} were asked for"
+        finished()
+        return timeline
+
+    def _body(self, asked: Request) -> Mapping[str, Any]:
+        salt = {} if self._prefix_cache else {"cache_salt": secrets.token_hex(8)}
+        return {
+            "model": self._model,
+            "prompt": asked.prompt,
+            "max_tokens": asked.new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+            **salt,
+        }
+
+
+def _note(timeline: Timeline, event: Mapping[str, Any]) -> None:
+    if "error" in event:
+        raise HttpError(str(event["error"].get("message", event["error"])))
+    for choice in event["choices"]:
+        if choice.get("token_ids"):
+            timeline.bear(time.perf_counter(), choice["token_ids"])
+
+
+async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[Mapping[str, Any]]:
+    """The JSON of each server-sent event, to the closing ``[DONE]``."""
+    pending = b""
+    async for part in parts:
+        *lines, pending = (pending + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                yield json.loads(data)
