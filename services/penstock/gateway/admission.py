@@ -1,0 +1,205 @@
+"""The way in, for both doors: validate, encode, plan, and hand over to the state machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from penstock.common import tracing
+from penstock.common.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, PenstockError, Unavailable
+from penstock.gateway.catalog import Catalog, Model
+from penstock.gateway.machine import Request
+from penstock.gateway.output import OutputQueue
+from penstock.gateway.planning import plan
+from penstock.gateway.ports import Decoding, Execution, Placement
+from penstock.gateway.request import Caller, Generation, Plan
+from penstock.gateway.tokenization import Tokenization
+from penstock.gateway.traces import Trace
+from penstock.gateway.validation import Limits, validate
+
+__all__ = ["Admission", "Live"]
+
+
+class Live:
+    """One client's call: its requests and the queue that its door reads. Leaving it, in whatever way, frees all of it."""
+
+    def __init__(self, model: Model, plans: Sequence[Plan], queue: OutputQueue) -> None:
+        self.model = model
+        self.plans = plans
+        self.queue = queue
+        self.requests: list[Request] = []
+
+    def cancel(self, error: PenstockError) -> None:
+        """End what still runs, and tell whoever still reads."""
+        for request in self.requests:
+            request.cancel(error)
+        self.queue.fail(error)
+
+
+class Admission:
+    """Admits calls and keeps those that are in work.
+
+    Args:
+        ports: placement, execution and decoding.
+        on_done: told of each request that has ended.
+        max_live: calls in work at most.
+        max_attempts: see `Request`.
+        slow_reader_seconds: a call whose reader leaves output waiting for so long is ended by `sweep`.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        tokenization: Tokenization,
+        ports: tuple[Placement, Execution, Decoding],
+        limits: Limits,
+        *,
+        clock: Callable[[], float],
+        on_done: Callable[[Request], None],
+        max_live: int,
+        max_attempts: int,
+        slow_reader_seconds: float,
+    ) -> None:
+        self.catalog = catalog
+        self.tokenization = tokenization
+        self.limits = limits
+        self.clock = clock
+        self.requests: dict[int, Request] = {}
+        self._ports = ports
+        self._on_done = on_done
+        self._max_live = max_live
+        self._max_attempts = max_attempts
+        self._slow_reader_seconds = slow_reader_seconds
+        self._calls: set[Live] = set()
+        self._coming = 0
+        self._draining = False
+        self._tokens: dict[str, dict[int, bytes]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def live(self) -> int:
+        """Calls in work, those that are still being encoded included."""
+        return self._coming
+
+    def refuse_new(self) -> None:
+        """Begin to drain."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Return when no call is in work."""
+        await self._idle.wait()
+
+    def cancel_all(self, error: PenstockError) -> None:
+        """End every call."""
+        for call in list(self._calls):
+            call.cancel(error)
+
+    def sweep(self) -> None:
+        """End calls whose reader has left output waiting for too long."""
+        now = self.clock()
+        for call in list(self._calls):
+            since = call.queue.waiting_since
+            if since is not None and now - since > self._slow_reader_seconds:
+                call.cancel(Cancelled(f"the client took nothing for {self._slow_reader_seconds:g} seconds"))
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self._draining:
+            raise Unavailable("this gateway is draining; connect again")
+        if self._coming >= self._max_live:
+            raise Overloaded(f"{self._max_live} requests are in work", 1.0)
+        self._coming += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            if self._coming == 0:
+                self._idle.set()
+
+    @contextlib.asynccontextmanager
+    async def admit(self, generations: Sequence[Generation], caller: Caller) -> Iterator[Live]:  # type: ignore[misc]
+        """Run one call's generations, all of one model and with the same `n`, for as long as the block lasts.
+
+        Raises:
+            PenstockError: it can not be admitted.
+        """
+        with self._counted(), Trace(caller) as trace:
+            model = self.catalog.model(generations[0].model)
+            self._check(generations, model)
+            plans = [await self._plan(g, model, caller) for g in generations]
+            queue = OutputQueue(len(plans), self.clock)
+            call = Live(model, plans, queue)
+            self._calls.add(call)
+            timer = asyncio.get_running_loop().call_later(max(0.0, caller.deadline - self.clock()), self._expire, call)
+            try:
+                for number, planned in enumerate(plans):
+                    self._begin(call, number, planned, trace.caller)
+                yield call
+            finally:
+                timer.cancel()
+                self._calls.discard(call)
+                trace.done(call.requests)
+                call.cancel(Cancelled("the client is gone"))
+
+    def _check(self, generations: Sequence[Generation], model: Model) -> None:
+        if len(generations) > self.limits.max_prompts:
+            raise InvalidRequest.field("prompt", f"at most {self.limits.max_prompts} prompts; these are {len(generations)}")
+        for generation in generations:
+            validate(generation, model, self.limits)
+        asked = sum((g.stopping.max_tokens or 0) * g.n for g in generations)
+        if asked > self.limits.max_tokens:
+            raise InvalidRequest.field(
+                "stopping.max_tokens", f"prompts × n × max_tokens is {asked}; at most {self.limits.max_tokens} here"
+            )
+
+    async def _plan(self, generation: Generation, model: Model, caller: Caller) -> Plan:
+        ids, fingerprint = await self.encode(generation, model, caller.deadline)
+        echo = await self._echo(generation, model, ids, caller.deadline)
+        if self.clock() >= caller.deadline:
+            raise DeadlineExceeded("the deadline passed before the request was placed")
+        return plan(generation, model, ids, fingerprint, caller.tenant, self.limits, echo=echo)
+
+    async def encode(self, generation: Generation, model: Model, deadline: float) -> tuple[Sequence[int], str]:
+        """A validated generation's prompt as ids, and the fingerprint of the tokenizer that they are of.
+
+        Raises:
+            PenstockError: the tokenizer refuses the prompt or is not there.
+        """
+        if generation.token_ids is not None:
+            return generation.token_ids, model.first.tokenizer_fingerprint
+        with tracing.span("encode"):
+            return await self.tokenization.encode(model.name, generation, deadline, model.context_length)
+
+    async def _echo(self, generation: Generation, model: Model, ids: Sequence[int], deadline: float) -> str:
+        if not generation.reporting.echo:
+            return ""
+        if generation.text is not None:
+            return generation.text
+        skip = not generation.reporting.special_tokens
+        return await self.tokenization.detokenize(model.name, ids, deadline, skip_special_tokens=skip)
+
+    def _begin(self, call: Live, number: int, planned: Plan, caller: Caller) -> None:
+        request = Request(
+            planned,
+            caller,
+            self._ports,
+            call.queue.output(number, planned.n),
+            tokens=self._tokens.setdefault(call.model.first.tokenizer_fingerprint, {}),
+            clock=self.clock,
+            max_attempts=self._max_attempts,
+            on_done=self._done,
+        )
+        self.requests[request.number] = request
+        call.requests.append(request)
+        request.begin()
+
+    def _done(self, request: Request) -> None:
+        del self.requests[request.number]
+        self._on_done(request)
+
+    def _expire(self, call: Live) -> None:
+        for request in list(call.requests):
+            request.deadline()

@@ -1,0 +1,125 @@
+"""The models that live executors serve, as the scheduler last told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from penstock.common.errors import InvalidRequest, Unavailable, UnknownModel
+
+__all__ = ["Catalog", "Executor", "GenerationDefaults", "Model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """A checkpoint's own sampling defaults; None where it has none."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executor:
+    """One live executor."""
+
+    executor_id: str
+    address: str
+    model: str
+    model_fingerprint: str = ""
+    tokenizer_fingerprint: str = ""
+    architecture: str = ""
+    backend: str = ""
+    device: str = ""
+    dtype: str = ""
+    context_length: int
+    vocabulary_size: int
+    kv_block_size: int
+    kv_blocks: int = 0
+    fields: frozenset[str] = frozenset()
+    eos_token_ids: Sequence[int] = ()
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A served model. Where its executors differ, limits are the largest: the scheduler knows which one can hold a request."""
+
+    name: str
+    executors: Sequence[Executor]
+    created: int
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may hold together."""
+        return max(e.context_length for e in self.executors)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below this."""
+        return max(e.vocabulary_size for e in self.executors)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Public fields that at least one executor supports."""
+        return frozenset[str]().union(*(e.fields for e in self.executors))
+
+    @property
+    def first(self) -> Executor:
+        """One executor, for what all of a model's executors agree on."""
+        return self.executors[0]
+
+
+class Catalog:
+    """All served models. A model stays known while its last executor is gone, so that a restart refuses nobody."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Model] = {}
+        self._live: frozenset[str] = frozenset()
+        self._executors: dict[str, Executor] = {}
+
+    def update(self, executors: Iterable[Executor]) -> None:
+        """Take over what the scheduler tells lives now."""
+        by_model: dict[str, list[Executor]] = {}
+        for executor in executors:
+            by_model.setdefault(executor.model, []).append(executor)
+            self._executors[executor.executor_id] = executor
+        for name, group in by_model.items():
+            known = self._models.get(name)
+            created = known.created if known else int(time.time())
+            self._models[name] = Model(name=name, executors=tuple(group), created=created)
+        self._live = frozenset(by_model)
+        named = {e.executor_id for m in self._models.values() for e in m.executors}
+        # Placements tell the backends of lost executors too; a bound keeps a crash loop from growing this.
+        for executor_id in [i for i in self._executors if i not in named][: max(0, len(self._executors) - len(named) - 64)]:
+            del self._executors[executor_id]
+
+    def models(self) -> Mapping[str, Model]:
+        """Those with a live executor."""
+        return {name: model for name, model in self._models.items() if name in self._live}
+
+    def executor(self, executor_id: str) -> Executor | None:
+        """A live or recently lost executor."""
+        return self._executors.get(executor_id)
+
+    def model(self, name: str) -> Model:
+        """The model a client means; no name means the one model, where only one is served.
+
+        Raises:
+            Unavailable: nothing has been served yet.
+            InvalidRequest: no name, and several models.
+            UnknownModel: there is none of this name.
+        """
+        if not self._models:
+            raise Unavailable("no model is served yet: no executor has registered")
+        if not name:
+            if len(self._models) > 1:
+                raise InvalidRequest.field("model", f"name one of {', '.join(sorted(self._models))}")
+            return next(iter(self._models.values()))
+        found = self._models.get(name)
+        if found is None:
+            raise UnknownModel(f"model {name[:200]!r} is not served here; there is {', '.join(sorted(self._models))}")
+        return found

@@ -1,0 +1,54 @@
+"""How a gateway is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.common.logs import LogFormat
+
+__all__ = ["GatewayConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """The gateway: the only door, and the owner of each request.
+
+    Attributes:
+        http: HOST:PORT of the OpenAI HTTP door; port 0 takes a free one.
+        grpc: HOST:PORT of the gRPC door; port 0 takes a free one.
+        tokenizer: HOST:PORT of the tokenizer service.
+        scheduler: HOST:PORT of the scheduler service.
+        api_keys: YAML file that maps each API key to its tenant; without one, everybody is tenant "default".
+        max_tokens_per_request: New tokens that one request may ask for, over all its prompts and choices.
+        max_choices: Choices of one prompt at most.
+        max_prompts: Prompts of one HTTP request at most.
+        max_live_requests: Requests in work at once; more are refused with a time to try again.
+        max_body_bytes: Largest HTTP body and gRPC message that is taken.
+        default_deadline_seconds: Time for a request whose client set no deadline.
+        sse_keepalive_seconds: A comment is sent on an event stream that has been silent for so long.
+        slow_reader_seconds: A client that takes nothing of waiting output for so long is cut off.
+        max_attempts: Executors that a request is tried on without a new token before it fails.
+        log_level: Least level of the log lines that are written.
+        log_format: Console or JSON lines; auto is console on a terminal.
+        metrics: HOST:PORT of a Prometheus endpoint beside the HTTP door's /metrics.
+        grace_seconds: Time that running requests get to finish in when the gateway drains.
+    """
+
+    http: str = "127.0.0.1:8000"
+    grpc: str = "127.0.0.1:8001"
+    tokenizer: str = "127.0.0.1:8011"
+    scheduler: str = "127.0.0.1:8012"
+    api_keys: str | None = None
+    max_tokens_per_request: int = 262_144
+    max_choices: int = 16
+    max_prompts: int = 256
+    max_live_requests: int = 4_096
+    max_body_bytes: int = 8 << 20
+    default_deadline_seconds: float = 600.0
+    sse_keepalive_seconds: float = 10.0
+    slow_reader_seconds: float = 60.0
+    max_attempts: int = 5
+    log_level: str = "info"
+    log_format: LogFormat = "auto"
+    metrics: str | None = None
+    grace_seconds: float = 30.0

@@ -1,0 +1,235 @@
+"""The executors, as the state machine's `Execution` port: one `Run` stream to each that a request was placed on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+
+import grpc.aio
+
+from penstock.common.channel import connect
+from penstock.common.logs import logger
+from penstock.gateway.choice import Choice
+from penstock.gateway.ports import Lease, SequenceEnd, SequenceStart, TokenReport
+from penstock.gateway.stream import Stream
+from penstock.internal.v1 import executor_pb2, executor_pb2_grpc
+
+__all__ = ["ExecutorPool"]
+
+_ENDS = {
+    executor_pb2.SEQUENCE_FINISH_STOP: SequenceEnd.STOP,
+    executor_pb2.SEQUENCE_FINISH_LENGTH: SequenceEnd.LENGTH,
+    executor_pb2.SEQUENCE_FINISH_DEADLINE: SequenceEnd.DEADLINE,
+}
+
+
+class ExecutorPool:
+    """Streams to executors, by executor id. A stream that breaks loses its sequences and is opened anew by the next start.
+
+    Args:
+        clock: monotonic seconds.
+        on_frame: told once after each frame, however many tokens it held.
+    """
+
+    def __init__(self, clock: Callable[[], float], on_frame: Callable[[], None]) -> None:
+        self._clock = clock
+        self._on_frame = on_frame
+        self._ids = itertools.count(1)
+        self._links: dict[str, _Link] = {}
+        self._link_of: dict[int, _Link] = {}
+
+    @property
+    def live(self) -> int:
+        """Sequences that run."""
+        return len(self._link_of)
+
+    def start(self, lease: Lease, choice: Choice) -> int:
+        """Start, or go on with, a choice's sequence."""
+        link = self._links.get(lease.executor_id)
+        if link is None:
+            link = self._links[lease.executor_id] = _Link(self, lease)
+        sequence_id = next(self._ids)
+        self._link_of[sequence_id] = link
+        link.start(sequence_id, choice, choice.request.caller.deadline - self._clock())
+        return sequence_id
+
+    def abort(self, sequence_id: int) -> None:
+        """Stop a sequence."""
+        link = self._link_of.pop(sequence_id, None)
+        if link is not None:
+            link.abort(sequence_id)
+
+    def keep(self, executor_ids: Sequence[str]) -> None:
+        """Close idle streams to executors that are not among these."""
+        for executor_id, link in list(self._links.items()):
+            if executor_id not in executor_ids and not link.choices:
+                link.close()
+                del self._links[executor_id]
+
+    async def close(self) -> None:
+        """Close all streams."""
+        links, self._links = list(self._links.values()), {}
+        for link in links:
+            link.close()
+        await asyncio.gather(*(link.closed() for link in links))
+
+    def frame_done(self, ended: Sequence[int]) -> None:
+        """A link has passed a frame on, in which these sequences ended."""
+        for sequence_id in ended:
+            self._link_of.pop(sequence_id, None)
+        self._on_frame()
+
+    def link_lost(self, executor_id: str, link: _Link) -> None:
+        """A link's stream is gone."""
+        if self._links.get(executor_id) is link:
+            del self._links[executor_id]
+        for sequence_id in link.choices:
+            self._link_of.pop(sequence_id, None)
+
+
+class _Link:
+    """One executor's stream."""
+
+    def __init__(self, pool: ExecutorPool, lease: Lease) -> None:
+        self.choices: dict[int, Choice] = {}
+        self._pool = pool
+        self._executor_id = lease.executor_id
+        self._start: dict[int, executor_pb2.StartSequence] = {}
+        self._aborted: list[int] = []
+        self._channel = connect(lease.address)
+        self._stream: Stream[executor_pb2.RunRequest, executor_pb2.RunResponse] = Stream(
+            f"executor {lease.executor_id}", executor_pb2_grpc.ExecutorServiceStub(self._channel).Run, self, forever=False
+        )
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            await self._stream.run()
+        finally:
+            await self._channel.close()
+
+    def close(self) -> None:
+        self._task.cancel()
+
+    async def closed(self) -> None:
+        await asyncio.wait((self._task,))
+
+    def start(self, sequence_id: int, choice: Choice, seconds_left: float) -> None:
+        self.choices[sequence_id] = choice
+        self._start[sequence_id] = _start_message(sequence_id, choice, self._executor_id, seconds_left)
+        self._stream.wake()
+
+    def abort(self, sequence_id: int) -> None:
+        if self.choices.pop(sequence_id, None) is not None and self._start.pop(sequence_id, None) is None:
+            self._aborted.append(sequence_id)
+            self._stream.wake()
+
+    # The stream's peer
+
+    def opened(self) -> None:
+        """What is pending is what the executor has to know."""
+
+    def next_message(self) -> executor_pb2.RunRequest | None:
+        if not (self._start or self._aborted):
+            return None
+        message = executor_pb2.RunRequest(start=self._start.values(), aborted=self._aborted)
+        self._start.clear()
+        self._aborted.clear()
+        return message
+
+    def received(self, message: executor_pb2.RunResponse) -> None:
+        choices = self.choices
+        if message.started or message.logprobs or message.prompt_logprobs:
+            self._facts(message)
+        for sequence_id, token_id, position in zip(message.sequence_ids, message.token_ids, message.positions, strict=True):
+            choice = choices.get(sequence_id)
+            if choice is not None:
+                choice.request.token(choice, token_id, position)
+        ended = [finished.sequence_id for finished in message.finished]
+        for finished in message.finished:
+            self._ended(finished)
+        self._pool.frame_done(ended)
+
+    def _facts(self, message: executor_pb2.RunResponse) -> None:
+        choices = self.choices
+        for started in message.started:
+            if (choice := choices.get(started.sequence_id)) is not None:
+                start = SequenceStart(started.cached_tokens, started.waited_us / 1e6, started.prefill_us / 1e6)
+                choice.request.sequence_started(choice, start)
+        for prompt in message.prompt_logprobs:
+            if (choice := choices.get(prompt.sequence_id)) is not None:
+                choice.request.prompt_report(
+                    choice, [_report(choice.request.plan.prompt_ids[t.position], t) for t in prompt.tokens]
+                )
+        if message.logprobs:
+            ids = dict(zip(zip(message.sequence_ids, message.positions, strict=True), message.token_ids, strict=True))
+            for told in message.logprobs:
+                if (choice := choices.get(told.sequence_id)) is not None:
+                    token_id = ids[told.sequence_id, told.position]
+                    choice.request.report(choice, told.position, _report(token_id, told))
+
+    def _ended(self, finished: executor_pb2.FinishedSequence) -> None:
+        choice = self.choices.pop(finished.sequence_id, None)
+        if choice is None:
+            return
+        end = _ENDS.get(finished.reason)
+        if end is not None:
+            choice.request.sequence_ended(choice, end, finished.preemptions)
+            return
+        reason = executor_pb2.SequenceFinish.Name(finished.reason)
+        logger().warning(
+            "sequence lost",
+            executor_id=self._executor_id,
+            request_id=choice.request.caller.request_id,
+            reason=reason,
+            message=finished.message,
+        )
+        choice.sequence_id = None
+        choice.request.sequence_lost(f"{reason}: {finished.message}")
+
+    def lost(self, why: str) -> None:
+        """Everything that ran here goes on elsewhere."""
+        self._pool.link_lost(self._executor_id, self)
+        choices, self.choices = self.choices, {}
+        if choices:
+            logger().warning("executor lost", executor_id=self._executor_id, why=why, sequences=len(choices))
+        for choice in choices.values():
+            choice.sequence_id = None
+        for request in {id(c.request): c.request for c in choices.values()}.values():
+            request.sequence_lost(why)
+
+
+def _report(token_id: int, told: executor_pb2.TokenLogprobs) -> TokenReport:
+    return TokenReport(token_id, told.logprob, told.rank, list(told.top_ids), list(told.top_logprobs))
+
+
+def _start_message(sequence_id: int, choice: Choice, executor_id: str, seconds_left: float) -> executor_pb2.StartSequence:
+    plan, caller, sampling = choice.request.plan, choice.request.caller, choice.request.plan.sampling
+    return executor_pb2.StartSequence(
+        sequence_id=sequence_id,
+        request_id=caller.request_id,
+        traceparent=caller.traceparent,
+        prompt_ids=plan.prompt_ids,
+        replayed_ids=choice.ids,
+        sampling=executor_pb2.SamplingParameters(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=sampling.logit_bias,
+            seed=(sampling.seed + choice.index) % 2**64,
+        ),
+        max_tokens=plan.max_tokens,
+        min_tokens=plan.min_tokens,
+        stop_token_ids=sorted(plan.stop_ids),
+        logprobs=plan.reporting.logprobs,
+        prompt_logprobs=plan.reporting.prompt_logprobs if choice.prompt_reports is None else None,
+        cache_salt=plan.salt,
+        priority=plan.priority,
+        deadline_ms=max(1, int(seconds_left * 1000)),
+        executor_id=executor_id,
+    )

@@ -1,0 +1,36 @@
+"""Who calls over gRPC, and until when."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import grpc.aio
+
+from penstock.common.interceptors import REQUEST_ID_KEY
+from penstock.common.tracing import TRACEPARENT_KEY
+from penstock.gateway.auth import Keys
+from penstock.gateway.request import Caller
+
+__all__ = ["caller_of"]
+
+
+def caller_of(context: grpc.aio.ServicerContext[Any, Any], keys: Keys, default_deadline_seconds: float) -> Caller:
+    """The caller of a call: its tenant by key, its request id and trace by metadata, its deadline by gRPC.
+
+    Raises:
+        Unauthenticated: keys are set up, and the call bears none of them.
+    """
+    metadata = dict(context.invocation_metadata() or ())
+    left = context.time_remaining()
+    return Caller(
+        tenant=keys.tenant(_text(metadata.get("authorization"))),
+        request_id=(_text(metadata.get(REQUEST_ID_KEY)) or uuid.uuid4().hex)[:128],
+        deadline=time.monotonic() + (default_deadline_seconds if left is None else left),
+        traceparent=(_text(metadata.get(TRACEPARENT_KEY)) or "")[:64],
+    )
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,155 @@
+"""`penstock.v1` messages to what the core speaks, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+
+from penstock.common.errors import InvalidRequest
+from penstock.gateway.admission import Live
+from penstock.gateway.answer import Closing, Delta, Finish, FinishReason, Logprob
+from penstock.gateway.catalog import Catalog
+from penstock.gateway.request import Generation, Message, Reporting, Sampling, Stopping
+from penstock.v1 import inference_pb2
+
+__all__ = ["chat_generation", "closing", "conversation_input", "generate_generation", "prompt_input", "response"]
+
+_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.STOP_SEQUENCE: inference_pb2.FINISH_REASON_STOP_SEQUENCE,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
+}
+
+Response = TypeVar("Response", inference_pb2.GenerateResponse, inference_pb2.ChatResponse)
+
+
+def generate_generation(request: inference_pb2.GenerateRequest) -> Generation:
+    """What `Generate` asks for."""
+    return Generation(**_shared(request), **prompt_input(request.prompt))
+
+
+def chat_generation(request: inference_pb2.ChatRequest) -> Generation:
+    """What `Chat` asks for."""
+    return Generation(**_shared(request), **conversation_input(request.conversation))
+
+
+def prompt_input(prompt: inference_pb2.Prompt) -> dict[str, Any]:
+    """The input fields of a `Generation`.
+
+    Raises:
+        InvalidRequest: there is no prompt.
+    """
+    match prompt.WhichOneof("kind"):
+        case "text":
+            return {"text": prompt.text}
+        case "token_ids":
+            return {"token_ids": list(prompt.token_ids.ids)}
+        case _:
+            raise InvalidRequest.field("prompt", "is empty; give a text or token ids")
+
+
+def conversation_input(conversation: inference_pb2.Conversation) -> dict[str, Any]:
+    """The same of a conversation."""
+    return {
+        "messages": [Message(m.role, m.content, m.name) for m in conversation.messages],
+        "add_generation_prompt": conversation.add_generation_prompt if conversation.HasField("add_generation_prompt") else True,
+    }
+
+
+def _shared(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> dict[str, Any]:
+    sampling, stopping, reporting = request.sampling, request.stopping, request.reporting
+    return {
+        "model": request.model,
+        "sampling": Sampling(
+            **_given(sampling, "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+            **_given(sampling, "repetition_penalty", "seed"),
+            logit_bias=dict(sampling.logit_bias),
+        ),
+        "stopping": Stopping(
+            **_given(stopping, "max_tokens", "min_tokens"),
+            stop=tuple(stopping.stop),
+            stop_token_ids=tuple(stopping.stop_token_ids),
+            ignore_eos=stopping.ignore_eos,
+            include_stop_text=stopping.include_stop_text,
+        ),
+        "reporting": Reporting(
+            **_given(reporting, "logprobs", "prompt_logprobs"),
+            token_ids=reporting.token_ids,
+            echo=reporting.echo,
+            special_tokens=reporting.special_tokens,
+        ),
+        "n": request.n or 1,
+        "priority": request.priority,
+        "cache_salt": request.cache_salt,
+    }
+
+
+def _given(message: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def response(delta: Delta, kind: Callable[..., Response]) -> Response:
+    """More of a choice."""
+    if not (delta.token_ids or delta.logprobs or delta.prompt_logprobs or delta.finish):
+        return kind(index=delta.index, text=delta.text)
+    return kind(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[_logprob(p) for p in delta.logprobs],
+        prompt_logprobs=[_logprob(p) for p in delta.prompt_logprobs],
+        finish=_finish(delta.finish) if delta.finish is not None else None,
+    )
+
+
+def _finish(finish: Finish) -> inference_pb2.Finish:
+    return inference_pb2.Finish(reason=_REASONS[finish.reason], stop_text=finish.stop_text, stop_token_id=finish.stop_token_id)
+
+
+def _logprob(told: Logprob) -> inference_pb2.TokenLogprob:
+    return inference_pb2.TokenLogprob(
+        token_id=told.token_id,
+        logprob=told.logprob,
+        token=told.token,
+        rank=told.rank,
+        alternatives=[
+            inference_pb2.TokenLogprob.Alternative(token_id=a.token_id, logprob=a.logprob, token=a.token) for a in told.alternatives
+        ],
+    )
+
+
+def closing(call: Live, told: Closing, request_id: str, catalog: Catalog) -> inference_pb2.Closing:
+    """The last message of a stream."""
+    return inference_pb2.Closing(
+        usage=inference_pb2.Usage(
+            prompt_tokens=told.prompt_tokens, completion_tokens=told.completion_tokens, cached_tokens=told.cached_tokens
+        ),
+        request_id=request_id,
+        model=call.model.name,
+        placements=_placements(told.executor_ids, catalog),
+        queue_time=_duration(told.queue_seconds),
+        prefill_time=_duration(told.prefill_seconds),
+        decode_time=_duration(told.decode_seconds),
+        total_time=_duration(told.total_seconds),
+        replacements=told.replacements,
+        preemptions=told.preemptions,
+        seed=told.seed,
+    )
+
+
+def _placements(executor_ids: Sequence[str], catalog: Catalog) -> list[inference_pb2.Placement]:
+    placements = []
+    for executor_id in executor_ids:
+        executor = catalog.executor(executor_id)
+        backend, device = (executor.backend, executor.device) if executor is not None else ("", "")
+        placements.append(inference_pb2.Placement(executor_id=executor_id, backend=backend, device=device))
+    return placements
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

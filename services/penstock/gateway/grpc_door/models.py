@@ -1,0 +1,82 @@
+"""`penstock.v1.Models`: the catalog, with the load that the scheduler knows of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc.aio
+
+from penstock.common.errors import UnknownModel
+from penstock.gateway.auth import Keys
+from penstock.gateway.catalog import Catalog, Executor, Model
+from penstock.gateway.placement import SchedulerPlacement
+from penstock.internal.v1 import scheduler_pb2
+from penstock.v1 import models_pb2, models_pb2_grpc
+
+__all__ = ["ModelsServicer"]
+
+Context = grpc.aio.ServicerContext[Any, Any]
+States = Mapping[str, scheduler_pb2.ExecutorState]
+
+# The load is told where the scheduler answers at once; the models are told in any case.
+_PATIENCE_SECONDS = 1.0
+
+
+class ModelsServicer(models_pb2_grpc.ModelsServicer):
+    """The RPCs over the catalog."""
+
+    def __init__(self, catalog: Catalog, placement: SchedulerPlacement, keys: Keys) -> None:
+        self._catalog = catalog
+        self._placement = placement
+        self._keys = keys
+
+    async def ListModels(self, request: models_pb2.ListModelsRequest, context: Context) -> models_pb2.ListModelsResponse:
+        self._authenticate(context)
+        states = await self._states()
+        return models_pb2.ListModelsResponse(models=[_model(m, states) for m in self._catalog.models().values()])
+
+    async def GetModel(self, request: models_pb2.GetModelRequest, context: Context) -> models_pb2.GetModelResponse:
+        self._authenticate(context)
+        model = self._catalog.models().get(request.name)
+        if model is None:
+            raise UnknownModel(f"model {request.name[:200]!r} is not served here")
+        return models_pb2.GetModelResponse(model=_model(model, await self._states()))
+
+    def _authenticate(self, context: Context) -> None:
+        self._keys.tenant(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
+
+    async def _states(self) -> States:
+        try:
+            told = await self._placement.list_executors(_PATIENCE_SECONDS)
+        except grpc.aio.AioRpcError:
+            return {}
+        return {state.description.executor_id: state for state in told.executors}
+
+
+def _model(model: Model, states: States) -> models_pb2.Model:
+    return models_pb2.Model(
+        name=model.name,
+        fingerprint=model.first.model_fingerprint,
+        architecture=model.first.architecture,
+        context_length=model.context_length,
+        vocabulary_size=model.vocabulary_size,
+        executors=[_executor(e, states.get(e.executor_id)) for e in model.executors],
+        created_unix_seconds=model.created,
+    )
+
+
+def _executor(executor: Executor, state: scheduler_pb2.ExecutorState | None) -> models_pb2.ModelExecutor:
+    told = models_pb2.ModelExecutor(
+        executor_id=executor.executor_id,
+        backend=executor.backend,
+        device=executor.device,
+        dtype=executor.dtype,
+        kv_blocks=executor.kv_blocks,
+    )
+    if state is not None:
+        told.running = state.load.running
+        told.waiting = state.load.waiting
+        told.kv_blocks_free = state.load.kv_blocks_free
+        told.draining = state.draining
+    return told

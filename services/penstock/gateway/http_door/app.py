@@ -1,0 +1,124 @@
+"""The HTTP door: OpenAI's API and what operators ask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from penstock.common.errors import InvalidRequest, PenstockError, UnknownModel
+from penstock.gateway.catalog import Model
+from penstock.gateway.http_door import generations
+from penstock.gateway.http_door.body import read_body
+from penstock.gateway.http_door.errors import error_response
+from penstock.gateway.http_door.generate import Door, chat_endpoint, completions_endpoint
+from penstock.gateway.http_door.schemas import DetokenizeBody, TokenizeBody, parse
+from penstock.gateway.request import Generation
+from penstock.gateway.validation import validate_input
+
+__all__ = ["http_app"]
+
+
+def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str]) -> Starlette:
+    """The ASGI application. `not_ready` tells why the gateway can not serve now, or nothing."""
+    pages = _Pages(door, registry, not_ready)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", completions_endpoint(door), methods=["POST"]),
+            Route("/v1/chat/completions", chat_endpoint(door), methods=["POST"]),
+            Route("/v1/models", pages.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
+            Route("/tokenize", pages.tokenize, methods=["POST"]),
+            Route("/detokenize", pages.detokenize, methods=["POST"]),
+            Route("/health", pages.health, methods=["GET"]),
+            Route("/ready", pages.ready, methods=["GET"]),
+            Route("/metrics", pages.metrics, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _no_such_page, PenstockError: _refused},  # type: ignore[dict-item]  # narrower
+    )
+
+
+class _Pages:
+    """Everything but generation."""
+
+    def __init__(self, door: Door, registry: CollectorRegistry, not_ready: Callable[[], str]) -> None:
+        self._door = door
+        self._registry = registry
+        self._not_ready = not_ready
+
+    async def models(self, request: Request) -> Response:
+        self._door.caller(request.headers)
+        models = self._door.admission.catalog.models().values()
+        return JSONResponse({"object": "list", "data": [_model(m) for m in models]})
+
+    async def model(self, request: Request) -> Response:
+        self._door.caller(request.headers)
+        name = request.path_params["name"]
+        found = self._door.admission.catalog.models().get(name)
+        if found is None:
+            raise UnknownModel(f"model {name[:200]!r} is not served here")
+        return JSONResponse(_model(found))
+
+    async def tokenize(self, request: Request) -> Response:
+        caller = self._door.caller(request.headers)
+        body = parse(TokenizeBody, await read_body(request.scope, request.receive, self._door.max_body_bytes))
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest.field("prompt", "give either a prompt or messages")
+        generation = Generation(
+            model=body.model or "",
+            text=body.prompt,
+            messages=generations.messages(body.messages) if body.messages is not None else None,
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+        admission = self._door.admission
+        model = admission.catalog.model(generation.model)
+        validate_input(generation, model)
+        ids, _ = await admission.encode(generation, model, caller.deadline)
+        return JSONResponse({"count": len(ids), "max_model_len": model.context_length, "tokens": list(ids)})
+
+    async def detokenize(self, request: Request) -> Response:
+        caller = self._door.caller(request.headers)
+        body = parse(DetokenizeBody, await read_body(request.scope, request.receive, self._door.max_body_bytes))
+        admission = self._door.admission
+        model = admission.catalog.model(body.model or "")
+        wrong = [i for i in body.tokens if not 0 <= i < model.vocabulary_size]
+        if wrong:
+            raise InvalidRequest.field("tokens", f"token ids from 0 to {model.vocabulary_size - 1}")
+        text = await admission.tokenization.detokenize(model.name, body.tokens, caller.deadline, skip_special_tokens=False)
+        return JSONResponse({"prompt": text})
+
+    async def health(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _request: Request) -> Response:
+        reason = self._not_ready()
+        return JSONResponse({"status": "not ready", "reason": reason}, 503) if reason else JSONResponse({"status": "ready"})
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _model(model: Model) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created or int(time.time()),
+        "owned_by": "penstock",
+        "max_model_len": model.context_length,
+    }
+
+
+async def _no_such_page(_request: Request, error: HTTPException) -> Response:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    body = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": code}}
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def _refused(_request: Request, error: PenstockError) -> Response:
+    return error_response(error)

@@ -1,0 +1,132 @@
+"""``/v1/completions`` and ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from penstock.common.errors import PenstockError
+from penstock.common.interceptors import REQUEST_ID_KEY
+from penstock.common.logs import logger
+from penstock.gateway.admission import Admission, Live
+from penstock.gateway.auth import Keys
+from penstock.gateway.http_door import generations
+from penstock.gateway.http_door.body import read_body
+from penstock.gateway.http_door.errors import error_response
+from penstock.gateway.http_door.rendering import ChatRendering, CompletionRendering, Rendering
+from penstock.gateway.http_door.schemas import ChatBody, CompletionBody, SharedBody, parse
+from penstock.gateway.http_door.streaming import closings_of, collect, stream, while_connected
+from penstock.gateway.request import Caller, Generation
+
+__all__ = ["Door", "GenerateEndpoint", "chat_endpoint", "completions_endpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """What all endpoints share."""
+
+    admission: Admission
+    keys: Keys
+    max_body_bytes: int
+    default_deadline_seconds: float
+    keepalive_seconds: float
+
+    def caller(self, headers: Headers) -> Caller:
+        """The caller of a request, by its headers.
+
+        Raises:
+            Unauthenticated: keys are set up, and the request bears none of them.
+        """
+        return Caller(
+            tenant=self.keys.tenant(headers.get("authorization")),
+            request_id=headers.get(REQUEST_ID_KEY, "")[:128] or uuid.uuid4().hex,
+            deadline=time.monotonic() + self.default_deadline_seconds,
+            traceparent=headers.get("traceparent", "")[:64],
+        )
+
+
+class GenerateEndpoint:
+    """An ASGI application for one of the two; they differ in their bodies and in the shape of their answers."""
+
+    def __init__(
+        self,
+        door: Door,
+        body: type[SharedBody],
+        to_generations: Callable[[Any], Sequence[Generation]],
+        rendering: Callable[..., Rendering],
+        id_prefix: str,
+    ) -> None:
+        self._door = door
+        self._body = body
+        self._to_generations = to_generations
+        self._rendering = rendering
+        self._id_prefix = id_prefix
+        self._chat = body is ChatBody
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        try:
+            caller = self._door.caller(headers)
+            body = parse(self._body, await read_body(scope, receive, self._door.max_body_bytes))
+            wanted = self._to_generations(body)
+        except ClientDisconnect:
+            return
+        except PenstockError as error:
+            await error_response(error, chat=self._chat)(scope, receive, send)
+            return
+        await while_connected(self._answer(body, wanted, caller, scope, receive, send), receive)
+
+    async def _answer(
+        self, body: SharedBody, wanted: Sequence[Generation], caller: Caller, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            async with self._door.admission.admit(wanted, caller) as call:
+                await self._relay(call, body, caller, scope, receive, send)
+        except PenstockError as error:
+            await self._refuse(error, caller, scope, receive, send)
+        except OSError:
+            return  # the client is gone
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a fixed sentence
+            logger().error("request failed", request_id=caller.request_id, exc_info=error)
+            await self._refuse(error, caller, scope, receive, send)
+
+    async def _relay(self, call: Live, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        rendering = self._rendering(call, self._id_prefix + caller.request_id, include_usage=include_usage)
+        if body.stream:
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-request-id", caller.request_id.encode("latin-1", "replace")),
+            ]
+            keepalive = self._door.keepalive_seconds
+            await stream(call, rendering, send, headers, keepalive_seconds=keepalive, include_usage=include_usage, chat=self._chat)
+            return
+        deltas = await collect(call)
+        told = json.dumps(rendering.whole(deltas, closings_of(call)), ensure_ascii=False, separators=(",", ":"))
+        response = Response(told, headers={"x-request-id": caller.request_id}, media_type="application/json")
+        await response(scope, receive, send)
+
+    async def _refuse(self, error: Exception, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(error, chat=self._chat)
+        response.headers["x-request-id"] = caller.request_id
+        await response(scope, receive, send)
+
+
+def completions_endpoint(door: Door) -> GenerateEndpoint:
+    """``/v1/completions``."""
+    return GenerateEndpoint(door, CompletionBody, generations.completions, CompletionRendering, "cmpl-")
+
+
+def chat_endpoint(door: Door) -> GenerateEndpoint:
+    """``/v1/chat/completions``."""
+    return GenerateEndpoint(door, ChatBody, generations.chat, ChatRendering, "chatcmpl-")

@@ -1,0 +1,164 @@
+"""Answers in OpenAI's shape, chunk by chunk or whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from penstock.gateway.admission import Live
+from penstock.gateway.answer import Closing, Delta, Finish, FinishReason
+from penstock.gateway.http_door.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
+
+__all__ = ["ChatRendering", "CompletionRendering", "Rendering", "usage"]
+
+# "deadline" is an extension: an answer that was cut off by its deadline is not one that reached its length.
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.DEADLINE: "deadline",
+}
+
+
+class Rendering(Protocol):
+    """One call's way from deltas to OpenAI's objects."""
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks before the first token."""
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        """A delta as a chunk."""
+
+    def whole(self, deltas: Sequence[Delta], closings: Sequence[Closing]) -> dict[str, Any]:
+        """The complete answer, of one delta a choice."""
+
+    def last(self, closings: Sequence[Closing]) -> dict[str, Any]:
+        """The chunk that bears the usage."""
+
+
+def usage(closings: Sequence[Closing]) -> dict[str, Any]:
+    """``usage`` over all prompts of a call."""
+    prompt, completion = sum(c.prompt_tokens for c in closings), sum(c.completion_tokens for c in closings)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in closings)},
+    }
+
+
+class _Base:
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, call: Live, request_id: str, *, include_usage: bool) -> None:
+        self._call = call
+        self._include_usage = include_usage
+        self._head = {
+            "id": request_id,
+            "created": int(time.time()),
+            "model": call.model.name,
+            "system_fingerprint": f"fp_{call.model.first.model_fingerprint[:16]}" if call.model.first.model_fingerprint else None,
+        }
+        self._choices_per_prompt = call.plans[0].n
+        self._begun: set[int] = set()
+
+    def last(self, closings: Sequence[Closing]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage(closings)}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        told = {**self._head, "object": self.chunk_kind, "choices": [choice]}
+        if self._include_usage:
+            told["usage"] = None
+        return told
+
+    def _whole(self, choices: list[dict[str, Any]], closings: Sequence[Closing]) -> dict[str, Any]:
+        choices.sort(key=lambda c: int(c["index"]))
+        return {**self._head, "object": self.kind, "choices": choices, "usage": usage(closings)}
+
+    def _ending(self, delta: Delta) -> dict[str, Any]:
+        """What every choice has: its end, and its tokens where they were asked for."""
+        plan = self._call.plans[delta.index // self._choices_per_prompt]
+        told: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
+        if delta.finish is not None:
+            told["finish_reason"] = _REASONS[delta.finish.reason]
+            told["stop_reason"] = self._stop_reason(delta.finish)
+        if plan.reporting.token_ids:
+            told["token_ids"] = delta.token_ids
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            if plan.reporting.token_ids:
+                told["prompt_token_ids"] = list(plan.prompt_ids)
+        if delta.prompt_logprobs:
+            told["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
+        return told
+
+    def _stop_reason(self, finish: Finish) -> str | int | None:
+        """vLLM's: the text or the token that the client named; None for an end-of-sequence token."""
+        if finish.reason is FinishReason.STOP_SEQUENCE:
+            return finish.stop_text
+        return finish.stop_token_id if finish.stop_token_id not in self._call.model.first.eos_token_ids else None
+
+
+class CompletionRendering(_Base):
+    """``text_completion`` objects."""
+
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, call: Live, request_id: str, *, include_usage: bool) -> None:
+        super().__init__(call, request_id, include_usage=include_usage)
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        return self._chunk(self._choice(delta))
+
+    def whole(self, deltas: Sequence[Delta], closings: Sequence[Closing]) -> dict[str, Any]:
+        return self._whole([self._choice(delta) for delta in deltas], closings)
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        logprobs = self._told_logprobs(delta)
+        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, **self._ending(delta)}
+
+    def _told_logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        plan = self._call.plans[delta.index // self._choices_per_prompt]
+        if plan.reporting.logprobs is None:
+            return None
+        columns = self._logprobs.setdefault(delta.index, CompletionLogprobs())
+        begun = columns.prompt(plan.echo, delta.prompt_logprobs) if plan.echo and delta.index not in self._begun else None
+        return columns.output(delta.logprobs, begun)
+
+
+class ChatRendering(_Base):
+    """``chat.completion`` objects and their chunks."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def opening(self) -> list[dict[str, Any]]:
+        count = len(self._call.plans) * self._choices_per_prompt
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None}) for i in range(count)]
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        text = delta.text
+        told = {"content": text} if text or delta.token_ids or delta.logprobs else {}
+        return self._chunk({"index": delta.index, "delta": told, **self._rest(delta)})
+
+    def whole(self, deltas: Sequence[Delta], closings: Sequence[Closing]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": delta.index,
+                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                **self._rest(delta),
+            }
+            for delta in deltas
+        ]
+        return self._whole(choices, closings)
+
+    def _rest(self, delta: Delta) -> dict[str, Any]:
+        wanted = self._call.plans[0].reporting.logprobs is not None
+        return {"logprobs": chat_logprobs(delta.logprobs) if wanted else None, **self._ending(delta)}

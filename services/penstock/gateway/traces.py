@@ -1,0 +1,52 @@
+"""Spans of a call: the request, and its queue, prefill and decode as they are known afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from penstock.common import tracing
+from penstock.gateway.machine import Request
+from penstock.gateway.request import Caller
+
+__all__ = ["Trace"]
+
+
+class Trace:
+    """The span of one call, current while it is admitted. `caller` bears its identity on to the executors."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self._context = tracing.span("request", caller.traceparent, {"request_id": caller.request_id, "tenant": caller.tenant})
+
+    def __enter__(self) -> Trace:
+        self._span = self._context.__enter__()
+        if self._span.traceparent:
+            self.caller = dataclasses.replace(self.caller, traceparent=self._span.traceparent)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._context.__exit__(kind, error, where)
+
+    def done(self, requests: Sequence[Request]) -> None:
+        """Tell where the time of each request went."""
+        if not tracing.enabled():
+            return
+        for request in requests:
+            now, unix_ns = request.now(), time.time_ns()
+            placed, first = request.placed_at or now, request.first_token_at or now
+            last = request.last_token_at or now
+            for name, begin, end in (("place", request.created, placed), ("prefill", placed, first), ("decode", first, last)):
+                if end > begin:
+                    span = tracing.start(name, self.caller.traceparent, at_ns=unix_ns - int((now - begin) * 1e9))
+                    span.end(at_ns=unix_ns - int((now - end) * 1e9))
+            self._span.set(
+                {
+                    "model": request.plan.model,
+                    "prompt_tokens": len(request.plan.prompt_ids),
+                    "completion_tokens": sum(c.told_tokens for c in request.choices),
+                    "replacements": request.replacements,
+                }
+            )
