@@ -24,6 +24,8 @@ __all__ = ["HEADER", "Kind", "main"]
 
 HEADER = struct.Struct(">IB")
 
+_COMPILE_SECONDS = 5.0
+
 
 class Kind(IntEnum):
     """What a frame of the worker holds."""
@@ -44,6 +46,8 @@ def main() -> None:
     memory = int(setup["memory_bytes"])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Constant expressions are worked out here.
+    signal.setitimer(signal.ITIMER_PROF, max(setup["seconds"], _COMPILE_SECONDS))
     try:
         template = compile_template(setup["template"])
     except Exception as error:  # noqa: BLE001 - whatever is wrong with the template is told

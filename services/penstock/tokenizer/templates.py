@@ -62,7 +62,7 @@ class _Worker:
         try:
             kind, text = await worker.ask(setup, seconds=60)
         except _Died as error:
-            raise TemplateError(f"the process that renders the chat template did not start: {error}") from error
+            raise TemplateError(f"the chat template can not be compiled within its limits ({error})") from error
         except BaseException:
             await worker.kill()
             raise
