@@ -109,8 +109,8 @@ def main() -> None:
         "service_plane",
         {
             "model": arguments.model,
-            "dtype": description.dtype,
-            "backend": description.backend,
+            "dtype": told.dtype,
+            "backend": told.backend,
             "rounds": arguments.rounds,
             **figures,
         },
