@@ -14,7 +14,7 @@ from penstock.scheduler.timers import TICK_SECONDS
 CONFIG = SchedulerConfig(
     max_queued_requests=8, settle_seconds=2.0, lease_seconds=6.0, executor_wait_seconds=4.0, model_memory_seconds=20.0, look_ahead=1
 )
-MODELS = ["a", "b"]
+MODELS = ["a", "a", "a", "b"]
 FIELDS = ["x", "y"]
 
 
@@ -30,13 +30,13 @@ class Side:
 
 def needs_of(**over):
     given = {
-        "model": st.sampled_from([*MODELS, "nobody's"]),
-        "tokenizer_fingerprint": st.sampled_from(["", "", "", "t"]),
-        "prompt_tokens": st.integers(1, 90),
-        "max_tokens": st.integers(1, 60),
+        "model": st.sampled_from([*MODELS, *MODELS, "nobody's"]),
+        "tokenizer_fingerprint": st.sampled_from(["", "", "", "", "", "t"]),
+        "prompt_tokens": st.integers(1, 9) | st.integers(1, 90),
+        "max_tokens": st.integers(1, 9) | st.integers(1, 60),
         "choices": st.integers(1, 3),
         "block_hashes": st.lists(st.integers(0, 5), max_size=4),
-        "fields": st.lists(st.sampled_from(FIELDS), unique=True).map(tuple),
+        "fields": st.just(()) | st.lists(st.sampled_from(FIELDS), unique=True).map(tuple),
         "priority": st.integers(-1, 1),
         "tenant": st.sampled_from("uvw"),
         "deadline": st.none() | st.floats(-0.5, 8.0),
@@ -72,10 +72,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         model=st.sampled_from(MODELS),
         name=st.sampled_from(["e1", "e2", "e3"]),
-        fields=st.frozensets(st.sampled_from(FIELDS)),
+        fields=st.just(frozenset(FIELDS)) | st.frozensets(st.sampled_from(FIELDS)),
         batch=st.integers(1, 3),
         blocks=st.sampled_from([4, 8]),
-        fingerprint=st.sampled_from(["", "", "t"]),
+        fingerprint=st.sampled_from(["", "", "", "", "t"]),
     )
     def join(self, model, name, fields, batch, blocks, fingerprint):
         if name in self.executors and self.executors[name].description.model != model:
@@ -222,8 +222,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name, tokens, choices in side.leased.values():
                 counts = leased.setdefault(name, [0, 0, 0])
                 leased[name] = [counts[0] + 1, counts[1] + choices, counts[2] + tokens]
-        found = {h.executor_id: [h.leases, h.sequences, h.tokens] for h in self.core.executors.holds.values() if h.leases}
-        assert found == leased
+        found = {h.executor_id: [h.leases, h.sequences, h.tokens] for h in self.core.executors.holds.values()}
+        assert found == {name: [0, 0, 0] for name in self.executors} | leased
 
     @invariant()
     def nobody_waits_for_an_idle_executor(self):
