@@ -48,19 +48,23 @@ app.command("penstock.cli.services:executor", name="executor", group=_SERVICES, 
 
 def main() -> None:
     """Run the command that the arguments name, and exit with its status."""
+    sys.exit(_run())
+
+
+def _run() -> int:
     try:
         status = app(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        _refuse(str(error), 2)
+        return _refuse(str(error), 2)
     except (ConfigError, StartError) as error:
-        _refuse(str(error), 1)
+        return _refuse(str(error), 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
-        sys.exit(141)
-    sys.exit(status if isinstance(status, int) else 0)
+        return 141
+    return status if isinstance(status, int) else 0
 
 
-def _refuse(why: str, status: int) -> None:
+def _refuse(why: str, status: int) -> int:
     print(f"penstock: {' '.join(why.split())}", file=sys.stderr)
-    sys.exit(status)
+    return status

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from penstock.cli.tables import print_table
+
 __all__ = ["backends"]
 
 
@@ -24,7 +26,10 @@ def backends(*, as_json: Annotated[bool, Parameter(name="--json", negative=())] 
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(rows)
+        headings = ("backend", "state", "version", "devices, or why not")
+        print_table(
+            headings, ((r["name"], r["state"], r.get("version", ""), r.get("reason") or ", ".join(r["devices"])) for r in rows)
+        )
     return 0
 
 
@@ -35,15 +40,3 @@ def _row(name: str, availability: Any) -> dict[str, Any]:
         return {"name": name, "state": "available", "devices": list(availability.devices), "version": availability.version}
     state = "broken" if isinstance(availability, Broken) else "unavailable"
     return {"name": name, "state": state, "reason": availability.reason}
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("backend", "state", "version", "devices, or why not"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(row["name"], row["state"], row.get("version", ""), row.get("reason") or ", ".join(row["devices"]))
-    Console(soft_wrap=True).print(table)

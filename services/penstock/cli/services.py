@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Annotated, Protocol
 
 from cyclopts import Parameter
-from penstock.executor.config import ExecutorConfig
 
 from penstock.cli.start import Start
 from penstock.common import lifecycle, logs
 from penstock.common.service import Service
+from penstock.executor.config import ExecutorConfig
 from penstock.gateway.config import GatewayConfig
 from penstock.scheduler.config import SchedulerConfig
 from penstock.tokenizer.config import TokenizerConfig

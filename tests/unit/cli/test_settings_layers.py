@@ -120,7 +120,8 @@ def test_a_wrong_value_names_its_key_and_its_file(file):
 
 
 @pytest.mark.parametrize("command", ["gateway", "tokenizer", "scheduler", "executor", "up"])
-def test_help_tells_every_option_with_its_default(command, capsys):
+def test_help_tells_every_option_with_its_default(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
     with pytest.raises(SystemExit) as leaving:
         app([command, "--help"])
     assert leaving.value.code == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from penstock.cli.cluster.console import Console
@@ -15,7 +15,7 @@ from penstock.common.service import StartError
 
 __all__ = ["supervise"]
 
-BringUp = Callable[[Group], Awaitable[str]]
+BringUp = Callable[[Group], Coroutine[Any, Any, str]]
 
 
 async def supervise(bring_up: BringUp, console: Console, policy: RestartPolicy, grace: float) -> int:
@@ -71,7 +71,7 @@ class _Signals:
         (self.second if self.first.is_set() else self.first).set()
         self.last = signum
 
-    async def first_of(self, work: Any, event: asyncio.Event) -> bool:
+    async def first_of(self, work: Coroutine[Any, Any, None], event: asyncio.Event) -> bool:
         """Whether the work ended before the event, which cancels it. Raises what the work raises."""
         task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
         await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
