@@ -29,7 +29,7 @@ class BlockManager:
     def __init__(self, count: int, *, caching: bool = True) -> None:
         self.count = count
         self.log = KvLog()
-        self._caching = caching
+        self.caching = caching
         self._free = list(range(count - 1, -1, -1))
         self._users = [0] * count
         self._hashes: list[bytes | None] = [None] * count
@@ -71,7 +71,7 @@ class BlockManager:
 
     def register(self, block: int, key: bytes) -> None:
         """Let a used, full and computed block be found. Where another is found under the same hash already, that one stays."""
-        if self._caching and self._hashes[block] is None and key not in self._by_hash:
+        if self.caching and self._hashes[block] is None and key not in self._by_hash:
             self._hashes[block] = key
             self._by_hash[key] = block
             self.log.stored(key)

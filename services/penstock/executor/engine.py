@@ -37,7 +37,7 @@ from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
 from penstock.executor.meter import Meter, StepFacts
 from penstock.executor.sampling import Sampled, Sampler, token_logprob
-from penstock.executor.schedule import Limits, Scheduler, Step
+from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
 from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Started
 
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
@@ -55,6 +55,7 @@ class EngineConfig:
         max_batch_size: sequences that run at a time.
         prefill_chunk: prompt tokens of one step while others decode.
         chunked_prefill: whether the backend takes a prompt in several steps.
+        prompt_logits: whether it gives logits of prompt tokens.
         stall_seconds: what a step of decoding takes at most before the engine counts as stalled.
         stall_seconds_per_prompt_token: what a prompt token adds to that.
     """
@@ -66,6 +67,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     prefix_cache: bool = True
     chunked_prefill: bool = True
+    prompt_logits: bool = True
     stall_seconds: float = 2.5
     stall_seconds_per_prompt_token: float = 0.05
 
@@ -81,10 +83,14 @@ class EngineDead(RuntimeError):
     """The engine can not go on; the text says why."""
 
 
+def _ignore(_: str) -> None:
+    pass
+
+
 class Engine:
     """Runs sequences on a model. Its methods may be called from any thread, but for `step`."""
 
-    def __init__(self, model: GenerativeModel, config: EngineConfig, *, on_death: Callable[[str], None] | None = None) -> None:
+    def __init__(self, model: GenerativeModel, config: EngineConfig, *, on_death: Callable[[str], None] = _ignore) -> None:
         self.model = model
         self.block_size = model.kv.block_size
         self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
@@ -92,7 +98,7 @@ class Engine:
         self.meter = Meter()
         self.failure: str | None = None
         self._config = config
-        self._on_death = on_death
+        self.on_death = on_death
         limits = Limits(
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
@@ -119,11 +125,12 @@ class Engine:
 
     def submit(self, request: SequenceRequest, sink: Sink) -> None:
         """Run a sequence and tell `sink` what comes of it, a refusal included."""
-        reason = self._refusal(request)
-        if reason is not None:
-            sink(Frame(finished=[Finished(request.sequence_id, Finish.REFUSED, message=reason)]))
+        fault, refusal = self._fault(request), self._refusal(request)
+        if fault or refusal:
+            reason = Finish.FAILED if fault else Finish.REFUSED
+            sink(Frame(finished=[Finished(request.sequence_id, reason, message=fault or refusal)]))
             return
-        sequence = Sequence(request, sink, self.block_size, time.monotonic())
+        sequence = Sequence(request, sink, self.block_size, self._config.vocabulary_size, time.monotonic())
         self._command(lambda: self._add(sequence))
 
     def abort(self, sequence_ids: Iterable[int], sink: Sink) -> None:
@@ -134,6 +141,12 @@ class Engine:
     def abort_all(self, sink: Sink) -> None:
         """End all that was submitted with this sink."""
         self._command(lambda: self._abort(list(self._sequences.get(sink, ())), sink))
+
+    def forget(self) -> None:
+        """Forget cached prefixes, counts and speeds. Only before `start`."""
+        self.blocks.clear()
+        self.scheduler.counts = SchedulerCounts()
+        self.meter = Meter()
 
     def drain(self) -> None:
         """Refuse whatever comes from now on. What runs or waits goes on."""
@@ -148,6 +161,11 @@ class Engine:
         """Whether nothing runs, waits, or is on its way in or out."""
         return not (self._commands or self.scheduler.running or self.scheduler.waiting or self._frames)
 
+    def wait_until_idle(self) -> None:
+        """Block the calling thread until the engine is idle, dead or closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self.idle or self._stopping or self.failure is not None)
+
     def progress(self, now: float) -> bool:
         """Whether the engine lives and its step, if one is running, has taken no longer than it may. `now` by `time.monotonic`."""
         return self.failure is None and now <= self.meter.step_due
@@ -156,32 +174,44 @@ class Engine:
         """Stop after the running step, drop what is left, and close the model. Idempotent."""
         with self._wake:
             self._stopping = True
-            self._wake.notify()
+            self._wake.notify_all()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
         if not self._thread.is_alive():
             self.model.close()
 
-    def _refusal(self, request: SequenceRequest) -> str | None:
+    def _fault(self, request: SequenceRequest) -> str:
+        """What is wrong with a request wherever it runs. The gateway lets none of this through."""
+        sampling, size = request.sampling, self._config.vocabulary_size
+        if not request.prompt or len(request.replayed) >= request.max_tokens:
+            return "there is nothing to compute: the prompt is empty, or all of the output was replayed"
+        if max(request.prompt) >= size or max(request.replayed, default=0) >= size or max(sampling.logit_bias, default=0) >= size:
+            return f"token ids must be less than {size}"
+        if not (sampling.temperature >= 0 and sampling.repetition_penalty > 0 and 0 < sampling.top_p <= 1):
+            return "temperature must be at least 0, repetition_penalty more than 0, and top_p in (0, 1]"
+        return ""
+
+    def _refusal(self, request: SequenceRequest) -> str:
+        """Why a request can not run here, though it may elsewhere."""
         asked, most = len(request.prompt) + request.max_tokens, self.context_length
         if self.failure is not None:
             return f"the engine has failed: {self.failure}"
         if self._draining or self._stopping:
             return "the executor is draining"
-        if not request.prompt or len(request.replayed) >= request.max_tokens:
-            return "there is nothing to compute: the prompt is empty, or all of the output was replayed"
+        if request.prompt_logprobs is not None and not self._config.prompt_logits:
+            return "the backend gives no log-probabilities of the prompt"
         if asked > most:
             return f"{len(request.prompt)} prompt tokens and {request.max_tokens} new ones are more than the {most} that fit"
         if not self._config.chunked_prefill and asked > self._config.max_batch_tokens:
             return (
                 f"{asked} tokens are more than the {self._config.max_batch_tokens} of one step, and the backend takes prompts whole"
             )
-        return None
+        return ""
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
             self._commands.append(command)
-            self._wake.notify()
+            self._wake.notify_all()
 
     # In the engine's thread.
 
@@ -196,6 +226,7 @@ class Engine:
         """Block until there is something to do; False once the engine is to stop."""
         with self._wake:
             while not self._stopping and self.idle:
+                self._wake.notify_all()  # for `wait_until_idle`
                 self._wake.wait()
             return not self._stopping
 
@@ -343,5 +374,6 @@ class Engine:
             for sequence in list(mine.values()):
                 self._finish(sequence, Finish.FAILED, f"the engine has failed: {reason}")
         self._publish()
-        if self._on_death is not None:
-            self._on_death(reason)
+        with self._wake:
+            self._wake.notify_all()
+        self.on_death(reason)

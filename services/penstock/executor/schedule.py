@@ -113,6 +113,10 @@ class Scheduler:
                 late.append(sequence)
         return late
 
+    def waiting_tokens(self) -> int:
+        """Tokens of prompts that are still to be computed. May be called from other threads."""
+        return sum(s.remaining for s in self.waiting.copy()) + sum(s.remaining - 1 for s in self.running.copy())
+
     def schedule(self) -> Step:
         """Choose the next step; blocks for it are allocated. Empty only where nothing waits or runs."""
         plan = _Plan(self._limits.max_batch_tokens)

@@ -120,6 +120,7 @@ class Sequence:
         "first_token_at",
         "hashes",
         "ids",
+        "masked",
         "preemptions",
         "prompt_length",
         "prompt_logprobs",
@@ -134,7 +135,7 @@ class Sequence:
         "table",
     )
 
-    def __init__(self, request: SequenceRequest, sink: Sink, block_size: int, submitted_at: float) -> None:
+    def __init__(self, request: SequenceRequest, sink: Sink, block_size: int, vocabulary_size: int, submitted_at: float) -> None:
         self.request = request
         self.sink = sink
         self.ids = array("I", request.prompt)
@@ -147,6 +148,7 @@ class Sequence:
         self.table: NDArray[np.int32] = np.zeros(len(self.ids) // block_size + 2, np.int32)
         self.blocks = 0
         self.stop_ids = frozenset(request.stop_ids)
+        self.masked = [token for token in self.stop_ids if token < vocabulary_size]
         self.adjustment = (
             Adjustment(request.sampling, request.prompt, request.replayed) if Adjustment.needed(request.sampling) else None
         )
@@ -180,7 +182,7 @@ class Sequence:
         row = self.row
         row.position = position = len(self.ids) - self.prompt_length
         if self.request.min_tokens:
-            row.masked = self.request.stop_ids if position < self.request.min_tokens else ()
+            row.masked = self.masked if position < self.request.min_tokens else ()
         return row
 
     def append(self, token: int, block_size: int) -> Finish | None:

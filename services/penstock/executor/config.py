@@ -1,0 +1,61 @@
+"""How an executor is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.common.logs import LogFormat
+
+__all__ = ["ExecutorConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorConfig:
+    """The executor: runs one model on one backend.
+
+    Attributes:
+        model: Folder of the checkpoint, builtin, or a Hugging Face id.
+        served_name: Name under which requests ask for the model; its own where absent.
+        backend: Name of the backend; auto takes the fastest that can run the model.
+        dtype: How weights are held and computed; auto leaves it to the backend.
+        threads: Threads of computation; every core of the process where absent.
+        kv_cache_gib: Memory of the KV cache, in GiB; what is free once the weights are loaded where absent.
+        max_batch_tokens: Tokens that one step computes at most.
+        max_batch_size: Sequences that run at a time at most.
+        prefill_chunk: Prompt tokens that one step computes at most while others are being answered.
+        max_context: Tokens that one sequence holds at most; the model's own limit where absent.
+        prefix_cache: Whether requests share the KV cache of equal prefixes.
+        stall_seconds: A decoding step that takes longer makes the executor NOT_SERVING.
+        stall_seconds_per_prompt_token: What each prompt token in a step adds to that.
+        scheduler: HOST:PORT of the scheduler to register with; none where absent.
+        listen: HOST:PORT of its gRPC service; port 0 takes a free one.
+        advertise: HOST:PORT at which gateways reach it; where it listens where absent.
+        metrics: HOST:PORT of a Prometheus endpoint; off where absent.
+        otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
+        log_level: Least level of the log lines that are written.
+        log_format: Console or JSON lines; auto is console on a terminal.
+        grace_seconds: Seconds that running sequences get when the executor drains.
+    """
+
+    model: str = "builtin"
+    served_name: str | None = None
+    backend: str = "auto"
+    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
+    threads: int | None = None
+    kv_cache_gib: float | None = None
+    max_batch_tokens: int = 2048
+    max_batch_size: int = 64
+    prefill_chunk: int = 512
+    max_context: int | None = None
+    prefix_cache: bool = True
+    stall_seconds: float = 2.5
+    stall_seconds_per_prompt_token: float = 0.05
+    scheduler: str | None = None
+    listen: str = "127.0.0.1:8013"
+    advertise: str | None = None
+    metrics: str | None = None
+    otlp_endpoint: str | None = None
+    log_level: str = "info"
+    log_format: LogFormat = "auto"
+    grace_seconds: float = 30

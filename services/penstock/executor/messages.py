@@ -1,0 +1,169 @@
+"""Between messages and the engine's plain types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from penstock.common.prefix import wire_form
+from penstock.executor.engine import Engine
+from penstock.executor.kv_events import KvChanges
+from penstock.executor.loading import Loaded
+from penstock.executor.sampling import SamplingParameters, TokenLogprob
+from penstock.executor.sequence import Finish, Finished, Frame, SequenceRequest, Started
+from penstock.internal.v1 import executor_pb2 as pb
+from penstock.internal.v1 import scheduler_pb2
+
+__all__ = ["describe", "kv_events", "load_of", "merge", "read_start"]
+
+_FINISHES = {
+    Finish.STOP: pb.SEQUENCE_FINISH_STOP,
+    Finish.LENGTH: pb.SEQUENCE_FINISH_LENGTH,
+    Finish.DEADLINE: pb.SEQUENCE_FINISH_DEADLINE,
+    Finish.REFUSED: pb.SEQUENCE_FINISH_REFUSED,
+    Finish.FAILED: pb.SEQUENCE_FINISH_FAILED,
+}
+_FIELDS = (
+    *("sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p", "sampling.presence_penalty"),
+    *("sampling.frequency_penalty", "sampling.repetition_penalty", "sampling.logit_bias", "sampling.seed"),
+    *("stopping.max_tokens", "stopping.min_tokens", "stopping.stop", "stopping.stop_token_ids", "stopping.ignore_eos"),
+    "reporting.logprobs",
+)
+
+
+def read_start(start: pb.StartSequence, now: float) -> SequenceRequest:
+    """What a gateway asks. Without sampling parameters it is greedy."""
+    s = start.sampling
+    sampling = SamplingParameters(temperature=0)
+    if start.HasField("sampling"):
+        sampling = SamplingParameters(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+            presence_penalty=s.presence_penalty,
+            frequency_penalty=s.frequency_penalty,
+            repetition_penalty=s.repetition_penalty,
+            logit_bias=dict(s.logit_bias),
+            seed=s.seed,
+        )
+    return SequenceRequest(
+        sequence_id=start.sequence_id,
+        prompt=list(start.prompt_ids),
+        replayed=list(start.replayed_ids),
+        sampling=sampling,
+        max_tokens=start.max_tokens,
+        min_tokens=start.min_tokens,
+        stop_ids=list(start.stop_token_ids),
+        logprobs=start.logprobs if start.HasField("logprobs") else None,
+        prompt_logprobs=start.prompt_logprobs if start.HasField("prompt_logprobs") else None,
+        salt=start.cache_salt,
+        priority=start.priority,
+        deadline=now + start.deadline_ms / 1000 if start.deadline_ms else None,
+    )
+
+
+def merge(frames: Iterable[Frame]) -> pb.RunResponse:
+    """Frames, in order, as one message."""
+    response = pb.RunResponse()
+    for frame in frames:
+        response.sequence_ids.extend(frame.sequence_ids)
+        response.token_ids.extend(frame.token_ids)
+        response.positions.extend(frame.positions)
+        if frame.finished:
+            response.finished.extend(map(_finished, frame.finished))
+        if frame.started:
+            response.started.extend(map(_started, frame.started))
+        if frame.logprobs:
+            response.logprobs.extend(_logprob(*told) for told in frame.logprobs)
+        for sequence_id, places in frame.prompt_logprobs:
+            tokens = [_logprob(sequence_id, i, place) for i, place in enumerate(places, start=1)]
+            response.prompt_logprobs.append(pb.PromptLogprobs(sequence_id=sequence_id, tokens=tokens))
+    return response
+
+
+def _finished(told: Finished) -> pb.FinishedSequence:
+    return pb.FinishedSequence(
+        sequence_id=told.sequence_id,
+        reason=_FINISHES[told.reason],
+        preemptions=told.preemptions,
+        message=told.message,
+        decode_us=int(told.decode * 1e6),
+    )
+
+
+def _started(told: Started) -> pb.StartedSequence:
+    return pb.StartedSequence(
+        sequence_id=told.sequence_id,
+        cached_tokens=told.cached_tokens,
+        waited_us=int(told.waited * 1e6),
+        prefill_us=int(told.prefill * 1e6),
+    )
+
+
+def _logprob(sequence_id: int, position: int, told: TokenLogprob) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        sequence_id=sequence_id,
+        position=position,
+        logprob=told.logprob,
+        rank=told.rank,
+        top_ids=told.top_ids,
+        top_logprobs=told.top_logprobs,
+    )
+
+
+def load_of(engine: Engine) -> scheduler_pb2.Load:
+    """How busy the engine is now."""
+    scheduler, meter = engine.scheduler, engine.meter
+    return scheduler_pb2.Load(
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        kv_blocks_free=engine.blocks.available,
+        waiting_tokens=scheduler.waiting_tokens(),
+        prefill_tokens_per_second=meter.prefill_tokens_per_second,
+        steps_per_second=meter.steps_per_second,
+    )
+
+
+def kv_events(changes: KvChanges) -> scheduler_pb2.KvEvents:
+    """Changes of the prefix cache as the scheduler is told them."""
+    return scheduler_pb2.KvEvents(
+        sequence=changes.sequence,
+        stored=wire_form(changes.stored),
+        removed=wire_form(changes.removed),
+        cleared=changes.cleared,
+    )
+
+
+def describe(
+    loaded: Loaded, executor_id: str, address: str, tokenizer: str, limits: tuple[int, int]
+) -> scheduler_pb2.ExecutorDescription:
+    """What the executor is. `limits` are max_batch_size and max_batch_tokens."""
+    spec, decoder, defaults = loaded.spec, loaded.spec.decoder, loaded.spec.defaults
+    prompt_fields = ("reporting.prompt_logprobs",) if loaded.capabilities.prompt_logits else ()
+    return scheduler_pb2.ExecutorDescription(
+        executor_id=executor_id,
+        address=address,
+        model=loaded.name,
+        model_fingerprint=spec.fingerprint,
+        tokenizer_fingerprint=tokenizer,
+        architecture=decoder.architecture,
+        backend=loaded.backend,
+        device=loaded.model.device,
+        dtype=loaded.model.dtype.value,
+        context_length=loaded.engine.context_length,
+        vocabulary_size=decoder.vocabulary_size,
+        kv_block_size=loaded.model.kv.block_size,
+        kv_blocks=loaded.model.kv.blocks,
+        max_batch_size=limits[0],
+        max_batch_tokens=limits[1],
+        fields=[*_FIELDS, *prompt_fields],
+        prefix_cache=loaded.engine.blocks.caching,
+        eos_token_ids=decoder.eos_token_ids,
+        defaults=scheduler_pb2.GenerationDefaults(
+            temperature=defaults.temperature,
+            top_p=defaults.top_p,
+            top_k=defaults.top_k,
+            min_p=defaults.min_p,
+            repetition_penalty=defaults.repetition_penalty,
+        ),
+    )

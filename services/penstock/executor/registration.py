@@ -1,0 +1,107 @@
+"""Keeps the scheduler told: what this executor is, how busy it is, and which prefixes it has cached."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from penstock.common.channel import connect
+from penstock.common.logs import logger
+from penstock.executor.engine import Engine
+from penstock.executor.messages import kv_events, load_of
+from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+__all__ = ["Registration"]
+
+_TICK_SECONDS = 0.25
+_TICKS_PER_HEARTBEAT = 4
+_FIRST_BACK_OFF = 0.1
+_LAST_BACK_OFF = 2.0
+
+
+class Registration:
+    """A `Register` stream that is made again whenever it is lost, and left while the executor is not healthy."""
+
+    def __init__(
+        self,
+        scheduler: str,
+        description: scheduler_pb2.ExecutorDescription,
+        engine: Engine,
+        healthy: Callable[[], bool],
+        tick_seconds: float = _TICK_SECONDS,
+    ) -> None:
+        self._scheduler = scheduler
+        self._description = description
+        self._engine = engine
+        self._healthy = healthy
+        self._tick = tick_seconds
+        self._changed = asyncio.Event()
+        self.registered = asyncio.Event()
+
+    def drain(self) -> None:
+        """Tell the scheduler at once that the engine drains."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Stay registered until cancelled."""
+        async with connect(self._scheduler) as channel:
+            stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+            back_off = _FIRST_BACK_OFF
+            while True:
+                if self._healthy():
+                    try:
+                        await self._report(stub)
+                    except grpc.aio.AioRpcError as error:
+                        logger().warning(
+                            "scheduler lost", scheduler=self._scheduler, code=error.code().name, details=error.details()
+                        )
+                if self.registered.is_set():
+                    self.registered.clear()
+                    back_off = _FIRST_BACK_OFF
+                # Spread out, so that a scheduler that comes back does not see all executors in one moment.
+                await asyncio.sleep(back_off * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+                back_off = min(2 * back_off, _LAST_BACK_OFF)
+
+    async def _report(self, stub: Any) -> None:
+        """One stream, until it is lost or the executor is not healthy."""
+        call = stub.Register()
+        listening = asyncio.create_task(self._listen(call))
+        try:
+            log = self._engine.blocks.log
+            last = load_of(self._engine)
+            draining = self._engine.draining
+            first = scheduler_pb2.RegisterRequest(
+                description=self._description, load=last, kv_events=kv_events(log.snapshot()), draining=draining
+            )
+            await call.write(first)
+            silent = 0
+            while self._healthy() and not listening.done():
+                await self._next_tick(listening)
+                silent += 1
+                load, changes = load_of(self._engine), log.take()
+                if load == last and changes is None and draining == self._engine.draining and silent < _TICKS_PER_HEARTBEAT:
+                    continue
+                last, draining, silent = load, self._engine.draining, 0
+                events = None if changes is None else kv_events(changes)
+                await call.write(scheduler_pb2.RegisterRequest(load=load, kv_events=events, draining=draining))
+            if listening.done():
+                listening.result()
+        finally:
+            listening.cancel()
+            call.cancel()
+
+    async def _next_tick(self, listening: asyncio.Task[None]) -> None:
+        changed = asyncio.create_task(self._changed.wait())
+        await asyncio.wait((changed, listening), timeout=self._tick, return_when=asyncio.FIRST_COMPLETED)
+        changed.cancel()
+        self._changed.clear()
+
+    async def _listen(self, call: Any) -> None:
+        async for _ in call:
+            if not self.registered.is_set():
+                logger().info("registered", scheduler=self._scheduler, executor_id=self._description.executor_id)
+                self.registered.set()

@@ -1,0 +1,157 @@
+"""Assembly of the executor service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping
+
+from penstock.common import metrics as endpoint
+from penstock.common import tracing
+from penstock.common.fingerprint import tokenizer_fingerprint
+from penstock.common.logs import logger
+from penstock.common.server import GrpcServer
+from penstock.common.service import StartError
+from penstock.executor.config import ExecutorConfig
+from penstock.executor.engine import EngineDead
+from penstock.executor.loading import Loaded, load
+from penstock.executor.messages import describe
+from penstock.executor.metrics import ExecutorMetrics
+from penstock.executor.registration import Registration
+from penstock.executor.servicer import ExecutorServicer
+from penstock.internal.v1 import executor_pb2_grpc
+
+__all__ = ["ExecutorServer"]
+
+_NAME = "penstock.internal.v1.ExecutorService"
+_WATCH_SECONDS = 0.25
+
+
+class ExecutorServer:
+    """The executor service, as `penstock.common.service.Service`."""
+
+    name = "executor"
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        self._config = config
+        self._loaded: Loaded | None = None
+        self._grpc: GrpcServer | None = None
+        self._endpoint: endpoint.MetricsServer | None = None
+        self._registration: Registration | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._dead: asyncio.Future[str] | None = None
+        self._serving = False
+
+    async def start(self) -> Mapping[str, str]:
+        """Load the model, then bind and serve."""
+        config = self._config
+        tracing.configure(self.name, config.otlp_endpoint)
+        began = time.monotonic()
+        loaded = self._loaded = await asyncio.to_thread(load, config)
+        server = self._grpc = GrpcServer()
+        try:
+            bound = {"grpc": server.listen(config.listen)}
+        except RuntimeError as error:
+            raise StartError(f"listen: can not listen on {config.listen}: {error}") from error
+        description = describe(
+            loaded,
+            executor_id=uuid.uuid4().hex,
+            address=config.advertise or bound["grpc"],
+            tokenizer=tokenizer_fingerprint(loaded.folder),
+            limits=(config.max_batch_size, config.max_batch_tokens),
+        )
+        server.add(executor_pb2_grpc.add_ExecutorServiceServicer_to_server, ExecutorServicer(loaded.engine, description), _NAME)
+        metrics = ExecutorMetrics(loaded.engine, loaded.name)
+        if config.metrics is not None:
+            self._endpoint = endpoint.serve(metrics.registry, config.metrics)
+            bound["metrics"] = self._endpoint.address
+        self._start_engine(loaded)
+        await server.start()
+        await self._set_serving(serving=True)
+        self._tasks.append(asyncio.create_task(self._watch()))
+        if config.scheduler is not None:
+            self._registration = Registration(
+                config.scheduler, description, loaded.engine, lambda: self._serving or loaded.engine.draining
+            )
+            self._tasks.append(asyncio.create_task(self._registration.run()))
+        logger().info(
+            "model loaded",
+            model=loaded.name,
+            backend=loaded.backend,
+            device=loaded.model.device,
+            dtype=loaded.model.dtype.value,
+            kv_blocks=loaded.model.kv.blocks,
+            context_length=loaded.engine.context_length,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        return bound
+
+    async def wait(self) -> None:
+        """Return never; raise when the engine is dead.
+
+        Raises:
+            EngineDead: so that the process ends and its supervisor starts another.
+        """
+        if self._dead is None:
+            return
+        raise EngineDead(await asyncio.shield(self._dead))
+
+    async def drain(self) -> None:
+        """Refuse new sequences, and return when the running ones have finished and been told."""
+        if self._loaded is None:
+            return
+        engine = self._loaded.engine
+        engine.drain()
+        await self._set_serving(serving=False)
+        if self._registration is not None:
+            self._registration.drain()
+        await asyncio.to_thread(engine.wait_until_idle)
+
+    async def close(self) -> None:
+        """End everything and give the model's memory back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._grpc is not None:
+            # What was told last is still on its way.
+            await self._grpc.stop(0.5 if self._loaded is not None and self._loaded.engine.draining else 0)
+            self._grpc = None
+        if self._loaded is not None:
+            await asyncio.to_thread(self._loaded.engine.close)
+            self._loaded = None
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+
+    def _start_engine(self, loaded: Loaded) -> None:
+        loop = asyncio.get_running_loop()
+        dead = self._dead = loop.create_future()
+
+        def tell(reason: str) -> None:
+            if not dead.done():
+                dead.set_result(reason)
+
+        def on_death(reason: str) -> None:
+            loop.call_soon_threadsafe(tell, reason)
+
+        loaded.engine.on_death = on_death
+        loaded.engine.start()
+
+    async def _watch(self) -> None:
+        """Let health tell whether the engine makes progress."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if self._loaded is None:
+                return
+            engine = self._loaded.engine
+            moves = engine.progress(time.monotonic())
+            if moves is not self._serving and not engine.draining:
+                logger().warning("the engine moves again" if moves else "the engine is stalled", failure=engine.failure)
+                await self._set_serving(serving=moves)
+
+    async def _set_serving(self, *, serving: bool) -> None:
+        self._serving = serving
+        if self._grpc is not None:
+            await self._grpc.set_serving(serving=serving)

@@ -1,0 +1,139 @@
+"""`penstock.internal.v1.ExecutorService`: messages in, engine calls, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+
+from penstock.common.logs import logger
+from penstock.executor.engine import Engine
+from penstock.executor.messages import load_of, merge, read_start
+from penstock.executor.sequence import Finish, Finished, Frame
+from penstock.internal.v1 import executor_pb2 as pb
+from penstock.internal.v1 import executor_pb2_grpc, scheduler_pb2
+
+__all__ = ["ExecutorServicer", "Outbox"]
+
+# Frames that may wait for a gateway which does not read: one of each step, so many seconds.
+_MOST_WAITING = 4096
+
+
+class Outbox:
+    """Frames on their way from the engine's thread to one gateway's stream.
+
+    Frames that wait for a slow gateway are sent as one message. When more wait than the bound allows, `on_overflow` is called,
+    once and in the loop's thread, and no more are kept.
+    """
+
+    def __init__(self, on_overflow: Callable[[], None], most_waiting: int = _MOST_WAITING) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._frames: deque[Frame] = deque()
+        self._filled = asyncio.Event()
+        self._on_overflow = on_overflow
+        self._most = most_waiting
+        self._waking = False
+        self._full = False
+        self._ended = False
+
+    def put(self, frame: Frame) -> None:
+        """Add a frame, from any thread: the sink of the stream's sequences."""
+        if self._full:
+            return
+        if len(self._frames) >= self._most:
+            self._full = True
+            self._call(self._on_overflow)
+            return
+        self._frames.append(frame)
+        if not self._waking:
+            self._waking = True
+            self._call(self._filled.set)
+
+    def end(self) -> None:
+        """Let `take` give an empty list once all frames are taken. In the loop's thread."""
+        self._ended = True
+        self._filled.set()
+
+    async def take(self) -> list[Frame]:
+        """All frames that wait, as soon as there are any; none at the end."""
+        while not self._frames and not self._ended:
+            await self._filled.wait()
+            self._filled.clear()
+            self._waking = False  # before the frames are taken: one that comes in between wakes the loop again
+        return [self._frames.popleft() for _ in range(len(self._frames))]
+
+    def _call(self, callback: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            self._loop.call_soon_threadsafe(callback)
+
+
+class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
+    """Streams of gateways over one engine."""
+
+    def __init__(self, engine: Engine, description: scheduler_pb2.ExecutorDescription) -> None:
+        self._engine = engine
+        self._description = description
+        self.streams = 0
+
+    async def Run(
+        self, request_iterator: AsyncIterator[pb.RunRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.RunResponse]:
+        """One gateway's stream; whatever ends it ends its sequences."""
+        outbox = Outbox(_canceller(context.peer()))
+        sink = outbox.put
+        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        self.streams += 1
+        try:
+            while frames := await outbox.take():
+                yield merge(frames)
+            await reader
+        finally:
+            self.streams -= 1
+            reader.cancel()
+            self._engine.abort_all(sink)
+
+    async def _read(self, requests: AsyncIterator[pb.RunRequest], outbox: Outbox) -> None:
+        try:
+            async for request in requests:
+                now = time.monotonic()
+                for start in request.start:
+                    self._start(start, outbox, now)
+                if request.aborted:
+                    self._engine.abort(request.aborted, outbox.put)
+        finally:
+            outbox.end()
+
+    def _start(self, start: pb.StartSequence, outbox: Outbox, now: float) -> None:
+        if start.executor_id != self._description.executor_id:
+            message = f"{start.executor_id or '(no executor_id)'} is meant, and this is {self._description.executor_id}"
+            outbox.put(Frame(finished=[Finished(start.sequence_id, Finish.REFUSED, message=message)]))
+            return
+        self._engine.submit(read_start(start, now), outbox.put)
+
+    async def GetExecutor(self, request: pb.GetExecutorRequest, context: object) -> pb.GetExecutorResponse:
+        """What the executor is, how busy, and the state of every KV block."""
+        counts = self._engine.blocks.counts()
+        return pb.GetExecutorResponse(
+            description=self._description,
+            load=load_of(self._engine),
+            kv_blocks_used=counts.used,
+            kv_blocks_cached=counts.cached,
+            kv_blocks_free=counts.free,
+        )
+
+
+def _canceller(peer: str) -> Callable[[], None]:
+    """Ends the call that runs now, even while it waits for its peer to read."""
+    call = asyncio.current_task()
+
+    def cancel() -> None:
+        logger().warning("a gateway reads too slowly; its stream is ended", peer=peer)
+        if call is not None:
+            call.cancel()
+
+    return cancel
