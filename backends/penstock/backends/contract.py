@@ -215,13 +215,21 @@ class GenerativeModel(Protocol):
         """
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
-        """Copy the KV of `tokens` (positions in a sequence whose blocks these are) out of the cache."""
+        """Copy the KV of `tokens` (positions in a sequence whose blocks these are) out of the cache.
+
+        Raises:
+            ValueError: `tokens` are not within these blocks, or a block is not of this cache.
+        """
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
-        """Copy a chunk into the cache."""
+        """Copy a chunk into the cache, converted to its type.
+
+        Raises:
+            ValueError: as for `export_kv`, or the chunk's shape is not this model's; nothing is written then.
+        """
 
     def close(self) -> None:
-        """Give all memory back. Idempotent, and safe after a start that failed."""
+        """Give all memory back. Idempotent, and safe after a start that failed; a step after it raises."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,10 +44,12 @@ class Driver:
     Args:
         model: what is driven.
         order: block ids in the order in which they are handed out; None: rising.
+        prompt_logits: whether the model gives logits of every token.
     """
 
-    def __init__(self, model: GenerativeModel, order: Sequence[int] | None = None) -> None:
+    def __init__(self, model: GenerativeModel, order: Sequence[int] | None = None, *, prompt_logits: bool = True) -> None:
         self.model = model
+        self._prompt_logits = prompt_logits
         self._free = list(reversed(order if order is not None else range(model.kv.blocks)))
 
     def sequence(self, shared: Sequence[int] = ()) -> SequenceState:
@@ -74,11 +76,15 @@ class Driver:
         return np.split(logits, np.cumsum([len(piece.wanted()) for piece in pieces])[:-1])
 
     def prefill(self, ids: Sequence[int], chunk: int | None = None) -> tuple[SequenceState, NDArray[np.float32]]:
-        """A new sequence of these tokens, `chunk` of them a step, and all their logits."""
-        sequence, parts = self.sequence(), []
-        for start in range(0, len(ids), chunk or len(ids)):
-            parts += self.step(Piece(sequence, ids[start : start + (chunk or len(ids))], ALL))
-        return sequence, np.concatenate(parts)
+        """A new sequence of these tokens, `chunk` of them a step.
+
+        Returns:
+            the sequence, and the logits behind each token, or behind the last where the model gives no others.
+        """
+        sequence, parts, size = self.sequence(), [], chunk or len(ids)
+        for start in range(0, len(ids), size):
+            parts += self.step(Piece(sequence, ids[start : start + size], ALL if self._prompt_logits else LAST))
+        return sequence, np.concatenate(parts) if self._prompt_logits else parts[-1]
 
 
 def step_batch(pieces: Sequence[Piece]) -> StepBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from penstock.backends.contract import StepBatch
+from penstock.backends.kv_blocks import slots_of
 
-__all__ = ["AttentionPlan", "DecodeGroup", "Prefill", "plan_attention", "slots_of"]
+__all__ = ["AttentionPlan", "DecodeGroup", "Prefill", "plan_attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,6 @@ class AttentionPlan:
         for part in self.parts:
             out[part.rows] = part.attend(queries[part.rows], cache)
         return out
-
-
-def slots_of(blocks: NDArray[np.int32] | Sequence[int], positions: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
-    """Rows of the cache that hold these positions of a sequence whose blocks these are."""
-    return np.asarray(blocks, np.int64)[positions // block_size] * block_size + positions % block_size
 
 
 def plan_attention(batch: StepBatch, block_size: int, window: int | None, device: torch.device) -> AttentionPlan:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.kv_blocks import transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
-from penstock.backends.pytorch.attention import plan_attention, slots_of
+from penstock.backends.pytorch.attention import plan_attention
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
 from penstock.backends.pytorch.registration import REGISTRATION
@@ -116,12 +117,7 @@ class TorchModel:
         return from_numpy(values).to(self._device)
 
     def _slots(self, blocks: Sequence[int], tokens: range) -> Tensor:
-        held = len(blocks) * BLOCK_SIZE
-        if tokens.step != 1 or not 0 <= tokens.start <= tokens.stop <= held:
-            raise ValueError(f"{tokens} does not lie within {len(blocks)} blocks of {BLOCK_SIZE} tokens")
-        if any(not 0 <= block < self._kv.blocks for block in blocks):
-            raise ValueError(f"block ids go from 0 to {self._kv.blocks - 1}")
-        return self._tensor(slots_of(blocks, np.arange(tokens.start, tokens.stop), BLOCK_SIZE))
+        return self._tensor(transfer_slots(self._kv, blocks, tokens))
 
     def _allocate(self, spec: ModelSpec, config: DeviceConfig) -> tuple[KvSpec, Tensor | None]:
         decoder, dtype = spec.decoder, _TYPES[self._dtype]
