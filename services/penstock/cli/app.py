@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, env_var_split
 
 from penstock.cli.layers import CONFIG_LAYERS
 from penstock.common.config import ConfigError
@@ -19,9 +20,9 @@ _CLIENTS = Group("Use", sort_key=1)
 _SERVICES = Group("Single services", sort_key=2)
 
 
-def _split(_: object, text: str) -> list[str]:
+def _split(kind: Any, text: str, *, delimiter: str | None = None) -> list[str]:
     """A list in an environment variable stands between commas."""
-    return text.split(",")
+    return env_var_split(kind, text, delimiter=delimiter or ",")
 
 
 app = App(

@@ -27,9 +27,7 @@ def backends(*, as_json: Annotated[bool, Parameter(name="--json", negative=())] 
         print(json.dumps(rows, indent=2))
     else:
         headings = ("backend", "state", "version", "devices, or why not")
-        print_table(
-            headings, ((r["name"], r["state"], r.get("version", ""), r.get("reason") or ", ".join(r["devices"])) for r in rows)
-        )
+        print_table(headings, (_cells(row) for row in rows))
     return 0
 
 
@@ -40,3 +38,7 @@ def _row(name: str, availability: Any) -> dict[str, Any]:
         return {"name": name, "state": "available", "devices": list(availability.devices), "version": availability.version}
     state = "broken" if isinstance(availability, Broken) else "unavailable"
     return {"name": name, "state": state, "reason": availability.reason}
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["name"], row["state"], row.get("version", ""), row.get("reason") or ", ".join(row["devices"])
