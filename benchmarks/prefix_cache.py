@@ -15,7 +15,6 @@ from measuring import report, spread
 from penstock.cli.bench.engine_target import EngineOptions, EngineTarget
 from penstock.cli.bench.measure import warm
 from penstock.cli.bench.scenarios import Request, named, prompts
-from penstock.common.sources import resolve
 
 PROMPT = 2000
 CACHED = 1900
@@ -69,10 +68,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
     arguments = parser.parse_args()
-    folder = resolve(arguments.model)
     caching, plain = (
         EngineTarget(
-            folder,
+            arguments.model,
             EngineOptions(
                 dtype=arguments.dtype, backend=arguments.backend, kv_cache_gib=arguments.kv_cache_gib, prefix_cache=cache
             ),

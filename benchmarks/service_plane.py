@@ -20,7 +20,6 @@ from penstock.cli.bench.measure import warm
 from penstock.cli.bench.scenarios import Request, Scenario, named, prompts
 from penstock.cli.bench.target import Target
 from penstock.cli.bench.timeline import Timeline
-from penstock.common.sources import resolve
 
 SCENARIOS = ("decode-b1", "decode-b8", "decode-b32")
 FIRST_TOKENS = 30
@@ -88,12 +87,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kv-cache-gib", type=float, default=1.0)
     arguments = parser.parse_args()
-    folder = resolve(arguments.model)
     options = {"--dtype": arguments.dtype, "--backend": arguments.backend, "--kv-cache-gib": str(arguments.kv_cache_gib)}
-    with suite(str(folder), *itertools.chain(*options.items()), "--no-prefix-cache") as served:
+    with suite(arguments.model, *itertools.chain(*options.items()), "--no-prefix-cache") as served:
         through = GrpcTarget(served.grpc, model=None, prefix_cache=False, timeout=600)
         engine = EngineTarget(
-            folder,
+            arguments.model,
             EngineOptions(
                 dtype=arguments.dtype, backend=arguments.backend, kv_cache_gib=arguments.kv_cache_gib, prefix_cache=False
             ),

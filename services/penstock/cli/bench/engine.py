@@ -9,7 +9,6 @@ from cyclopts import Parameter
 from penstock.cli.bench.engine_target import EngineOptions, EngineTarget
 from penstock.cli.bench.options import WHOLE, Work
 from penstock.cli.bench.session import measure
-from penstock.common.sources import resolve
 
 __all__ = ["engine"]
 
@@ -31,5 +30,5 @@ def engine(
         options: See its fields.
         work: See its fields.
     """
-    measure(work, lambda: EngineTarget(resolve(model), options))
+    measure(work, lambda: EngineTarget(model, options))
     return 0

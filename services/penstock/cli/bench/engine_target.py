@@ -6,18 +6,15 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 
-from penstock.backends.checkpoint import read_model
-from penstock.backends.contract import DeviceConfig, DType
-from penstock.backends.registry import select
 from penstock.cli.bench.options import DTypeName
 from penstock.cli.bench.scenarios import Request
 from penstock.cli.bench.target import Description
 from penstock.cli.bench.timeline import Timeline
-from penstock.executor.engine import Engine, EngineConfig
+from penstock.executor.config import ExecutorConfig
+from penstock.executor.loading import load
 from penstock.executor.sampling import SamplingParameters
 from penstock.executor.sequence import Finish, Frame, SequenceRequest
 
@@ -53,34 +50,16 @@ class EngineTarget:
     """Loads the model when it is made, and keeps the engine's thread running until it is closed.
 
     Raises:
-        StartError: the folder holds no model that this backend runs.
+        StartError: there is no such model, or the backend does not run it.
     """
 
-    def __init__(self, folder: Path, options: EngineOptions) -> None:
-        spec = read_model(folder, folder.name)
-        dtype = None if options.dtype == "auto" else DType(options.dtype)
-        registration, capabilities = select(spec, options.backend, dtype)
-        device = DeviceConfig(
-            dtype=dtype,
-            threads=options.threads,
-            kv_cache_bytes=None if options.kv_cache_gib is None else int(options.kv_cache_gib * 2**30),
-            max_batch_tokens=options.max_batch_tokens,
-            max_batch_size=options.max_batch_size,
-        )
-        config = EngineConfig(
-            vocabulary_size=spec.decoder.vocabulary_size,
-            context_length=spec.decoder.context_length,
-            max_batch_tokens=options.max_batch_tokens,
-            max_batch_size=options.max_batch_size,
-            prefix_cache=options.prefix_cache and capabilities.prefix_cache,
-            chunked_prefill=capabilities.chunked_prefill,
-        )
-        model = registration.create(spec, device)
-        self._engine = Engine(model, config)
+    def __init__(self, model: str, options: EngineOptions) -> None:
+        loaded = load(ExecutorConfig(model=model, **asdict(options)))
+        self._engine = loaded.engine
         self._engine.start()
         self._ids = itertools.count()
         self.description = Description(
-            "penstock", version("penstock"), model.dtype, registration.name, spec.decoder.vocabulary_size
+            "penstock", version("penstock"), loaded.model.dtype, loaded.backend, loaded.spec.decoder.vocabulary_size
         )
 
     def run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
