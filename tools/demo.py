@@ -1,6 +1,7 @@
 """The suite on the built-in model: `penstock up` on free ports, one answer over gRPC, one over OpenAI's HTTP API, both streamed.
 
-Needs what a default install has and no more. Run it as ``make demo``, or read it as a first client.
+Needs what a default install has and no more. Run it as ``make demo``, or read it as a first client. Arguments are passed to
+`penstock up`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ QUESTION = "Count from 7 to 12."
 @contextmanager
 def suite() -> Iterator[tuple[str, str]]:
     """`penstock up` on free ports: where its HTTP and its gRPC door are."""
-    command = [sys.executable, "-m", "penstock.cli", "up", "builtin", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
-    print(f"$ penstock {' '.join(command[3:])}", flush=True)
-    up = subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True)
+    command = ["up", "builtin", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--log-level", "warning", *sys.argv[1:]]
+    print(f"$ penstock {' '.join(command)}", flush=True)
+    up = subprocess.Popen([sys.executable, "-m", "penstock.cli", *command], stdout=subprocess.PIPE, text=True)
     try:
         line = up.stdout.readline() if up.stdout else ""
         if not line:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 __all__ = ["print_table"]
 
+_WIDEST = 10_000
+
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write rows under their headings to stdout, as wide as they are: a pipe gets whole lines."""
+    """Write rows under their headings to stdout, folded to a terminal's width; a pipe gets whole lines."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 10_000, crop=False)
+    Console(width=None if sys.stdout.isatty() else _WIDEST).print(table)
