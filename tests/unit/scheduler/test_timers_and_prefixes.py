@@ -1,0 +1,86 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.scheduler.admission import DrainRate, admits, retry_after
+from penstock.scheduler.prefixes import PrefixIndex, unpack_hashes
+from penstock.scheduler.timers import TICK_SECONDS, Timers
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.booleans())), st.lists(st.floats(0, 6)))
+def test_timers_fire_once_never_early_and_less_than_a_tick_late(asked, looks):
+    timers, waiting = Timers(), {}
+    for item, (when, cancelled) in enumerate(asked):
+        tick = timers.add(item, when)
+        if cancelled:
+            timers.discard(item, tick)
+        else:
+            waiting[item] = when
+    for now in sorted(looks):
+        for item in timers.due(now):
+            assert waiting.pop(item) <= now
+        assert all(when > now - TICK_SECONDS - 1e-9 for when in waiting.values())
+        wake = timers.next_due()
+        assert (wake is None) == (not waiting)
+        assert wake is None or now < wake < min(waiting.values()) + TICK_SECONDS + 1e-9
+    assert len(timers) == len(waiting)
+
+
+BLOCKS = st.lists(st.integers(0, 6), max_size=8)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["store", "remove", "clear", "rejoin"]), BLOCKS), max_size=30), BLOCKS)
+def test_prefix_index_is_what_sets_would_tell(changes, asked):
+    index = PrefixIndex()
+    bits = [index.join() for _ in range(3)]
+    sets = [set(), set(), set()]
+    for who, what, blocks in changes:
+        match what:
+            case "store":
+                index.store(bits[who], blocks)
+                sets[who] |= set(blocks)
+            case "remove":
+                index.remove(bits[who], blocks)
+                sets[who] -= set(blocks)
+            case "clear":
+                index.clear(bits[who])
+                sets[who] = set()
+            case "rejoin":
+                index.leave(bits[who])
+                bits[who] = index.join()
+                sets[who] = set()
+    expected = {}
+    for bit, held in zip(bits, sets, strict=True):
+        depth = next((i for i, block in enumerate(asked) if block not in held), len(asked))
+        if depth:
+            expected[bit] = depth
+    assert index.depths(asked, sum(bits)) == expected
+    assert index.depths(asked, bits[0]) == {bit: depth for bit, depth in expected.items() if bit == bits[0]}
+
+
+def test_hashes_are_eight_bytes_each_and_a_rest_is_left_out():
+    assert list(unpack_hashes(b"\x01" * 8 + b"\x02" * 8 + b"\x03")) == [0x0101010101010101, 0x0202020202020202]
+    assert list(unpack_hashes(b"")) == []
+
+
+@given(st.integers(1, 100), st.integers(1, 5))
+def test_small_queues_take_all_that_they_say(limit, tenants):
+    taken = sum(admits(queued, limit, queued, tenants) for queued in range(limit))
+    assert taken >= limit - limit // 10
+    assert not admits(limit, limit, 0, tenants)
+    assert admits(limit - 1, limit, 0, tenants)
+
+
+def test_drain_rate_is_right_from_the_start_and_forgets():
+    rate = DrainRate(0.0)
+    assert rate.per_second(5.0) == 0
+    for i in range(20):
+        rate.mark(5.0 + i / 20)
+    assert 3 < rate.per_second(6.0) < 8
+    assert rate.per_second(200.0) < 0.01
+
+
+def test_time_to_come_back_is_bounded():
+    assert retry_after(1000, 0.0) == 1.0
+    assert retry_after(1000, 1e9) == 0.1
+    assert retry_after(1000, 1e-9) == 30.0
+    assert retry_after(1000, 50.0) == 2.0
