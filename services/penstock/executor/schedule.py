@@ -115,7 +115,7 @@ class Scheduler:
 
     def waiting_tokens(self) -> int:
         """Tokens of prompts that are still to be computed. May be called from other threads."""
-        return sum(s.remaining for s in self.waiting.copy()) + sum(s.remaining - 1 for s in self.running.copy())
+        return sum(s.remaining for s in self.waiting.copy()) + sum(max(0, s.remaining - 1) for s in self.running.copy())
 
     def schedule(self) -> Step:
         """Choose the next step; blocks for it are allocated. Empty only where nothing waits or runs."""

@@ -7,10 +7,10 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import grpc.aio
 
+from penstock.common.errors import Overloaded
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
 from penstock.executor.messages import load_of, merge, read_start
@@ -27,15 +27,15 @@ _MOST_WAITING = 4096
 class Outbox:
     """Frames on their way from the engine's thread to one gateway's stream.
 
-    Frames that wait for a slow gateway are sent as one message. When more wait than the bound allows, `on_overflow` is called,
-    once and in the loop's thread, and no more are kept.
+    Frames that wait for a slow gateway are sent as one message. When more wait than the bound allows, `overflowed` is set, and no
+    more are kept.
     """
 
-    def __init__(self, on_overflow: Callable[[], None], most_waiting: int = _MOST_WAITING) -> None:
+    def __init__(self, most_waiting: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._frames: deque[Frame] = deque()
         self._filled = asyncio.Event()
-        self._on_overflow = on_overflow
+        self.overflowed = asyncio.Event()
         self._most = most_waiting
         self._waking = False
         self._full = False
@@ -47,7 +47,7 @@ class Outbox:
             return
         if len(self._frames) >= self._most:
             self._full = True
-            self._call(self._on_overflow)
+            self._call(self.overflowed.set)
             return
         self._frames.append(frame)
         if not self._waking:
@@ -78,24 +78,26 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     def __init__(self, engine: Engine, description: scheduler_pb2.ExecutorDescription) -> None:
         self._engine = engine
         self._description = description
-        self.streams = 0
 
-    async def Run(
-        self, request_iterator: AsyncIterator[pb.RunRequest], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.RunResponse]:
+    async def Run(  # type: ignore[override] # a coroutine that writes, so that a write which does not end can be given up
+        self, request_iterator: AsyncIterator[pb.RunRequest], context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]
+    ) -> None:
         """One gateway's stream; whatever ends it ends its sequences."""
-        outbox = Outbox(_canceller(context.peer()))
-        sink = outbox.put
+        outbox = Outbox(_MOST_WAITING)
+        writer = asyncio.create_task(_write(outbox, context))
         reader = asyncio.create_task(self._read(request_iterator, outbox))
-        self.streams += 1
+        overflow = asyncio.create_task(outbox.overflowed.wait())
         try:
-            while frames := await outbox.take():
-                yield merge(frames)
+            await asyncio.wait((writer, overflow), return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                logger().warning("a gateway reads too slowly; its stream is ended", peer=context.peer())
+                raise Overloaded("the gateway reads too slowly", retry_after=1.0)
+            await writer
             await reader
         finally:
-            self.streams -= 1
-            reader.cancel()
-            self._engine.abort_all(sink)
+            for task in (writer, reader, overflow):
+                task.cancel()
+            self._engine.abort_all(outbox.put)
 
     async def _read(self, requests: AsyncIterator[pb.RunRequest], outbox: Outbox) -> None:
         try:
@@ -127,13 +129,6 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         )
 
 
-def _canceller(peer: str) -> Callable[[], None]:
-    """Ends the call that runs now, even while it waits for its peer to read."""
-    call = asyncio.current_task()
-
-    def cancel() -> None:
-        logger().warning("a gateway reads too slowly; its stream is ended", peer=peer)
-        if call is not None:
-            call.cancel()
-
-    return cancel
+async def _write(outbox: Outbox, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]) -> None:
+    while frames := await outbox.take():
+        await context.write(merge(frames))
