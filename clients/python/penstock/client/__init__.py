@@ -1,0 +1,72 @@
+"""Python client of Penstock's gRPC API, async and sync.
+
+with Client("127.0.0.1:8001") as client:
+    with client.chat([Message("user", "Hello")], max_tokens=64) as stream:
+        for event in stream:
+            print(event.text, end="")
+"""
+
+from penstock.client._async import AsyncClient, AsyncStream
+from penstock.client._options import Message, Options
+from penstock.client._results import (
+    Alternative,
+    Choice,
+    Closing,
+    Event,
+    Finish,
+    FinishReason,
+    Model,
+    ModelExecutor,
+    Placement,
+    Result,
+    TokenCount,
+    TokenLogprob,
+    Usage,
+)
+from penstock.client._sync import Client, Stream
+from penstock.client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FieldViolation,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PenstockError,
+    RequestTooLarge,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+)
+
+__all__ = [
+    "Alternative",
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Choice",
+    "Client",
+    "Closing",
+    "DeadlineExceeded",
+    "Event",
+    "FieldViolation",
+    "Finish",
+    "FinishReason",
+    "InternalError",
+    "InvalidRequest",
+    "Message",
+    "Model",
+    "ModelExecutor",
+    "Options",
+    "Overloaded",
+    "PenstockError",
+    "Placement",
+    "RequestTooLarge",
+    "Result",
+    "Stream",
+    "TokenCount",
+    "TokenLogprob",
+    "Unauthenticated",
+    "Unavailable",
+    "UnknownModel",
+    "Usage",
+]

@@ -1,0 +1,116 @@
+"""Messages of the wire to results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from penstock.client._results import (
+    Alternative,
+    Closing,
+    Event,
+    Finish,
+    FinishReason,
+    Model,
+    ModelExecutor,
+    Placement,
+    TokenCount,
+    TokenLogprob,
+    Usage,
+)
+from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import models_pb2
+
+__all__ = ["Answer", "closing_of", "event_of", "model_of", "token_count_of"]
+
+Answer = pb.GenerateResponse | pb.ChatResponse
+
+_PREFIX = len("FINISH_REASON_")
+
+
+def event_of(answer: Answer) -> Event:
+    """One message of a stream."""
+    return Event(
+        answer.index,
+        answer.text,
+        tuple(answer.token_ids),
+        _logprobs(answer.logprobs) if answer.logprobs else (),
+        _logprobs(answer.prompt_logprobs) if answer.prompt_logprobs else (),
+        _finish(answer.finish) if answer.HasField("finish") else None,
+    )
+
+
+def closing_of(closing: pb.Closing) -> Closing:
+    """The last message of a stream."""
+    usage = closing.usage
+    return Closing(
+        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+        request_id=closing.request_id,
+        model=closing.model,
+        placements=tuple(Placement(p.executor_id, p.backend, p.device) for p in closing.placements),
+        queue_seconds=closing.queue_time.ToNanoseconds() / 1e9,
+        prefill_seconds=closing.prefill_time.ToNanoseconds() / 1e9,
+        decode_seconds=closing.decode_time.ToNanoseconds() / 1e9,
+        total_seconds=closing.total_time.ToNanoseconds() / 1e9,
+        replacements=closing.replacements,
+        preemptions=closing.preemptions,
+        seed=closing.seed,
+    )
+
+
+def token_count_of(answer: pb.CountTokensResponse) -> TokenCount:
+    """The answer of CountTokens."""
+    return TokenCount(answer.count, tuple(answer.token_ids), answer.context_length)
+
+
+def model_of(model: models_pb2.Model) -> Model:
+    """One model."""
+    return Model(
+        name=model.name,
+        fingerprint=model.fingerprint,
+        architecture=model.architecture,
+        context_length=model.context_length,
+        vocabulary_size=model.vocabulary_size,
+        executors=tuple(_executor(e) for e in model.executors),
+        created=datetime.fromtimestamp(model.created_unix_seconds, UTC),
+    )
+
+
+def _executor(executor: models_pb2.ModelExecutor) -> ModelExecutor:
+    return ModelExecutor(
+        executor_id=executor.executor_id,
+        backend=executor.backend,
+        device=executor.device,
+        dtype=executor.dtype,
+        running=executor.running,
+        waiting=executor.waiting,
+        kv_blocks=executor.kv_blocks,
+        kv_blocks_free=executor.kv_blocks_free,
+        draining=executor.draining,
+    )
+
+
+def _finish(finish: pb.Finish) -> Finish:
+    try:
+        reason = FinishReason(pb.FinishReason.Name(finish.reason)[_PREFIX:].lower())
+    except ValueError:
+        # A newer server's reason.
+        reason = FinishReason.UNSPECIFIED
+    return Finish(
+        reason,
+        stop_text=finish.stop_text if reason is FinishReason.STOP_SEQUENCE else None,
+        stop_token_id=finish.stop_token_id if finish.HasField("stop_token_id") else None,
+    )
+
+
+def _logprobs(given: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(
+            one.token_id,
+            one.logprob,
+            one.token,
+            one.rank,
+            tuple(Alternative(a.token_id, a.logprob, a.token) for a in one.alternatives),
+        )
+        for one in given
+    )

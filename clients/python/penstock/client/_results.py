@@ -1,0 +1,196 @@
+"""What calls return: plain frozen dataclasses, so that no message of the wire leaves the client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+__all__ = [
+    "Alternative",
+    "Choice",
+    "Closing",
+    "Event",
+    "Finish",
+    "FinishReason",
+    "Model",
+    "ModelExecutor",
+    "Placement",
+    "Result",
+    "TokenCount",
+    "TokenLogprob",
+    "Usage",
+]
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    UNSPECIFIED = "unspecified"
+    STOP = "stop"
+    STOP_SEQUENCE = "stop_sequence"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a choice ended: by which stop text or which token, where it was one."""
+
+    reason: FinishReason
+    stop_text: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that was likely at its place; `token` is bytes, since it may hold a part of a character."""
+
+    token_id: int
+    logprob: float
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model, its rank (1 is the most likely), and the most likely tokens, best first."""
+
+    token_id: int
+    logprob: float
+    token: bytes
+    rank: int
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One piece of a stream: new text of choice `index`, and what was asked for beside it. `finish` ends the choice."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    finish: Finish | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request; completions over all choices, `cached_tokens` of the prompts found in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a choice ran."""
+
+    executor_id: str
+    backend: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """Where a request ran and where its time went, in seconds."""
+
+    usage: Usage
+    request_id: str
+    model: str
+    placements: tuple[Placement, ...]
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    total_seconds: float
+    replacements: int
+    preemptions: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All choices of a request, by index, and its closing."""
+
+    choices: tuple[Choice, ...]
+    closing: Closing
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text if self.choices else ""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the request."""
+        return self.closing.usage
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """Tokens of a prompt, and how many prompt and answer may hold together. `token_ids` where they were asked for."""
+
+    count: int
+    token_ids: tuple[int, ...]
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelExecutor:
+    """One live executor of a model, as it last reported."""
+
+    executor_id: str
+    backend: str
+    device: str
+    dtype: str
+    running: int
+    waiting: int
+    kv_blocks: int
+    kv_blocks_free: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is served, since `created`."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    context_length: int
+    vocabulary_size: int
+    executors: tuple[ModelExecutor, ...]
+    created: datetime
+
+
+def collect(events: Sequence[Event], closing: Closing) -> Result:
+    """The choices that a stream's events amount to."""
+    return Result(tuple(_choice(index, events) for index in sorted({event.index for event in events})), closing)
+
+
+def _choice(index: int, events: Sequence[Event]) -> Choice:
+    own = [event for event in events if event.index == index]
+    return Choice(
+        index,
+        text="".join(event.text for event in own),
+        token_ids=tuple(i for event in own for i in event.token_ids),
+        logprobs=tuple(one for event in own for one in event.logprobs),
+        prompt_logprobs=tuple(one for event in own for one in event.prompt_logprobs),
+        finish=next((event.finish for event in reversed(own) if event.finish is not None), None),
+    )

@@ -1,0 +1,189 @@
+"""The client for programs without asyncio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from penstock.client import _messages as read
+from penstock.client import _options as write
+from penstock.client._options import Message, Options, Prompt
+from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
+from penstock.client._transport import TLS, Attempts, channel_options, credentials, metadata
+from penstock.client.errors import InternalError, from_rpc
+from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
+
+__all__ = ["Client", "Stream"]
+
+T = TypeVar("T")
+
+
+class Stream:
+    """The answer to one request, as it comes. Iterate over it once, or ask for all of it.
+
+    Leaving ``with``, `close`, or giving up the iteration cancels the request on the server. Every error is a
+    `penstock.client.PenstockError`.
+
+    Attributes:
+        closing: usage, placement and times; None until the stream has ended.
+    """
+
+    def __init__(self, start: Callable[[float | None], Any], attempts: Attempts) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._call: Any = None
+        self._begun = False
+        self._closed = False
+        self.closing: Closing | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            while (answer := self._next()) is not None:
+                if answer.HasField("closing"):
+                    self.closing = read.closing_of(answer.closing)
+                else:
+                    yield read.event_of(answer)
+        finally:
+            self.close()
+
+    def text(self) -> str:
+        """Text of the first choice, once it is whole."""
+        return self.result().text
+
+    def result(self) -> Result:
+        """All choices, once they are whole."""
+        events = list(self)
+        if self.closing is None:
+            raise InternalError("the stream ended without its closing message")
+        return collect(events, self.closing)
+
+    def close(self) -> None:
+        """Cancel what still runs; also from another thread. Idempotent."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def _next(self) -> read.Answer | None:
+        while not self._closed:
+            try:
+                if self._call is None:
+                    self._call = self._start(self._attempts.remaining())
+                answer: read.Answer | None = next(self._call, None)
+            except grpc.RpcError as error:
+                if self._closed:
+                    return None
+                self._wait_to_retry(error)
+                continue
+            self._begun = True
+            return answer
+        return None
+
+    def _wait_to_retry(self, error: grpc.RpcError) -> None:
+        delay = None if self._begun else self._attempts.delay(error)
+        if delay is None:
+            raise from_rpc(error) from None
+        self._call = None
+        time.sleep(delay)
+
+
+class Client:
+    """A client of one server, or of several behind one name; threads may share it.
+
+    Args:
+        target: HOST:PORT, or any target that gRPC resolves.
+        api_key: sent with every call.
+        tls: True for TLS with the system's roots, bytes for roots of your own (PEM), or gRPC channel credentials.
+        timeout: deadline of each call in seconds, unless it has its own; None: no deadline.
+        retries: further attempts of a call that has not begun to answer, where the server is away or asks to come again.
+    """
+
+    def __init__(
+        self, target: str, *, api_key: str | None = None, tls: TLS = False, timeout: float | None = None, retries: int = 3
+    ) -> None:
+        secret, options = credentials(tls), channel_options(retries)
+        self._channel = (
+            grpc.insecure_channel(target, options=options)
+            if secret is None
+            else grpc.secure_channel(target, secret, options=options)
+        )
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._models = models_pb2_grpc.ModelsStub(self._channel)
+        self._api_key = api_key
+        self._timeout = timeout
+        self._retries = retries
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel all calls and close the connection. Idempotent."""
+        self._channel.close()
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """Continue a prompt, given as text or as token ids."""
+        return self._stream(self._inference.Generate, write.generate_request(prompt, options), options)
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        *,
+        add_generation_prompt: bool | None = None,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """Answer a conversation."""
+        request = write.chat_request(messages, options, add_generation_prompt=add_generation_prompt)
+        return self._stream(self._inference.Chat, request, options)
+
+    def count_tokens(
+        self,
+        prompt: Prompt | Sequence[Message | Mapping[str, str]],
+        *,
+        model: str = "",
+        token_ids: bool = False,
+        timeout: float | None = None,
+    ) -> TokenCount:
+        """Tokens of a prompt or a conversation, which is not run; with the ids if `token_ids`."""
+        request = write.count_request(prompt, model=model, token_ids=token_ids)
+        return read.token_count_of(self._unary(self._inference.CountTokens, request, timeout))
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """The models that are served."""
+        answer = self._unary(self._models.ListModels, models_pb2.ListModelsRequest(), timeout)
+        return [read.model_of(model) for model in answer.models]
+
+    def model(self, name: str, *, timeout: float | None = None) -> Model:
+        """One model.
+
+        Raises:
+            UnknownModel: it is not served.
+        """
+        return read.model_of(self._unary(self._models.GetModel, models_pb2.GetModelRequest(name=name), timeout).model)
+
+    def _stream(self, method: Callable[..., Any], request: pb.GenerateRequest | pb.ChatRequest, options: Options) -> Stream:
+        sent = metadata(self._api_key, options)
+        timeout = options.get("timeout", self._timeout)
+        return Stream(lambda left: method(request, timeout=left, metadata=sent), Attempts(timeout, self._retries))
+
+    def _unary(self, method: Callable[..., T], request: object, timeout: float | None) -> T:
+        attempts = Attempts(self._timeout if timeout is None else timeout, self._retries)
+        while True:
+            try:
+                return method(request, timeout=attempts.remaining(), metadata=metadata(self._api_key, {}))
+            except grpc.RpcError as error:
+                if (delay := attempts.delay(error)) is None:
+                    raise from_rpc(error) from None
+                time.sleep(delay)

@@ -1,0 +1,97 @@
+"""What both clients set on their channels and calls: retries, deadlines, credentials, metadata."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping
+
+import grpc
+
+from penstock.client.errors import retry_delay
+
+__all__ = ["TLS", "Attempts", "channel_options", "credentials", "metadata"]
+
+TLS = bool | bytes | grpc.ChannelCredentials
+
+_MAX_MESSAGE_BYTES = 64 << 20
+_MAX_DELAY_SECONDS = 30.0
+
+
+def channel_options(retries: int) -> list[tuple[str, int | str]]:
+    """Channel arguments. gRPC itself tries a call again that was UNAVAILABLE, as long as no answer to it has begun.
+
+    See https://github.com/grpc/proposal/blob/master/A6-client-retries.md; it caps attempts at five.
+    """
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+    if retries < 1:
+        return [*options, ("grpc.enable_retries", 0)]
+    policy = {
+        "maxAttempts": min(retries, 4) + 1,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    names = [{"service": "penstock.v1.Inference"}, {"service": "penstock.v1.Models"}]
+    return [*options, ("grpc.service_config", json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]}))]
+
+
+def credentials(tls: TLS) -> grpc.ChannelCredentials | None:
+    """Credentials of a channel; None where it is plain.
+
+    Args:
+        tls: False: plain; True: TLS with the system's roots; bytes: TLS with these roots (PEM); or credentials of the caller's own.
+    """
+    if isinstance(tls, grpc.ChannelCredentials):
+        return tls
+    if isinstance(tls, bytes):
+        return grpc.ssl_channel_credentials(root_certificates=tls)
+    return grpc.ssl_channel_credentials() if tls else None
+
+
+def metadata(api_key: str | None, options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Metadata of a call."""
+    entries: list[tuple[str, str]] = []
+    if api_key is not None:
+        entries.append(("authorization", f"Bearer {api_key}"))
+    if (request_id := options.get("request_id")) is not None:
+        entries.append(("x-request-id", str(request_id)))
+    return tuple(entries)
+
+
+class Attempts:
+    """Deadline and retries of one call that may be made several times, until its first answer.
+
+    Args:
+        timeout: seconds for all attempts together; None: no end.
+        retries: attempts beyond the first, where the server was overloaded and said when to come again.
+    """
+
+    def __init__(self, timeout: float | None, retries: int) -> None:
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._left = retries
+        self._doubled = 1.0
+
+    def remaining(self) -> float | None:
+        """Seconds that are left; None for no end."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def delay(self, error: grpc.RpcError) -> float | None:
+        """Seconds to wait before the next attempt; None if there should be none."""
+        asked = retry_delay(error)
+        remaining = self.remaining()
+        if asked is None or self._left < 1:
+            return None
+        # Apart from one another, so that all whom one server refused do not come back at once.
+        delay = min(asked * self._doubled, _MAX_DELAY_SECONDS) * random.uniform(1.0, 1.25)  # noqa: S311 - not a secret
+        if remaining is not None and delay >= remaining:
+            return None
+        self._left -= 1
+        self._doubled *= 2
+        return delay

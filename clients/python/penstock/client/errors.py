@@ -1,0 +1,69 @@
+"""What a call can fail with; the services raise the same exceptions.
+
+PenstockError
+├── InvalidRequest          `violations` names each wrong field and what would be right
+├── UnknownModel
+├── Unauthenticated
+├── RequestTooLarge
+├── Overloaded              try again after `retry_after` seconds
+├── DeadlineExceeded
+├── Cancelled
+├── Unavailable             no server answers at this address, or a service behind it is not there
+└── InternalError           a defect of the server, or an answer that is none of Penstock's
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from penstock.common.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FieldViolation,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PenstockError,
+    RequestTooLarge,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+    error_from_status,
+)
+
+__all__ = [
+    "Cancelled",
+    "DeadlineExceeded",
+    "FieldViolation",
+    "InternalError",
+    "InvalidRequest",
+    "Overloaded",
+    "PenstockError",
+    "RequestTooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "UnknownModel",
+    "from_rpc",
+    "retry_delay",
+]
+
+
+def from_rpc(error: grpc.RpcError) -> PenstockError:
+    """The exception that a failed call's status and its details tell."""
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:
+        # A proxy's details that contradict its status.
+        status = None
+    if status is None:
+        status = status_pb2.Status(code=error.code().value[0], message=error.details() or "")
+    return error_from_status(error.code(), status)
+
+
+def retry_delay(error: grpc.RpcError) -> float | None:
+    """Seconds after which the server asks for the same call again; None where it does not."""
+    told = from_rpc(error)
+    has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+    return told.retry_after if isinstance(told, Overloaded) and has_details else None
