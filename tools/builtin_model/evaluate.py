@@ -1,7 +1,7 @@
 """Examines a built-in model: ``python tools/builtin_model/evaluate.py [--model FOLDER]``.
 
 Prints how often each task's whole answer is right, and writes two files into the model's folder: ``answers.json``, the fixed
-prompts whose answer is right by a clear margin, for tests; and ``README.md``, the model's card. An answer counts as right when every
+prompts whose answer is right by a clear margin, for tests; and ``README.md``, the card. An answer counts as right when every
 token of it is the most likely one behind the right ones before, which is the same as greedy decoding giving it.
 """
 

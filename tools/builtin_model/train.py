@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from corpus import END, IM_END, IM_START, SPECIAL_TOKENS, documents
+from corpus import END, FIRST, IM_END, IM_START, SECOND, SPECIAL_TOKENS, Mixture, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,8 +24,6 @@ FOLDER = Path(__file__).parents[2] / "services/penstock/common/builtin_model"
 CONTEXT = 2048
 VOCABULARY = 768
 TOKENS_PER_STEP = 8192
-# (row length, share of the steps)
-STAGES = ((256, 0.75), (1024, 0.17), (CONTEXT, 0.08))
 # What a user says can not be foretold: little is learned from it.
 PROMPT_WEIGHT = 0.1
 
@@ -39,9 +36,27 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Rates:
-    muon: float
-    adam: float
+class Phase:
+    """A part of the training, with a rise and a fall of the rates of its own.
+
+    Attributes:
+        rows: (length of a row, steps) one after the other.
+    """
+
+    mixture: Mixture
+    rows: tuple[tuple[int, int], ...]
+    muon: float = 0.01
+    adam: float = 0.01
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for _, steps in self.rows)
+
+
+PHASES = (
+    Phase(FIRST, ((256, 420), (1024, 95), (CONTEXT, 45))),
+    Phase(SECOND, ((320, 600), (1024, 40), (CONTEXT, 10))),
+)
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -71,13 +86,13 @@ def weights_of(ids: list[int], turn: int, answerer: int) -> list[float]:
     return weights
 
 
-def rows(tokenizer: Tokenizer, length: int, seed: int) -> Iterator[tuple[list[int], list[float]]]:
+def rows(tokenizer: Tokenizer, mixture: Mixture, length: int, seed: int) -> Iterator[tuple[list[int], list[float]]]:
     """Rows of `length` + 1 tokens, each beginning with the beginning of a document, and the weight of each token."""
     end, turn = tokenizer.token_to_id(END), tokenizer.token_to_id(IM_START)
     answerer = tokenizer.encode("assistant").ids[0]
     ids: list[int] = []
     weights: list[float] = []
-    source = documents(seed)
+    source = documents(seed, mixture)
     while True:
         for encoding in tokenizer.encode_batch(list(itertools.islice(source, 256))):
             ids += [*encoding.ids, end]
@@ -108,12 +123,12 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     )
 
 
-def optimizers(model: LlamaForCausalLM, rates: Rates) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlamaForCausalLM, phase: Phase) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=rates.muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rates.adam, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=phase.muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=phase.adam, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -122,31 +137,36 @@ def scale(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
 
 
-def train(model: LlamaForCausalLM, tokenizer: Tokenizer, *, steps: int, seed: int, rates: Rates) -> None:
-    tools = optimizers(model, rates)
-    full = [[g["lr"] for g in t.param_groups] for t in tools]
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase, seed: int) -> None:
+    tools = optimizers(model, phase)
     step, began = 0, time.monotonic()
-    for number, (length, share) in enumerate(STAGES):
-        source = rows(tokenizer, length, seed + 1 + number)
-        last = steps if number == len(STAGES) - 1 else step + math.floor(share * steps)
-        while step < last:
-            batch = list(itertools.islice(source, TOKENS_PER_STEP // length))
-            ids, weights = torch.tensor([b[0] for b in batch]), torch.tensor([b[1] for b in batch])[:, 1:]
-            for tool, rates_of in zip(tools, full, strict=True):
-                for group, rate in zip(tool.param_groups, rates_of, strict=True):
-                    group["lr"] = rate * scale(step, steps)
-            loss = weighted_loss(model, ids, weights)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for tool in tools:
-                tool.step()
-                tool.zero_grad()
+    for number, (length, steps) in enumerate(phase.rows):
+        source = rows(tokenizer, phase.mixture, length, seed + number)
+        for _ in range(steps):
+            loss = advance(model, tools, itertools.islice(source, TOKENS_PER_STEP // length), scale(step, phase.steps))
             if step % 25 == 0:
-                print(
-                    f"step {step} of {steps}, rows of {length}: loss {loss.item():.4f}, {time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
+                took = time.monotonic() - began
+                print(f"step {step} of {phase.steps}, rows of {length}: loss {loss:.4f}, {took:.0f} s", flush=True)
             step += 1
+
+
+def advance(
+    model: LlamaForCausalLM,
+    tools: list[torch.optim.Optimizer],
+    batch: Iterable[tuple[list[int], list[float]]],
+    share: float,
+) -> float:
+    """One step at this share of the full rates; returns its loss."""
+    ids, weights = (torch.tensor(column) for column in zip(*batch, strict=True))
+    loss = weighted_loss(model, ids, weights[:, 1:])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for tool in tools:
+        for group in tool.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+        tool.step()
+        tool.zero_grad()
+    return loss.item()
 
 
 def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -185,18 +205,20 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--after", type=Path, help="a folder that the first phase wrote: only the second is run, on its weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--muon", type=float, default=0.01)
-    parser.add_argument("--adam", type=float, default=0.01)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     tokenizer = train_tokenizer(arguments.seed)
     model = new_model(tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {tokenizer.get_vocab_size()}", flush=True)
-    train(model, tokenizer, steps=arguments.steps, seed=arguments.seed, rates=Rates(arguments.muon, arguments.adam))
+    if arguments.after is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(arguments.after, dtype=torch.float32).state_dict())
+    print(f"{model.num_parameters():,} parameters, vocabulary of {tokenizer.get_vocab_size()}", flush=True)
+    for number, phase in enumerate(PHASES):
+        if arguments.after is None or number > 0:
+            train(model, tokenizer, phase, arguments.seed + 1 + 100 * number)
     save(model, tokenizer, arguments.out)
 
 
