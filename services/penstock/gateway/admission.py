@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from penstock.common import tracing
 from penstock.common.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, PenstockError, Unavailable
@@ -120,7 +120,7 @@ class Admission:
                 self._idle.set()
 
     @contextlib.asynccontextmanager
-    async def admit(self, generations: Sequence[Generation], caller: Caller) -> Iterator[Live]:  # type: ignore[misc]
+    async def admit(self, generations: Sequence[Generation], caller: Caller) -> AsyncIterator[Live]:
         """Run one call's generations, all of one model and with the same `n`, for as long as the block lasts.
 
         Raises:
@@ -152,7 +152,7 @@ class Admission:
         asked = sum((g.stopping.max_tokens or 0) * g.n for g in generations)
         if asked > self.limits.max_tokens:
             raise InvalidRequest.field(
-                "stopping.max_tokens", f"prompts × n × max_tokens is {asked}; at most {self.limits.max_tokens} here"
+                "stopping.max_tokens", f"prompts * n * max_tokens is {asked}; at most {self.limits.max_tokens} here"
             )
 
     async def _plan(self, generation: Generation, model: Model, caller: Caller) -> Plan:

@@ -6,8 +6,6 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 
-import grpc.aio
-
 from penstock.common.channel import connect
 from penstock.common.logs import logger
 from penstock.gateway.choice import Choice

@@ -5,10 +5,9 @@ What happens to a request is an `Event`; what an event does in a state stands in
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from penstock.common.errors import DeadlineExceeded, InternalError, PenstockError, Unavailable
 from penstock.gateway.answer import Closing, Finish, FinishReason
@@ -27,37 +26,15 @@ from penstock.gateway.ports import (
     TokenReport,
 )
 from penstock.gateway.request import Caller, Plan
+from penstock.gateway.states import Event, State
 
-__all__ = ["TABLE", "Event", "Request", "State"]
+__all__ = ["TABLE", "Request"]
 
 _numbers = itertools.count(1)
 _decoding_ids = itertools.count(1)
 
 
-class State(enum.Enum):
-    """Where a request is."""
-
-    QUEUED = "queued"  # a lease is asked for
-    PREFILLING = "prefilling"  # sequences are started; none has told a token since
-    DECODING = "decoding"  # tokens come
-    FLUSHING = "flushing"  # the executor is done; the last texts are awaited
-    DONE = "done"  # everything is given back
-
-
-class Event(enum.Enum):
-    """What happens to a request."""
-
-    GRANTED = "granted"
-    REFUSED = "refused"
-    SCHEDULER_BACK = "scheduler back"  # a new stream to a scheduler that knows nothing of this request
-    TOKEN = "token"  # noqa: S105 - a token of text
-    SEQUENCE_ENDED = "sequence ended"
-    SEQUENCE_LOST = "sequence lost"  # refused or failed, or its executor is gone
-    TEXT = "text"
-    TOKENIZER_BACK = "tokenizer back"  # a new stream to a tokenizer that knows nothing of this request
-    CANCEL = "cancel"
-    DEADLINE = "deadline"
-
+_Row = tuple[Callable[..., None], ...]
 
 _FINISH = {
     SequenceEnd.STOP: FinishReason.STOP,
@@ -362,9 +339,6 @@ class Request:
             if choice.finish is None:
                 self._finish(choice, Finish(FinishReason.DEADLINE))
 
-    def _abandon(self, error: PenstockError) -> None:
-        self._fail(error)
-
     def _fail(self, error: PenstockError, why: str = "") -> None:
         if why:
             error.add_note(why)
@@ -423,6 +397,20 @@ class Request:
             seed=self.plan.sampling.seed,
         )
 
+    ROWS: ClassVar[Mapping[Event, _Row]] = {
+        # columns: QUEUED, PREFILLING, DECODING, FLUSHING, DONE
+        Event.GRANTED: (_start, _ignore, _ignore, _ignore, _ignore),
+        Event.REFUSED: (_give_up, _ignore, _ignore, _ignore, _ignore),
+        Event.SCHEDULER_BACK: (_place_again, _announce, _announce, _ignore, _ignore),
+        Event.TOKEN: (_ignore, _decode, _ignore, _ignore, _ignore),
+        Event.SEQUENCE_ENDED: (_ignore, _end_sequence, _end_sequence, _ignore, _ignore),
+        Event.SEQUENCE_LOST: (_ignore, _replace, _replace, _ignore, _ignore),
+        Event.TEXT: (_on_text, _on_text, _on_text, _on_text, _ignore),
+        Event.TOKENIZER_BACK: (_reopen, _reopen, _reopen, _reopen, _ignore),
+        Event.CANCEL: (_fail, _fail, _fail, _fail, _ignore),
+        Event.DEADLINE: (_expire, _expire, _expire, _expire, _ignore),
+    }
+
 
 def _finish_of(choice: Choice, text: Text, stop: Sequence[str]) -> Finish:
     if text.stop_index is not None:
@@ -431,24 +419,6 @@ def _finish_of(choice: Choice, text: Text, stop: Sequence[str]) -> Finish:
     return Finish(reason, stop_token_id=choice.stop_token if reason is FinishReason.STOP else None)
 
 
-_Row = tuple[Callable[..., None], Callable[..., None], Callable[..., None], Callable[..., None], Callable[..., None]]
-_R = Request
-_no = Request._ignore
-
-_ROWS: Final[Mapping[Event, _Row]] = {
-    # event                QUEUED            PREFILLING        DECODING          FLUSHING     DONE
-    Event.GRANTED: (_R._start, _no, _no, _no, _no),
-    Event.REFUSED: (_R._give_up, _no, _no, _no, _no),
-    Event.SCHEDULER_BACK: (_R._place_again, _R._announce, _R._announce, _no, _no),
-    Event.TOKEN: (_no, _R._decode, _no, _no, _no),
-    Event.SEQUENCE_ENDED: (_no, _R._end_sequence, _R._end_sequence, _no, _no),
-    Event.SEQUENCE_LOST: (_no, _R._replace, _R._replace, _no, _no),
-    Event.TEXT: (_R._on_text, _R._on_text, _R._on_text, _R._on_text, _no),
-    Event.TOKENIZER_BACK: (_R._reopen, _R._reopen, _R._reopen, _R._reopen, _no),
-    Event.CANCEL: (_R._abandon, _R._abandon, _R._abandon, _R._abandon, _no),
-    Event.DEADLINE: (_R._expire, _R._expire, _R._expire, _R._expire, _no),
-}
-
 TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = {
-    (state, event): row[column] for event, row in _ROWS.items() for column, state in enumerate(State)
+    (state, event): row[column] for event, row in Request.ROWS.items() for column, state in enumerate(State)
 }

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from penstock.common.metrics import E2E_SECONDS, INTER_TOKEN_SECONDS, TIME_TO_FIRST_TOKEN_SECONDS
 from penstock.gateway.answer import FinishReason
-from penstock.gateway.machine import Request, State
+from penstock.gateway.machine import Request
+from penstock.gateway.states import State
 
 __all__ = ["GatewayMetrics"]
 

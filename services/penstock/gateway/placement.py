@@ -148,7 +148,7 @@ class SchedulerPlacement:
         self._on_catalog()
 
 
-def _error(refusal: scheduler_pb2.Refusal) -> PenstockError:
+def _error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - one line for each reason
     match refusal.reason:
         case scheduler_pb2.REFUSAL_REASON_QUEUE_FULL:
             return Overloaded(refusal.message or "the queue is full", refusal.retry_after_ms / 1e3 or 1.0)

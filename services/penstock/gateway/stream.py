@@ -15,22 +15,24 @@ from penstock.common.logs import logger
 __all__ = ["Peer", "Stream"]
 
 Sent = TypeVar("Sent")
-Received = TypeVar("Received", covariant=True)
+Received = TypeVar("Received")
+Sent_co = TypeVar("Sent_co", covariant=True)
+Received_contra = TypeVar("Received_contra", contravariant=True)
 
 _FIRST_BACKOFF = 0.05
 _LONGEST_BACKOFF = 1.0
 
 
-class Peer(Protocol[Sent, Received]):
+class Peer(Protocol[Sent_co, Received_contra]):
     """What runs over a stream. All of it is called from the event loop and never waits."""
 
     def opened(self) -> None:
         """A new stream begins, whose other end knows nothing."""
 
-    def received(self, message: Received) -> None:  # type: ignore[misc]  # a reader, covariant by use
+    def received(self, message: Received_contra) -> None:
         """A message came."""
 
-    def next_message(self) -> Sent | None:
+    def next_message(self) -> Sent_co | None:
         """All that is pending, as one message; None if nothing is."""
 
     def lost(self, why: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Self
 
 from penstock.common import tracing
 from penstock.gateway.machine import Request
@@ -21,7 +22,7 @@ class Trace:
         self.caller = caller
         self._context = tracing.span("request", caller.traceparent, {"request_id": caller.request_id, "tenant": caller.tenant})
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Self:
         self._span = self._context.__enter__()
         if self._span.traceparent:
             self.caller = dataclasses.replace(self.caller, traceparent=self._span.traceparent)

@@ -168,7 +168,7 @@ def _rest(generation: Generation, limits: Limits) -> Violations:
         yield FieldViolation("cache_salt", f"at most {MAX_SALT_BYTES} bytes")
     asked = (generation.stopping.max_tokens or 0) * generation.n
     if asked > limits.max_tokens:
-        yield FieldViolation("stopping.max_tokens", f"n × max_tokens is {asked}; at most {limits.max_tokens} here")
+        yield FieldViolation("stopping.max_tokens", f"n * max_tokens is {asked}; at most {limits.max_tokens} here")
 
 
 def _range(field: str, value: float | None, low: float, high: float, *, above: bool = False) -> Violations:
@@ -176,8 +176,7 @@ def _range(field: str, value: float | None, low: float, high: float, *, above: b
     if value is None:
         return
     if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-        told = f"{value:.6g}" if isinstance(value, float) else str(value)[:24]
-        yield FieldViolation(field, f"in {'(' if above else '['}{low}, {high}]; this is {told}")
+        yield FieldViolation(field, f"in {'(' if above else '['}{low}, {high}]; this is {str(value)[:24]}")
 
 
 def _ids(field: str, ids: Sequence[int], model: Model) -> Violations:

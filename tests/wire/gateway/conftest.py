@@ -16,7 +16,14 @@ from penstock.common.errors import InvalidRequest
 from penstock.common.server import GrpcServer
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.server import GatewayServer
-from penstock.internal.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
+from penstock.internal.v1 import (
+    executor_pb2,
+    executor_pb2_grpc,
+    scheduler_pb2,
+    scheduler_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
 from penstock.v1 import inference_pb2_grpc, models_pb2_grpc
 
 EOS = 257
@@ -226,7 +233,12 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
             if start.HasField("logprobs"):
                 top = [token, 65][: start.logprobs]
                 frame.logprobs.add(
-                    sequence_id=start.sequence_id, position=position, logprob=-1.5, rank=1, top_ids=top, top_logprobs=[-1.5, -2.0][: len(top)]
+                    sequence_id=start.sequence_id,
+                    position=position,
+                    logprob=-1.5,
+                    rank=1,
+                    top_ids=top,
+                    top_logprobs=[-1.5, -2.0][: len(top)],
                 )
             position = min(position + 1, len(self.story) - 1) if EOS in start.stop_token_ids else position + 1
             if token in start.stop_token_ids:
@@ -295,7 +307,9 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
             executor = fresh[0]
             del self.queued[placing.request_id]
             leases[placing.request_id] = self.leases[placing.request_id] = executor.name
-            lease = scheduler_pb2.Lease(request_id=placing.request_id, executor_id=executor.name, address=executor.address, tokens=9)
+            lease = scheduler_pb2.Lease(
+                request_id=placing.request_id, executor_id=executor.name, address=executor.address, tokens=9
+            )
             await answers.put(scheduler_pb2.PlaceResponse(granted=[lease]))
 
         async def read():
@@ -326,7 +340,9 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
 
     async def ListExecutors(self, request, context):
         states = [
-            scheduler_pb2.ExecutorState(description=self.describe(e), load=scheduler_pb2.Load(running=len(e.running), kv_blocks_free=99))
+            scheduler_pb2.ExecutorState(
+                description=self.describe(e), load=scheduler_pb2.Load(running=len(e.running), kv_blocks_free=99)
+            )
             for e in self.executors
         ]
         return scheduler_pb2.ListExecutorsResponse(executors=states)

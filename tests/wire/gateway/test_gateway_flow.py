@@ -1,6 +1,7 @@
 """A request through both doors, with the other services played by small servicers."""
 
 import httpx
+
 from penstock.v1 import inference_pb2, models_pb2
 
 

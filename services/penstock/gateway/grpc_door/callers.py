@@ -23,7 +23,8 @@ def caller_of(context: grpc.aio.ServicerContext[Any, Any], keys: Keys, default_d
         Unauthenticated: keys are set up, and the call bears none of them.
     """
     metadata = dict(context.invocation_metadata() or ())
-    left = context.time_remaining()
+    # None without a deadline, whatever the published types say.
+    left: float | None = context.time_remaining()
     return Caller(
         tenant=keys.tenant(_text(metadata.get("authorization"))),
         request_id=(_text(metadata.get(REQUEST_ID_KEY)) or uuid.uuid4().hex)[:128],

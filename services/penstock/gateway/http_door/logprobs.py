@@ -30,7 +30,7 @@ def _entry(token: bytes, logprob: float) -> dict[str, Any]:
 
 
 def prompt_logprobs(told: Sequence[Logprob]) -> list[dict[str, Any] | None]:
-    """vLLM's ``prompt_logprobs``: for each prompt token what is known of it and of the likely ones, by token id."""
+    """``prompt_logprobs`` as vLLM tells them: for each prompt token what is known of it and of the likely ones, by token id."""
     return [None, *({str(i): entry for i, entry in _ranked(p)} for p in told)]
 
 

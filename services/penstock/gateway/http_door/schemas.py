@@ -1,4 +1,4 @@
-"""Bodies of the HTTP door: OpenAI's fields, and vLLM's beyond them. Types are checked here, ranges by the validator of both doors."""
+"""Bodies of the HTTP door: OpenAI's fields, and vLLM's beyond them. Types are checked here, ranges for both doors elsewhere."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class HttpServer:
         except (OSError, OverflowError) as error:
             raise StartError(f"http: can not listen on {address}: {error}") from error
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        while not self._server.started and not self._task.done():
+        while not self._server.started and not self._task.done():  # noqa: ASYNC110 - uvicorn tells by this flag alone
             await asyncio.sleep(0.001)
         return f"{host}:{self._socket.getsockname()[1]}"
 
