@@ -75,7 +75,7 @@ class Scheduler:
         self._lease(request, hold, tokens)
         executor = self.executors.get(executor_id)
         if executor is not None:
-            executor.foreign = max(0, executor.foreign - request.needs.choices)
+            executor.announced(request.needs.choices)
 
     def place(self, gateway: int, request_id: int, needs: Needs) -> None:
         """Ask for an executor. What the request id stood for before is released."""

@@ -38,11 +38,13 @@ class Executor:
         bit: its bit in the prefix index.
         limit: sequences it is given at most.
         fresh_tokens: prompt tokens to prefill that were leased after its last report.
-        foreign: sequences that it reports beyond the leases known here, such as those of gateways that have not announced yet.
+        foreign: sequences that it reports beyond the leases known here, such as those of gateways that have not announced yet. Two
+            reports in a row have to tell of them: one alone may have crossed the releases of sequences that had just ended.
         slowness: how many times longer than the model's fastest executor it takes for a token of prefill.
     """
 
     __slots__ = (
+        "_excess",
         "bit",
         "description",
         "draining",
@@ -70,6 +72,7 @@ class Executor:
         self.load = Load()
         self.fresh_tokens = 0
         self.foreign = 0
+        self._excess: int | None = None
         self.slowness = 1.0
         self.kv_sequence: int | None = None
 
@@ -77,7 +80,15 @@ class Executor:
         """Take over what the executor tells of itself."""
         self.load = load
         self.fresh_tokens = 0
-        self.foreign = max(0, load.running + load.waiting - self.hold.sequences)
+        before = self._excess
+        self._excess = max(0, load.running + load.waiting - self.hold.sequences)
+        self.foreign = self._excess if before is None else min(before, self._excess)
+
+    def announced(self, sequences: int) -> None:
+        """So many of the foreign sequences are known now."""
+        self.foreign = max(0, self.foreign - sequences)
+        if self._excess is not None:
+            self._excess = max(0, self._excess - sequences)
 
     def has_room(self, sequences: int, tokens: int) -> bool:
         """Whether it takes so much more. What is larger than the executor itself runs alone, a part at a time."""

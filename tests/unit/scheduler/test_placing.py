@@ -111,6 +111,18 @@ def test_what_the_executor_reports_beyond_known_leases_takes_room():
     assert [o.executor_id for o in world.core.step()] == ["a"]
 
 
+def test_report_that_crossed_releases_on_its_way_takes_no_room():
+    world = World()
+    executor = world.join("a")
+    world.core.executors.report(executor, Load())
+    wave = [world.ask() for _ in range(4)]
+    world.core.step()
+    for request_id in wave:
+        world.core.release(world.gateway, request_id)
+    world.core.executors.report(executor, Load(running=4))
+    assert world.outcome() is not None
+
+
 def test_batch_and_look_ahead_are_given_and_the_rest_waits():
     world = World(look_ahead=2)
     world.join("a", max_batch_size=3)
