@@ -32,7 +32,7 @@ class PagedCache:
 
     def __init__(self, compiled: ov.CompiledModel, blocks: int) -> None:
         ports = [port for port in compiled.inputs if port.any_name.startswith(("key.", "value."))]
-        self.layers = len(ports) // 2
+        self.layers, self._blocks = len(ports) // 2, blocks
         self.dtype = ports[0].element_type.to_string()
         self._type = _TYPES[self.dtype]
         self._shape = tuple(dimension.get_length() for dimension in list(ports[0].partial_shape)[1:])
@@ -44,7 +44,7 @@ class PagedCache:
         """Copy `tokens` out, which are positions in a sequence whose blocks these are.
 
         Raises:
-            ValueError: they are not consecutive positions within the blocks.
+            ValueError: they are not consecutive positions within the blocks, or a block is none of the cache's.
         """
         held, slots = self._locate(blocks, tokens)
         heads, _, dim = self._shape
@@ -58,7 +58,7 @@ class PagedCache:
         """Copy a chunk in, converted to this cache's type.
 
         Raises:
-            ValueError: its positions are not within the blocks, or its shape is not this model's.
+            ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape is not this model's.
         """
         held, slots = self._locate(blocks, chunk.tokens)
         heads, _, dim = self._shape
@@ -73,5 +73,8 @@ class PagedCache:
         """The block and the slot of each token."""
         if tokens.step != 1 or not 0 <= tokens.start <= tokens.stop <= len(blocks) * BLOCK_SIZE:
             raise ValueError(f"{tokens} are not consecutive positions within {len(blocks)} blocks of {BLOCK_SIZE}")
+        ids = np.asarray(blocks, np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._blocks:
+            raise ValueError(f"blocks {ids.min()} … {ids.max()} are not all of the cache's {self._blocks}")
         positions = np.arange(tokens.start, tokens.stop)
-        return np.asarray(blocks, np.int64)[positions // BLOCK_SIZE], positions % BLOCK_SIZE
+        return ids[positions // BLOCK_SIZE], positions % BLOCK_SIZE
