@@ -98,6 +98,7 @@ async def test_encodes_a_conversation_by_the_chat_template(service):
         ),
         (pb.EncodeRequest(model="m", chat=pb.EncodeRequest.Chat()), "messages"),
         (pb.EncodeRequest(model="bare", chat=pb.EncodeRequest.Chat(messages=[pb.ChatMessage(role="user")])), "messages"),
+        (pb.EncodeRequest(model="m", text="the quick brown fox " * 200_000, max_tokens=100), "prompt"),
         (pb.EncodeRequest(model="m"), "input"),
     ],
 )

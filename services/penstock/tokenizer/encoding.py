@@ -15,6 +15,8 @@ __all__ = ["Model", "Models"]
 
 # A shorter text is encoded in less time than a thread takes to begin.
 _INLINE_CHARACTERS = 512
+# Characters per token of the limit that are looked at first; languages and code have one to six.
+_HEAD_CHARACTERS = 16
 
 
 class Model:
@@ -32,12 +34,20 @@ class Model:
             InvalidRequest: it is longer than `max_tokens`.
         """
         if len(text) <= _INLINE_CHARACTERS:
-            ids = self._encode(text, add_special_tokens)
+            ids = self._encode(text, add_special_tokens=add_special_tokens)
         else:
-            ids = await asyncio.to_thread(self._encode, text, add_special_tokens)
+            if max_tokens and len(text) > 4 * _HEAD_CHARACTERS * max_tokens:
+                await self._refuse_by_its_head(text, max_tokens, field)
+            ids = await asyncio.to_thread(self._encode, text, add_special_tokens=add_special_tokens)
         if max_tokens and len(ids) > max_tokens:
             raise InvalidRequest.field(field, f"{len(ids)} tokens; at most {max_tokens} fit")
         return ids
+
+    async def _refuse_by_its_head(self, text: str, max_tokens: int, field: str) -> None:
+        """Spare the work on a text of which a small part is too much already, by far."""
+        head = await asyncio.to_thread(self._encode, text[: _HEAD_CHARACTERS * max_tokens], add_special_tokens=False)
+        if len(head) > 2 * max_tokens:
+            raise InvalidRequest.field(field, f"more than {len(head)} tokens; at most {max_tokens} fit")
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, max_tokens: int = 0
@@ -54,7 +64,7 @@ class Model:
         text = await self._templates.render(messages, add_generation_prompt=add_generation_prompt)
         return await self.encode(text, add_special_tokens=False, max_tokens=max_tokens, field="messages")
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # Of the library's ways in, the one that lets other threads run and does not work offsets out.
         ids: list[int] = self.vocabulary.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids

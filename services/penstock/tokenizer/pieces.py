@@ -86,7 +86,8 @@ def _without(texts: Sequence[str | None], tokens: Sequence[str | None], special:
 
 
 def _byte_level(tokens: Sequence[str | None], special: set[str]) -> Pieces:
-    byte_of = {ord(char): byte for char, byte in _byte_level_alphabet().items()}
+    # Latin-1 characters that stand for no byte are led out of Latin-1, so that encoding tells them.
+    byte_of = dict.fromkeys(range(256), 0x100) | {ord(char): byte for char, byte in _byte_level_alphabet().items()}
     raw, texts = list[bytes](), list[str | None]()
     for token in tokens:
         piece = _mapped(token or "", byte_of)
@@ -99,9 +100,11 @@ def _byte_level(tokens: Sequence[str | None], special: set[str]) -> Pieces:
 
 
 def _mapped(token: str, byte_of: dict[int, int]) -> bytes:
-    mapped = token.translate(byte_of)
-    # A token with a character outside the alphabet, such as an added one with a space, stands for itself.
-    return mapped.encode("latin-1") if all(ord(c) in byte_of for c in token) else token.encode()
+    try:
+        return token.translate(byte_of).encode("latin-1")
+    except UnicodeEncodeError:
+        # A token with a character outside the alphabet, such as an added one with a space, stands for itself.
+        return token.encode()
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,11 @@ class Limits:
 
 
 class _Died(Exception):
-    """The worker ended, or had to be ended, instead of answering."""
+    """The worker ended, or had to be ended, instead of answering; `by_limit` where it was the limit on time."""
+
+    def __init__(self, text: str, *, by_limit: bool) -> None:
+        super().__init__(text)
+        self.by_limit = by_limit
 
 
 class _Worker:
@@ -74,7 +79,7 @@ class _Worker:
     async def ask(self, request: bytes, seconds: float) -> tuple[Kind, str]:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
-            raise _Died("no pipes")
+            raise _Died("no pipes", by_limit=False)
         try:
             async with asyncio.timeout(seconds):
                 stdin.write(HEADER.pack(len(request), 0) + request)
@@ -82,8 +87,9 @@ class _Worker:
                 size, kind = HEADER.unpack(await stdout.readexactly(HEADER.size))
                 return Kind(kind), (await stdout.readexactly(size)).decode()
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+            status = None if isinstance(error, TimeoutError) else await self._process.wait()
             await self.kill()
-            raise _Died(f"exit status {self._process.returncode}") from error
+            raise _Died(f"exit status {status}", by_limit=status in {None, -signal.SIGPROF}) from error
 
     async def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -136,24 +142,43 @@ class Templates:
             variables | {"messages": messages, "add_generation_prompt": add_generation_prompt}, ensure_ascii=False
         ).encode("utf-8", "surrogatepass")
         async with self._turn:
-            worker = self._idle.pop() if self._idle else await _Worker.start(self._setup)
             try:
-                # The worker's own limit is processor time; the wall's is for a machine that gives it none.
-                kind, text = await worker.ask(request, seconds=5 * self._limits.seconds + 5)
+                kind, text = await self._ask(request)
             except _Died as error:
                 logger().warning("chat template ended by force", reason=str(error))
-                raise InvalidRequest.field(
-                    FIELD,
-                    f"the model's chat template takes longer than {self._limits.seconds:g} s over them; send fewer or shorter ones",
-                ) from None
-            except BaseException:
-                await worker.kill()
-                raise
-            if self._closed:
-                await worker.kill()
-            else:
-                self._idle.append(worker)
+                if error.by_limit:
+                    raise self._too_long() from None
+                # The process may have died before it was asked; a new one tells.
+                kind, text = await self._ask_again(request)
         return self._answer(kind, text)
+
+    async def _ask(self, request: bytes) -> tuple[Kind, str]:
+        worker = self._idle.pop() if self._idle else await _Worker.start(self._setup)
+        try:
+            # The worker's own limit is processor time; the wall's is for a machine that gives it none.
+            answer = await worker.ask(request, seconds=5 * self._limits.seconds + 5)
+        except BaseException:
+            await worker.kill()
+            raise
+        if self._closed:
+            await worker.kill()
+        else:
+            self._idle.append(worker)
+        return answer
+
+    async def _ask_again(self, request: bytes) -> tuple[Kind, str]:
+        try:
+            return await self._ask(request)
+        except _Died as error:
+            if error.by_limit:
+                raise self._too_long() from None
+            return Kind.OUT_OF_MEMORY, ""
+
+    def _too_long(self) -> InvalidRequest:
+        seconds = f"{self._limits.seconds:g} s"
+        return InvalidRequest.field(
+            FIELD, f"the model's chat template takes longer than {seconds} over them; send fewer or shorter ones"
+        )
 
     def _answer(self, kind: Kind, text: str) -> str:
         match kind:

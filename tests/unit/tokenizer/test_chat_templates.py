@@ -137,3 +137,11 @@ async def test_a_rendering_that_nobody_awaits_leaves_no_process():
             await task
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_a_worker_that_was_killed_while_idle_is_replaced():
+    async with _templates(CHATML) as templates:
+        process = templates._idle[0]._process
+        process.kill()
+        await process.wait()
+        assert "hi" in await templates.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)

@@ -402,7 +402,7 @@ class DecodedText(_message.Message):
     stop_index: _builtins.int
     """Set once, in the last text of the decoding, if a stop text was found: its position in OpenDecoding.stop."""
     last: _builtins.bool
-    """Whether nothing more comes of this decoding."""
+    """Whether nothing more comes of this decoding. One of a model that is not known here ends at once, with no tokens."""
     def __init__(
         self,
         *,

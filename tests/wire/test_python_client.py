@@ -1,0 +1,389 @@
+"""The Python client, async and sync, against a server that does what each test asks of it."""
+
+import asyncio
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+from google.protobuf import duration_pb2
+
+from penstock.client import (
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    FieldViolation,
+    FinishReason,
+    InvalidRequest,
+    Message,
+    Overloaded,
+    PenstockError,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+)
+from penstock.common import errors
+from penstock.common.server import GrpcServer
+from penstock.v1 import inference_pb2 as pb
+from penstock.v1 import inference_pb2_grpc as pb_grpc
+from penstock.v1 import models_pb2, models_pb2_grpc
+
+CLOSING = pb.Closing(
+    usage=pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1),
+    request_id="r",
+    model="m",
+    placements=[pb.Placement(executor_id="e1", backend="fake", device="cpu")],
+    queue_time=duration_pb2.Duration(nanos=5_000_000),
+    seed=2**63,
+)
+
+
+class FakeServer(pb_grpc.InferenceServicer, models_pb2_grpc.ModelsServicer):
+    """Answers with one message per entry of `script`; an exception there is raised, and None waits until the call is cancelled."""
+
+    def __init__(self):
+        self.script = []
+        self.calls = []
+        self.cancelled = threading.Event()
+
+    async def _play(self, request, context, answer):
+        self.calls.append(
+            SimpleNamespace(request=request, metadata=dict(context.invocation_metadata()), left=context.time_remaining())
+        )
+        script = self.script.pop(0) if self.script and isinstance(self.script[0], list) else self.script
+        for step in script:
+            if isinstance(step, Exception):
+                raise step
+            if step is None:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    self.cancelled.set()
+                    raise
+            yield answer(closing=step) if isinstance(step, pb.Closing) else answer(**step)
+
+    async def Generate(self, request, context):  # noqa: N802 - the name in the proto
+        async with contextlib.aclosing(self._play(request, context, pb.GenerateResponse)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def Chat(self, request, context):  # noqa: N802 - the name in the proto
+        async with contextlib.aclosing(self._play(request, context, pb.ChatResponse)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def CountTokens(self, request, context):  # noqa: N802 - the name in the proto
+        async for _ in self._play(request, context, lambda **fields: None):
+            pass
+        return pb.CountTokensResponse(count=2, token_ids=[5, 6] if request.token_ids else [], context_length=128)
+
+    async def ListModels(self, request, context):  # noqa: N802 - the name in the proto
+        executor = models_pb2.ModelExecutor(executor_id="e1", backend="fake", kv_blocks=9)
+        return models_pb2.ListModelsResponse(
+            models=[models_pb2.Model(name="m", context_length=128, executors=[executor], created_unix_seconds=60)]
+        )
+
+    async def GetModel(self, request, context):  # noqa: N802 - the name in the proto
+        if request.name != "m":
+            raise errors.UnknownModel(f"no model {request.name!r}; there is m")
+        return models_pb2.GetModelResponse(model=models_pb2.Model(name="m"))
+
+
+@pytest.fixture
+def fake():
+    """The server, on a loop of its own, so that a blocking client can talk to it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    servicer = FakeServer()
+
+    async def start():
+        server = GrpcServer()
+        server.add(pb_grpc.add_InferenceServicer_to_server, servicer, "penstock.v1.Inference")
+        server.add(models_pb2_grpc.add_ModelsServicer_to_server, servicer, "penstock.v1.Models")
+        address = server.listen("127.0.0.1:0")
+        await server.start()
+        return server, address
+
+    server, servicer.address = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    yield servicer
+    asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+class Awaited:
+    """An async client behind blocking calls, so that one test serves both."""
+
+    def __init__(self, runner, target, **options):
+        self.run = runner.run
+        self.client = AsyncClient(target, **options)
+
+    def generate(self, *args, **options):
+        return AwaitedStream(self, self.client.generate, args, options)
+
+    def chat(self, *args, **options):
+        return AwaitedStream(self, self.client.chat, args, options)
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self.run(getattr(self.client, name)(*args, **options))
+
+
+class AwaitedStream:
+    def __init__(self, client, method, args, options):
+        async def begin():
+            return method(*args, **options)
+
+        self.run = client.run
+        self.stream = client.run(begin())
+
+    @property
+    def closing(self):
+        return self.stream.closing
+
+    def __iter__(self):
+        events = aiter(self.stream)
+        while True:
+            try:
+                yield self.run(anext(events))
+            except StopAsyncIteration:
+                return
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.run(self.stream.__aexit__(*error))
+
+    def __getattr__(self, name):
+        async def call(*args):
+            answer = getattr(self.stream, name)(*args)
+            return await answer if asyncio.iscoroutine(answer) else answer
+
+        return lambda *args: self.run(call(*args))
+
+
+@pytest.fixture(params=["sync", "async"])
+def connect(request, fake):
+    with asyncio.Runner() as runner, contextlib.ExitStack() as stack:
+
+        def client(target=fake.address, **options):
+            made = Client(target, **options) if request.param == "sync" else Awaited(runner, target, **options)
+            stack.callback(made.close)
+            return made
+
+        yield client
+
+
+def test_streams_events_and_tells_the_closing(fake, connect):
+    logprob = {
+        "token_id": 8,
+        "logprob": -0.5,
+        "token": b"\xed",
+        "rank": 1,
+        "alternatives": [{"token_id": 9, "logprob": -1.0, "token": b"x"}],
+    }
+    fake.script = [
+        {"text": "one ", "token_ids": [7]},
+        {
+            "text": "two",
+            "token_ids": [8],
+            "logprobs": [logprob],
+            "finish": {"reason": pb.FINISH_REASON_STOP_SEQUENCE, "stop_text": "."},
+        },
+        CLOSING,
+    ]
+    with connect().generate("hello", max_tokens=2) as stream:
+        first, second = list(stream)
+    assert (first.text, first.token_ids, first.finish) == ("one ", (7,), None)
+    assert (second.finish.reason, second.finish.stop_text, second.finish.stop_token_id) == (FinishReason.STOP_SEQUENCE, ".", None)
+    assert (second.logprobs[0].token, second.logprobs[0].alternatives[0].token_id) == (b"\xed", 9)
+    assert stream.closing.usage.cached_tokens == 1
+    assert stream.closing.placements[0].backend == "fake"
+    assert (stream.closing.queue_seconds, stream.closing.seed) == (0.005, 2**63)
+
+
+def test_collects_interleaved_choices(fake, connect):
+    length = {"reason": pb.FINISH_REASON_LENGTH}
+    fake.script = [
+        {"text": "a", "index": 0},
+        {"text": "x", "index": 1},
+        {"text": "b", "index": 0, "finish": length},
+        {"text": "y", "index": 1, "finish": length},
+        CLOSING,
+    ]
+    result = connect().chat([Message("user", "hi")], n=2).result()
+    assert [choice.text for choice in result.choices] == ["ab", "xy"]
+    assert {choice.finish.reason for choice in result.choices} == {FinishReason.LENGTH}
+    assert (result.text, result.usage.prompt_tokens) == ("ab", 3)
+
+
+def test_sends_every_option_in_its_field(fake, connect):
+    fake.script = [CLOSING]
+    client = connect(api_key="secret", timeout=60)
+    client.generate(
+        [1, 2],
+        model="m",
+        temperature=0.0,
+        top_k=5,
+        logit_bias={7: -1.5},
+        stop="\n",
+        max_tokens=3,
+        logprobs=0,
+        n=2,
+        priority=-3,
+        request_id="mine",
+        timeout=20,
+    ).result()
+    client.chat([{"role": "user", "content": "hi", "name": "Ada"}], stop=["a", "b"], add_generation_prompt=False).result()
+    generate, chat = fake.calls
+    assert list(generate.request.prompt.token_ids.ids) == [1, 2]
+    assert generate.request.sampling.HasField("temperature")
+    assert not generate.request.sampling.HasField("top_p")
+    assert dict(generate.request.sampling.logit_bias) == {7: -1.5}
+    assert list(generate.request.stopping.stop) == ["\n"]
+    assert generate.request.reporting.HasField("logprobs")
+    assert (generate.request.model, generate.request.n, generate.request.priority) == ("m", 2, -3)
+    assert (generate.metadata["authorization"], generate.metadata["x-request-id"]) == ("Bearer secret", "mine")
+    assert 10 < generate.left < 21
+    assert 30 < chat.left < 61
+    assert chat.request.conversation.messages[0] == pb.Message(role="user", content="hi", name="Ada")
+    assert not chat.request.conversation.add_generation_prompt
+    assert list(chat.request.stopping.stop) == ["a", "b"]
+
+
+def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
+    with pytest.raises(TypeError, match="unknown option 'temprature'"):
+        connect().generate("x", temprature=1)
+    assert fake.calls == []
+
+
+def test_counts_tokens_and_tells_models(fake, connect):
+    client = connect()
+    assert client.count_tokens("text", token_ids=True).token_ids == (5, 6)
+    assert client.count_tokens([1, 2]).context_length == 128
+    assert client.count_tokens([Message("user", "hi")]).count == 2
+    assert [call.request.WhichOneof("input") for call in fake.calls] == ["prompt", "prompt", "conversation"]
+    (model,) = client.models()
+    assert (model.name, model.executors[0].kv_blocks, model.created.timestamp()) == ("m", 9, 60)
+    assert client.model("m").name == "m"
+
+
+@pytest.mark.parametrize("leave", ["break", "with", "close", "garbage"])
+def test_leaving_a_stream_cancels_it_on_the_server(fake, connect, leave):
+    fake.script = [{"text": "one"}, None]
+    stream = connect().generate("x")
+    if leave == "break":
+        for _ in stream:
+            break
+    elif leave == "with":
+        with stream:
+            next(iter(stream))
+    elif leave == "close":
+        events = iter(stream)
+        next(events)
+        stream.close()
+        assert list(events) == []
+    else:
+        next(iter(stream))
+        del stream
+    assert fake.cancelled.wait(10)
+
+
+def test_a_cancelled_task_cancels_its_request(fake):
+    fake.script = [{"text": "one"}, None]
+
+    async def main():
+        async with AsyncClient(fake.address) as client:
+            stream = client.generate("x")
+            events = aiter(stream)
+            await anext(events)
+            task = asyncio.create_task(anext(events))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+    assert fake.cancelled.wait(10)
+
+
+def test_the_deadline_ends_a_call_on_both_sides(fake, connect):
+    fake.script = [{"text": "one"}, None]
+    with pytest.raises(DeadlineExceeded):
+        connect().generate("x", timeout=0.2).result()
+    assert fake.cancelled.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (
+            errors.InvalidRequest(errors.FieldViolation("sampling.top_p", "in (0, 1]"), errors.FieldViolation("n", "at most 8")),
+            InvalidRequest,
+        ),
+        (errors.UnknownModel("no model 'x'"), UnknownModel),
+        (errors.Unauthenticated("send a key"), Unauthenticated),
+        (ZeroDivisionError("secret"), errors.InternalError),
+    ],
+)
+def test_raises_what_the_server_raised(fake, connect, raised, kind):
+    fake.script = [raised]
+    for call in (lambda c: c.generate("x").result(), lambda c: c.count_tokens("x")):
+        with pytest.raises(PenstockError) as caught:
+            call(connect())
+        assert type(caught.value) is kind
+        assert "secret" not in str(caught.value)
+        if kind is InvalidRequest:
+            assert caught.value.violations == (FieldViolation("sampling.top_p", "in (0, 1]"), FieldViolation("n", "at most 8"))
+    assert len(fake.calls) == 2
+
+
+@pytest.mark.parametrize("refusal", [errors.Unavailable("later"), errors.Overloaded("full", 0.01)])
+def test_tries_again_before_the_first_message(fake, connect, refusal):
+    good = [{"text": "done"}, CLOSING]
+    fake.script = [[refusal], [refusal], good, [refusal], []]
+    client = connect()
+    assert client.generate("x").text() == "done"
+    assert client.count_tokens("x").count == 2
+    assert len(fake.calls) == 5
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind"), [(errors.Unavailable("later"), Unavailable), (errors.Overloaded("full", 0.01), Overloaded)]
+)
+def test_never_tries_again_after_the_first_message(fake, connect, refusal, kind):
+    fake.script = [[{"text": "one"}, refusal], [{"text": "again"}, CLOSING]]
+    told = []
+    with pytest.raises(kind):
+        told.extend(event.text for event in connect().generate("x"))
+    assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize("refusal", [errors.Unavailable("later"), errors.Overloaded("full", 0.01)])
+def test_gives_up_after_the_retries_it_was_given(fake, connect, refusal):
+    fake.script = [refusal]
+    for retries in (0, 2):
+        fake.calls.clear()
+        with pytest.raises((Unavailable, Overloaded)):
+            connect(retries=retries).generate("x").result()
+        assert len(fake.calls) == retries + 1
+
+
+def test_does_not_wait_beyond_its_deadline_to_try_again(fake, connect):
+    fake.script = [errors.Overloaded("full", 60)]
+    with pytest.raises(Overloaded) as caught:
+        connect().generate("x", timeout=30).result()
+    assert caught.value.retry_after == 60
+    assert len(fake.calls) == 1
+
+
+def test_says_that_nobody_answers(connect):
+    with pytest.raises(Unavailable):
+        connect("127.0.0.1:1", retries=0).models()
+
+
+def test_takes_messages_larger_than_grpcs_own_limit(fake, connect):
+    fake.script = [{"text": "x" * (5 << 20)}, CLOSING]
+    assert len(connect().generate("x").text()) == 5 << 20
