@@ -5,9 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 from penstock.common import tracing
-from penstock.common.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, PenstockError, Unavailable
+from penstock.common.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PenstockError,
+    Unavailable,
+)
 from penstock.gateway.catalog import Catalog, Model
 from penstock.gateway.machine import Request
 from penstock.gateway.output import OutputQueue
@@ -21,6 +30,13 @@ from penstock.gateway.validation import Limits, validate
 __all__ = ["Admission", "Live"]
 
 
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    if task is None:
+        raise InternalError("a call is admitted outside of any task")
+    return task
+
+
 class Live:
     """One client's call: its requests and the queue that its door reads. Leaving it, in whatever way, frees all of it."""
 
@@ -29,6 +45,7 @@ class Live:
         self.plans = plans
         self.queue = queue
         self.requests: list[Request] = []
+        self.task: asyncio.Task[Any] = _current_task()
 
     def cancel(self, error: PenstockError) -> None:
         """End what still runs, and tell whoever still reads."""
@@ -103,6 +120,7 @@ class Admission:
             since = call.queue.waiting_since
             if since is not None and now - since > self._slow_reader_seconds:
                 call.cancel(Cancelled(f"the client took nothing for {self._slow_reader_seconds:g} seconds"))
+                call.task.cancel()  # its door waits for a client that reads nothing
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

@@ -1,0 +1,256 @@
+"""What clients see when services die, refuse or stall, and that nothing is left behind."""
+
+import asyncio
+
+import grpc
+import httpx
+import pytest
+from penstock.v1 import inference_pb2
+
+
+def request(tokens=60, **fields):
+    fields.setdefault("prompt", inference_pb2.Prompt(text="Tell me"))
+    return inference_pb2.GenerateRequest(
+        model="story",
+        stopping=inference_pb2.Stopping(max_tokens=tokens),
+        reporting=inference_pb2.Reporting(token_ids=True),
+        sampling=inference_pb2.Sampling(seed=5),
+        **fields,
+    )
+
+
+def story(suite, tokens=60):
+    return suite.story.encode()[:tokens].decode(errors="ignore")
+
+
+def text_of(answers, index=0):
+    return "".join(m.text for m in answers if m.index == index)
+
+
+async def told(call):
+    answers = []
+    while (answer := await call.read()) is not grpc.aio.EOF:
+        answers.append(answer)
+    return answers
+
+
+async def test_an_executor_that_dies_is_a_pause_and_no_more(suite):
+    suite.executors[0].die_after = 4
+    answers = await told(suite.inference.Generate(request(n=2)))
+    for index in (0, 1):
+        assert text_of(answers, index) == story(suite)
+        assert bytes(i for m in answers if m.index == index for i in m.token_ids) == suite.story.encode()[:60]
+    closing = answers[-1].closing
+    assert [p.executor_id for p in closing.placements] == ["executor-0", "executor-1"]
+    assert closing.replacements == 1
+    replayed = suite.executors[1].all_started[0]
+    assert bytes(replayed.replayed_ids) == suite.story.encode()[: len(replayed.replayed_ids)]
+    assert replayed.replayed_ids
+    assert replayed.sampling.seed == 5
+    assert suite.scheduler.placings[1].replacing
+    assert list(suite.scheduler.placings[1].avoid_executor_ids) == ["executor-0"]
+    await suite.rest()
+
+
+async def test_a_refused_sequence_is_placed_again(suite):
+    suite.executors[0].refuse = 1
+    answers = await told(suite.inference.Generate(request()))
+    assert text_of(answers) == story(suite)
+    assert answers[-1].closing.replacements == 1
+    await suite.rest()
+
+
+async def test_a_request_that_every_executor_refuses_fails_as_unavailable(suite):
+    for executor in suite.executors:
+        executor.refuse = 100
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await told(suite.inference.Generate(request()))
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert len(suite.scheduler.placings) == 5
+    await suite.rest()
+
+
+async def test_a_tokenizer_that_dies_loses_and_doubles_no_text(suite):
+    gate = suite.executors[0].gate
+    call = suite.inference.Generate(request())
+    first = await call.read()
+    gate.clear()
+    await suite.tokenizer.kill()
+    await suite.tokenizer.start()
+    gate.set()
+    rest = await told(call)
+    assert text_of([first, *rest]) == story(suite)
+    assert bytes(i for m in [first, *rest] for i in m.token_ids) == suite.story.encode()[:60]
+    await suite.rest()
+
+
+async def test_a_scheduler_that_dies_is_told_of_leases_and_of_the_queue(suite):
+    running = suite.inference.Generate(request())
+    first = await running.read()
+    suite.executors[0].gate.clear()
+    suite.scheduler.gate.clear()
+    suite.scheduler.placed.clear()
+    queued = asyncio.create_task(told(suite.inference.Generate(request())))
+    await suite.scheduler.placed.wait()
+    await suite.scheduler.kill()
+    suite.scheduler.placed.clear()
+    await suite.scheduler.start()
+    await suite.scheduler.announced_any.wait()
+    await suite.scheduler.placed.wait()
+    assert [lease.executor_id for lease in suite.scheduler.announced] == ["executor-0"]
+    suite.scheduler.gate.set()
+    suite.executors[0].gate.set()
+    answers = [first, *await told(running)]
+    assert text_of(answers) == story(suite)
+    assert answers[-1].closing.replacements == 0
+    assert text_of(await queued) == story(suite)
+    await suite.rest()
+
+
+STAGES = ["encoding", "queued", "prefilling", "decoding"]
+
+
+async def hold(suite, stage):
+    """Have requests stop at a stage; a coroutine that waits until one is there."""
+    if stage == "encoding":
+        suite.tokenizer.encode_gate.clear()
+        return suite.tokenizer.encoding.wait
+    if stage == "queued":
+        suite.scheduler.gate.clear()
+        return suite.scheduler.placed.wait
+    if stage == "prefilling":
+        suite.executors[0].gate.clear()
+        return suite.executors[0].started.wait
+
+    async def decoding():
+        await suite.eventually(lambda: any(r.first_token_at for r in suite.gateway.admission.requests.values()))
+
+    return decoding
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_cancel_over_grpc_gives_everything_back(suite, stage):
+    reached = await hold(suite, stage)
+    call = suite.inference.Generate(request(tokens=4000))
+    await reached()
+    call.cancel()
+    await suite.rest()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_client_that_leaves_over_http_gives_everything_back(suite, stage, stream):
+    reached = await hold(suite, stage)
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        body = {"model": "story", "prompt": "Tell me", "max_tokens": 4000, "stream": stream}
+        post = asyncio.create_task(client.post("/v1/completions", json=body))
+        await reached()
+        post.cancel()
+        await asyncio.wait((post,))
+    await suite.rest()
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+async def test_a_deadline_before_the_first_token_is_an_error(suite, stage):
+    await hold(suite, stage)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await told(suite.inference.Generate(request(), timeout=0.3))
+    assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await suite.rest()
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+async def test_the_doors_own_deadline_is_an_error_over_http(suite_with, stage):
+    async with suite_with(default_deadline_seconds=0.3) as suite:
+        await hold(suite, stage)
+        async with httpx.AsyncClient(base_url=suite.http) as client:
+            reply = await client.post("/v1/completions", json={"model": "story", "prompt": "Tell me"})
+        assert reply.status_code == 504
+        assert reply.json()["error"]["code"] == "deadline_exceeded"
+        await suite.rest()
+
+
+async def test_a_deadline_behind_the_first_token_is_a_finish_reason(suite_with):
+    async with suite_with(default_deadline_seconds=0.5) as suite:
+        call = suite.inference.Generate(request(tokens=4000))
+        first = await call.read()
+        suite.executors[0].gate.clear()
+        answers = [first, *await told(call)]
+        assert answers[-2].finish.reason == inference_pb2.FINISH_REASON_DEADLINE
+        assert story(suite, 4000).startswith(text_of(answers))
+        assert answers[-1].closing.usage.completion_tokens == sum(len(m.token_ids) for m in answers)
+        await suite.rest()
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "status"),
+    [
+        (1, grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+        (2, grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+        (3, grpc.StatusCode.NOT_FOUND, 404),
+        (4, grpc.StatusCode.INVALID_ARGUMENT, 400),
+        (5, grpc.StatusCode.UNAVAILABLE, 503),
+    ],
+)
+async def test_the_schedulers_refusals_have_a_status_of_their_own(suite, reason, code, status):
+    suite.scheduler.refusal = {"reason": reason, "field": "sampling.min_p", "message": "no", "retry_after_ms": 2500}
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await told(suite.inference.Generate(request()))
+    assert failure.value.code() is code
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        for stream in (False, True):
+            reply = await client.post("/v1/completions", json={"model": "story", "prompt": "x", "stream": stream})
+            assert reply.status_code == status
+            assert ("retry-after" in reply.headers) == (status == 429)
+    await suite.rest()
+
+
+async def test_a_drain_lets_running_work_finish_and_refuses_new(suite):
+    call = suite.inference.Generate(request())
+    first = await call.read()
+    suite.executors[0].gate.clear()
+    drained = asyncio.create_task(suite.gateway.drain())
+    await suite.eventually(lambda: suite.gateway.not_ready() == "draining")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await told(suite.inference.Generate(request()))
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    suite.executors[0].gate.set()
+    assert text_of([first, *await told(call)]) == story(suite)
+    await drained
+    await suite.rest()
+
+
+async def test_a_drain_ends_what_does_not_finish_in_its_grace(suite_with):
+    async with suite_with(grace_seconds=0.1) as suite:
+        call = suite.inference.Generate(request(tokens=4000))
+        await call.read()
+        suite.executors[0].gate.clear()
+        await suite.gateway.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await told(call)
+        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        await suite.rest()
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off(suite_with):
+    async with suite_with(slow_reader_seconds=0.2) as suite:
+        call = suite.inference.Generate(request(tokens=4000))
+        await call.read()
+        (live,) = suite.gateway.admission._calls
+        live.queue.take = asyncio.Event().wait  # from now on the door is stuck, as in a write to a client that reads nothing
+        await suite.rest()
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+            await told(call)
+
+
+async def test_ready_and_health_follow_the_other_services(suite):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        assert (await client.get("/ready")).status_code == 200
+        await suite.tokenizer.kill()
+        await suite.eventually(lambda: suite.gateway.not_ready() == "no tokenizer")
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
+        await suite.tokenizer.start()
+        await suite.eventually(lambda: not suite.gateway.not_ready())
+        await suite.scheduler.kill()
+        await suite.eventually(lambda: suite.gateway.not_ready() == "no scheduler")
