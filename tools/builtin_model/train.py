@@ -55,7 +55,7 @@ class Phase:
 
 PHASES = (
     Phase(FIRST, ((256, 420), (1024, 95), (CONTEXT, 45))),
-    Phase(SECOND, ((320, 600), (1024, 40), (CONTEXT, 10))),
+    Phase(SECOND, ((320, 280), (1024, 20), (CONTEXT, 5))),
 )
 
 
@@ -198,7 +198,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     )
     (folder / "model.safetensors").chmod(0o644)
     generation = json.loads((folder / "generation_config.json").read_text())
-    generation |= {"do_sample": False, "temperature": 0.0}
+    generation["do_sample"] = False
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
