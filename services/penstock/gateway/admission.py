@@ -45,13 +45,24 @@ class Live:
         self.plans = plans
         self.queue = queue
         self.requests: list[Request] = []
-        self.task: asyncio.Task[Any] = _current_task()
+        self.cut: PenstockError | None = None
+        self._task: asyncio.Task[Any] = _current_task()
+
+    def uncancel(self) -> None:
+        """The cancellation by `cut_off` has been turned into its error."""
+        self._task.uncancel()
 
     def cancel(self, error: PenstockError) -> None:
         """End what still runs, and tell whoever still reads."""
         for request in self.requests:
             request.cancel(error)
         self.queue.fail(error)
+
+    def cut_off(self, error: PenstockError) -> None:
+        """The same when the door itself is stuck in a write to a client that reads nothing."""
+        self.cancel(error)
+        self.cut = error
+        self._task.cancel()
 
 
 class Admission:
@@ -119,8 +130,7 @@ class Admission:
         for call in list(self._calls):
             since = call.queue.waiting_since
             if since is not None and now - since > self._slow_reader_seconds:
-                call.cancel(Cancelled(f"the client took nothing for {self._slow_reader_seconds:g} seconds"))
-                call.task.cancel()  # its door waits for a client that reads nothing
+                call.cut_off(Cancelled(f"the client took nothing for {self._slow_reader_seconds:g} seconds"))
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -156,6 +166,11 @@ class Admission:
                 for number, planned in enumerate(plans):
                     self._begin(call, number, planned, trace.caller)
                 yield call
+            except asyncio.CancelledError:
+                if call.cut is None:
+                    raise
+                call.uncancel()
+                raise call.cut from None
             finally:
                 timer.cancel()
                 self._calls.discard(call)

@@ -31,6 +31,7 @@ class GatewayConfig:
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
         metrics: HOST:PORT of a Prometheus endpoint beside the HTTP door's /metrics.
+        otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         grace_seconds: Time that running requests get to finish in when the gateway drains.
     """
 
@@ -51,4 +52,5 @@ class GatewayConfig:
     log_level: str = "info"
     log_format: LogFormat = "auto"
     metrics: str | None = None
+    otlp_endpoint: str | None = None
     grace_seconds: float = 30.0

@@ -11,6 +11,7 @@ from typing import Any
 import grpc.aio
 
 from penstock.common import metrics as endpoint
+from penstock.common import tracing
 from penstock.common.channel import connect
 from penstock.common.errors import Unavailable
 from penstock.common.server import GrpcServer
@@ -57,6 +58,7 @@ class GatewayServer:
     async def start(self) -> Mapping[str, str]:
         config = self._config
         keys = load_keys(config.api_keys)
+        tracing.configure(self.name, config.otlp_endpoint)
         self._failed = asyncio.get_running_loop().create_future()
         self._connect()
         self._http = HttpServer(http_app(self._door(), self.metrics.registry, self.not_ready))

@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import httpx
 import pytest
+
 from penstock.v1 import inference_pb2
 
 
@@ -241,6 +242,7 @@ async def test_a_reader_that_takes_nothing_is_cut_off(suite_with):
         await suite.rest()
         with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
             await told(call)
+        assert await call.code() is grpc.StatusCode.CANCELLED
 
 
 async def test_ready_and_health_follow_the_other_services(suite):

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from penstock.common.errors import PenstockError
 from penstock.common.interceptors import REQUEST_ID_KEY
@@ -88,16 +88,23 @@ class GenerateEndpoint:
     async def _answer(
         self, body: SharedBody, wanted: Sequence[Generation], caller: Caller, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        began = False
+
+        async def begin(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
         try:
             async with self._door.admission.admit(wanted, caller) as call:
-                await self._relay(call, body, caller, scope, receive, send)
-        except PenstockError as error:
-            await self._refuse(error, caller, scope, receive, send)
+                await self._relay(call, body, caller, scope, receive, begin)
         except OSError:
             return  # the client is gone
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a fixed sentence
-            logger().error("request failed", request_id=caller.request_id, exc_info=error)
-            await self._refuse(error, caller, scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status or sees an end
+            if not isinstance(error, PenstockError):
+                logger().error("request failed", request_id=caller.request_id, exc_info=error)
+            if not began:  # otherwise the connection is closed in the middle, which the client can not take for an end
+                await self._refuse(error, caller, scope, receive, send)
 
     async def _relay(self, call: Live, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
