@@ -53,7 +53,7 @@ def up(
         config=config if config and sections_of(config, SERVICES) else None,
         console=sys.stderr.isatty(),
     )
-    policy = RestartPolicy(limit=settings.max_restarts)
+    policy = RestartPolicy(limit=settings.max_restarts, healthy_after=settings.healthy_seconds)
     return asyncio.run(supervise(functools.partial(bring_up, plan, console), console, policy, settings.grace_seconds))
 
 

@@ -29,6 +29,7 @@ class UpConfig:
         threads: Threads of all executors together; every core where absent.
         served_name: Name by which clients ask for the model; where absent MODEL, or the last part of a folder's path.
         max_restarts: Deaths of one service in a row after which the cluster gives up.
+        healthy_seconds: Life after which a service's death is the first in a row again.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
         grace_seconds: Time that running requests get when the cluster ends.
@@ -48,6 +49,7 @@ class UpConfig:
     threads: int | None = None
     served_name: str | None = None
     max_restarts: int = 5
+    healthy_seconds: float = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = "auto"
     grace_seconds: float = 30.0
