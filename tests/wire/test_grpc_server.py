@@ -132,6 +132,12 @@ async def test_a_second_server_can_not_take_the_port():
         await first.stop(0)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "8001", "127.0.0.1:65536", "127.0.0.1:99999", "127.0.0.1:http", ""])
+async def test_what_is_no_address_is_refused(address):
+    with pytest.raises(RuntimeError, match="not HOST:PORT"):
+        GrpcServer().listen(address)
+
+
 def test_every_channel_argument_is_one_that_grpc_knows():
     """An unknown argument is ignored in silence. The library holds the names of those that it reads."""
     library = next(Path(grpc.__file__).parent.glob("_cython/cygrpc*.so")).read_bytes()

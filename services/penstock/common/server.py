@@ -42,10 +42,16 @@ class GrpcServer:
         """Bind HOST:PORT (port 0 takes a free one) and tell the bound HOST:PORT.
 
         Raises:
-            RuntimeError: the address can not be bound.
+            RuntimeError: the address is no HOST:PORT or can not be bound; says which.
         """
-        port = self._server.add_insecure_port(address)
-        return f"{address.rpartition(':')[0]}:{port}"
+        host, colon, port = address.rpartition(":")
+        if not colon or not port.isdecimal() or int(port) > 65535:  # gRPC would take the port modulo 65,536
+            raise RuntimeError("it is not HOST:PORT")
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise RuntimeError("another process has the port, or this machine has no such address") from error
+        return f"{host}:{bound}"
 
     async def start(self) -> None:
         """Begin to answer. Health stays NOT_SERVING."""
