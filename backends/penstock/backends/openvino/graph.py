@@ -1,7 +1,7 @@
 """The graph of one step of a decoder, in the forms that the CPU plug-in recognises.
 
 RMS norm and rotary embedding are written as their patterns (`RMSFusion`, `RoPEFusionGPTNEOX` in OpenVINO's common transformations),
-so each becomes one operation; a weight is a compressed constant, a conversion and a scale, which the plug-in keeps compressed.
+so each becomes one operation; an int8 weight is a constant, a conversion and a scale, which the plug-in keeps compressed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,13 @@ class _Builder:
         return ops.multiply(self.constants.vector(name), ops.multiply(x, inverse))
 
     def product(self, x: Any, *names: str) -> Any:
-        return ops.matmul(x, self.constants.matrix(*names), False, True)
+        """A product with weights, float32 (to the plug-in, which computes in the precision that it is told)."""
+        matrix = self.constants.matrix(*names)
+        dtype = matrix.get_element_type()
+        if dtype == ov.Type.f32:
+            return ops.matmul(x, matrix, False, True)
+        # The operand is converted, not the weight: a converted constant is folded, and held twice as large.
+        return ops.convert(ops.matmul(ops.convert(x, dtype), matrix, False, True), "f32")
 
     def attention(self, hidden: Any, layer: int) -> Any:
         """Attention of each token over its sequence, [tokens, heads · head dim]."""

@@ -70,7 +70,7 @@ class Constants:
         return ops.constant(np.concatenate([self._weights[name] for name in names]).astype(np.float32))
 
     def matrix(self, *names: str) -> ov.Node:
-        """Matrices [rows, columns] one below the other, to be multiplied from the right, transposed."""
+        """Matrices [rows, columns] one below the other, to be multiplied from the right, transposed: bfloat16 or float32."""
         parts = [self._weights[name] for name in names]
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
         match self._dtype:
@@ -78,7 +78,7 @@ class Constants:
                 values, scales = quantize_rows(joined, self._pool)
                 return ops.multiply(ops.convert(self._shared(values), "f32"), ops.constant(scales))
             case DType.BF16:
-                return ops.convert(self._shared(joined.astype(_BF16, copy=False)), "f32")
+                return self._shared(joined.astype(_BF16, copy=False))
             case _:
                 return self._shared(joined.astype(np.float32, copy=False))
 
