@@ -36,7 +36,7 @@ from penstock.backends.contract import GenerativeModel
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
 from penstock.executor.meter import Meter, StepFacts
-from penstock.executor.sampling import Sampled, Sampler, token_logprob
+from penstock.executor.sampling import Sampled, Sampler
 from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
 from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Started
 
@@ -302,7 +302,7 @@ class Engine:
             told, count = rows.sequence.prompt_logprobs, rows.sequence.request.prompt_logprobs
             if told is not None and count is not None:
                 for i in range(rows.count):
-                    told.append(token_logprob(logits[rows.first + i], rows.sequence.ids[rows.place + i + 1], count))
+                    told.append(self._sampler.logprob(logits[rows.first + i], rows.sequence.ids[rows.place + i + 1], count))
 
     def _deliver(self, sequences: list[Sequence], sampled: list[Sampled]) -> None:
         """Add the drawn tokens to their sequences and to the frames."""

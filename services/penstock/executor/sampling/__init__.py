@@ -2,6 +2,6 @@
 
 from penstock.executor.sampling.adjust import Adjustment
 from penstock.executor.sampling.parameters import SamplingParameters
-from penstock.executor.sampling.sampler import NotFinite, Row, Sampled, Sampler, TokenLogprob, token_logprob
+from penstock.executor.sampling.sampler import NotFinite, Row, Sampled, Sampler, TokenLogprob
 
-__all__ = ["Adjustment", "NotFinite", "Row", "Sampled", "Sampler", "SamplingParameters", "TokenLogprob", "token_logprob"]
+__all__ = ["Adjustment", "NotFinite", "Row", "Sampled", "Sampler", "SamplingParameters", "TokenLogprob"]

@@ -39,7 +39,8 @@ class Adjustment:
     def count(self, token: int) -> None:
         """Take note of an output token."""
         if self._parameters.penalizes:
-            self._counts[self._slot(token)] += 1
+            slot = self._slot(token)  # first: it may make the arrays longer
+            self._counts[slot] += 1
 
     def _slot(self, token: int) -> int:
         slot = self._slots.setdefault(token, len(self._slots))

@@ -7,20 +7,20 @@ from numpy.typing import NDArray
 
 __all__ = ["at_least_kth", "top"]
 
-_BLOCK = 256
+_COLUMNS = 512
 
 
 def at_least_kth(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Ids, rising, of all tokens whose logit is at least the k-th largest: k of them, and more where logits are equal.
 
-    The k-th largest of the maxima of many blocks is no larger than the k-th largest logit, so that what lies below it is left out
+    The k-th largest of the maxima of many columns is no larger than the k-th largest logit, so that what lies below it is left out
     in one pass, and only the rest is partitioned.
     """
     if k >= len(row):
         return np.arange(len(row))
-    whole = len(row) - len(row) % _BLOCK
-    if k * 2 <= whole // _BLOCK:
-        maxima = row[:whole].reshape(-1, _BLOCK).max(axis=1)
+    whole = len(row) - len(row) % _COLUMNS
+    if whole and k * 2 <= _COLUMNS:
+        maxima = row[:whole].reshape(-1, _COLUMNS).max(axis=0)
         candidates = np.flatnonzero(row >= np.partition(maxima, -k)[-k])
     else:
         candidates = np.arange(len(row))

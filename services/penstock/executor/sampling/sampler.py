@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from penstock.executor.sampling.draw import Drawer
 from penstock.executor.sampling.likeliest import top
 from penstock.executor.sampling.parameters import SamplingParameters
 
-__all__ = ["NotFinite", "Row", "Sampled", "Sampler", "TokenLogprob", "token_logprob"]
+__all__ = ["NotFinite", "Row", "Sampled", "Sampler", "TokenLogprob"]
 
 
 class NotFinite(ArithmeticError):
@@ -71,6 +72,7 @@ class Sampler:
 
     def __init__(self, vocabulary_size: int) -> None:
         self._drawer = Drawer(vocabulary_size)
+        self._work = np.empty(vocabulary_size, np.float32)
         self._nothing = Adjustment(SamplingParameters(), (), ())
 
     def sample(self, logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
@@ -93,20 +95,20 @@ class Sampler:
             return Sampled(0, error=NotFinite("the model's logits are not finite"))
         greedy = row.parameters.temperature == 0
         token = int(logits.argmax()) if greedy else self._drawer.draw(logits, row.parameters, row.position)
-        return Sampled(token, None if row.logprobs is None else token_logprob(raw, token, row.logprobs))
+        return Sampled(token, None if row.logprobs is None else self.logprob(raw, token, row.logprobs))
 
-
-def token_logprob(row: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
-    """The log-probability of a token and of the `count` likeliest, by the logits as the model gave them."""
-    largest = row.max()
-    normalizer = float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
-    ids = top(row, count)
-    return TokenLogprob(
-        logprob=float(row[token]) - normalizer,
-        rank=1 + int(np.count_nonzero(row > row[token])),
-        top_ids=ids.tolist(),
-        top_logprobs=(row[ids].astype(np.float64) - normalizer).tolist(),
-    )
+    def logprob(self, row: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+        """The log-probability of a token and of the `count` likeliest, by the logits as the model gave them."""
+        largest = row.max()
+        np.exp(np.subtract(row, largest, out=self._work), out=self._work)
+        normalizer = float(largest) + math.log(float(self._work.sum()))
+        ids = top(row, count)
+        return TokenLogprob(
+            logprob=float(row[token]) - normalizer,
+            rank=1 + int(np.count_nonzero(row > row[token])),
+            top_ids=ids.tolist(),
+            top_logprobs=(row[ids].astype(np.float64) - normalizer).tolist(),
+        )
 
 
 def _greedy(logits: NDArray[np.float32]) -> list[Sampled]:

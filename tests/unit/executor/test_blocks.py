@@ -1,0 +1,115 @@
+"""Blocks are never lost and never given to two, after whatever happened."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from penstock.common.prefix import block_hashes
+from penstock.executor.blocks import BlockManager
+
+COUNT = 12
+PROMPTS = st.lists(st.sampled_from("ab"), min_size=1, max_size=7)
+
+
+class Blocks(RuleBasedStateMachine):
+    """Sequences come and go; `content` is what a device would hold in each block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = BlockManager(COUNT)
+        self.held = []
+        self.content = {}
+        self.told = set()
+
+    @rule(prompt=PROMPTS, computed=st.booleans())
+    def begin(self, prompt, computed):
+        hashes = block_hashes([ord(p) for p in prompt], 1, b"")
+        shared = self.blocks.find(hashes)
+        assert [self.content[b] for b in shared] == hashes[: len(shared)]
+        fresh = len(hashes) - len(shared)
+        if not self.blocks.can_allocate(shared, fresh):
+            assert COUNT - len({b for held in self.held for b in held} | set(shared)) < fresh
+            return
+        got = self.blocks.allocate(shared, fresh)
+        assert not set(got[len(shared) :]) & {b for held in self.held for b in held}
+        self.held.append(got)
+        if computed:
+            for block, key in list(zip(got, hashes, strict=True))[len(shared) :]:
+                self.content[block] = key
+                self.blocks.register(block, key)
+        else:
+            self.content |= dict.fromkeys(got[len(shared) :])
+
+    @rule(which=st.integers(0, 100))
+    def end(self, which):
+        if self.held:
+            self.blocks.release(self.held.pop(which % len(self.held)))
+
+    @rule()
+    def clear(self):
+        self.blocks.clear()
+
+    @rule()
+    def tell(self):
+        changes = self.blocks.log.take()
+        if changes is not None:
+            self.told = (set() if changes.cleared else self.told - set(changes.removed)) | set(changes.stored)
+
+    @invariant()
+    def every_block_is_accounted_for(self):
+        counts = self.blocks.counts()
+        assert counts.used == len({b for held in self.held for b in held})
+        assert counts.used + counts.cached + counts.free == COUNT
+
+    @invariant()
+    def what_is_found_is_what_was_told(self):
+        self.tell()
+        assert self.told == set(self.blocks._by_hash)
+        assert self.told == set(self.blocks.log.snapshot().stored)
+
+    def teardown(self):
+        for held in self.held:
+            self.blocks.release(held)
+        assert self.blocks.available == COUNT
+        assert len(set(self.blocks.allocate((), COUNT))) == COUNT
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def filled(blocks, prompt):
+    hashes = block_hashes(prompt, 1, b"")
+    got = blocks.allocate((), len(prompt))
+    for block, key in zip(got, hashes, strict=True):
+        blocks.register(block, key)
+    return got, hashes
+
+
+def test_the_prefix_unused_for_longest_goes_first_and_its_end_before_its_begin():
+    blocks = BlockManager(6)
+    old, old_hashes = filled(blocks, [1, 2, 3])
+    new, new_hashes = filled(blocks, [4, 5, 6])
+    blocks.release(old)
+    blocks.release(new)
+    blocks.allocate((), 2)
+    assert blocks.find(old_hashes) == old[:1]
+    assert blocks.find(new_hashes) == new
+    blocks.allocate((), 1)
+    assert blocks.find(old_hashes) == []
+
+
+def test_nothing_is_shared_where_caching_is_off():
+    blocks = BlockManager(4, caching=False)
+    got, hashes = filled(blocks, [1, 2])
+    assert blocks.find(hashes) == []
+    blocks.release(got)
+    assert blocks.counts().free == 4
+
+
+def test_what_comes_and_goes_between_two_readings_is_not_told():
+    blocks = BlockManager(2)
+    got, _ = filled(blocks, [1, 2])
+    blocks.release(got)
+    blocks.release(blocks.allocate((), 2))
+    assert blocks.log.take() is None

@@ -1,0 +1,262 @@
+"""What the engine promises, with a backend whose tokens tell every mistake in paging."""
+
+import threading
+import time
+
+import pytest
+from fake_engine import GREEDY, VOCABULARY, Bench, expected
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.backends.fake import BLOCK_SIZE
+from penstock.executor.engine import EngineConfig
+from penstock.executor.sampling import SamplingParameters
+from penstock.executor.sequence import Finish, Frame
+
+# Prompts of few different tokens, so that prefixes are often shared.
+prompts = st.lists(
+    st.tuples(st.sampled_from([0, 1]), st.integers(1, 80), st.integers(1, 40), st.sampled_from([b"", b"salt"])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    work=prompts,
+    blocks=st.integers(8, 60),
+    chunk=st.integers(1, 70),
+    batch=st.integers(1, 6),
+    caching=st.booleans(),
+    late=st.lists(st.integers(0, 6), min_size=12, max_size=12),
+)
+def test_answers_do_not_depend_on_batch_chunks_cache_or_preemption(work, blocks, chunk, batch, caching, late):
+    bench = Bench(blocks, max_batch_tokens=chunk + batch, max_batch_size=batch, prefill_chunk=chunk, prefix_cache=caching)
+    asked = {i: ([first] * length, count) for i, (first, length, count, _) in enumerate(work)}
+    for i, (prompt, count) in asked.items():
+        for _ in range(late[i]):
+            bench.engine.step()
+        bench.submit(i, prompt, count, salt=work[i][3])
+    bench.run()
+    for i, (prompt, count) in asked.items():
+        assert bench.tokens[i] == expected(prompt, count)
+        assert bench.finished[i].reason is Finish.LENGTH
+    assert bench.engine.blocks.counts().used == 0
+    assert bench.engine.blocks.available == blocks
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    temperature=st.sampled_from([0.0, 0.9, 5.0]),
+    penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**64 - 1),
+    cut=st.integers(1, 19),
+    beside=st.integers(0, 3),
+)
+def test_a_replay_goes_on_with_the_same_tokens(temperature, penalty, seed, cut, beside):
+    sampling = SamplingParameters(temperature=temperature, repetition_penalty=penalty, frequency_penalty=penalty - 1, seed=seed)
+    whole = Bench()
+    whole.submit(1, [3, 4, 5], 20, sampling=sampling)
+    tokens = whole.run()[1]
+    again = Bench()
+    for i in range(beside):
+        again.submit(10 + i, [i] * 20, 30)
+    again.submit(1, [3, 4, 5], 20, sampling=sampling, replayed=tokens[:cut])
+    assert tokens[:cut] + again.run()[1] == tokens
+    positions = [p for frame in again.frames for i, p in zip(frame.sequence_ids, frame.positions, strict=True) if i == 1]
+    assert positions == list(range(cut, 20))
+
+
+def test_preemption_takes_the_lowest_priority_and_its_answer_stays_right():
+    bench = Bench(blocks=8)
+    bench.submit(1, [1] * 40, 60, priority=0)
+    bench.submit(2, [2] * 40, 60, priority=5)
+    bench.run()
+    assert bench.tokens == {1: expected([1] * 40, 60), 2: expected([2] * 40, 60)}
+    assert bench.finished[1].preemptions > 0
+    assert bench.finished[2].preemptions == 0
+
+
+def test_a_cached_prompt_computes_its_last_block_alone():
+    bench = Bench()
+    prompt = list(range(96))
+    for i in (1, 2):
+        bench.submit(i, prompt, 5)
+        bench.run()
+    assert bench.started[1].cached_tokens == 0
+    assert bench.started[2].cached_tokens == 96 - BLOCK_SIZE
+    assert bench.tokens[1] == bench.tokens[2]
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_in_the_cache():
+    bench = Bench()
+    bench.submit(1, [5] * 16, 33)
+    answer = bench.run()[1]
+    turn = [5] * 16 + answer + [7] * 10
+    bench.submit(2, turn, 3)
+    bench.run()
+    assert bench.started[2].cached_tokens == 48
+    assert bench.tokens[2] == expected(turn, 3)
+
+
+def test_another_salt_finds_nothing():
+    bench = Bench()
+    for i, salt in enumerate((b"a", b"b")):
+        bench.submit(i, [5] * 64, 2, salt=salt)
+        bench.run()
+    assert bench.started[1].cached_tokens == 0
+
+
+def test_decodes_go_on_beside_a_long_prompt_and_prompts_beside_many_decodes():
+    bench = Bench(max_batch_tokens=24, max_batch_size=8, prefill_chunk=16)
+    for i in range(7):
+        bench.submit(i, [i], 100)
+    bench.engine.step()
+    bench.submit(9, [1] * 200, 1)
+    before = len(bench.tokens[0])
+    steps = 0
+    while 9 not in bench.tokens:
+        bench.engine.step()
+        steps += 1
+    assert len(bench.tokens[0]) - before == steps
+    assert steps == -(-200 // 16)
+
+
+def test_higher_priority_starts_first_and_equal_ones_by_arrival():
+    bench = Bench(max_batch_size=1, max_batch_tokens=64)
+    for i, priority in enumerate([0, 5, 5, -1]):
+        bench.submit(i, [i], 2, priority=priority)
+    bench.run()
+    assert list(bench.finished) == [1, 2, 0, 3]
+
+
+def test_an_abort_and_a_deadline_free_their_blocks_within_a_step():
+    bench = Bench()
+    bench.submit(1, [1] * 50, 900)
+    bench.submit(2, [2] * 50, 900, deadline=time.monotonic() + 3600)
+    bench.submit(3, [3] * 50, 900, deadline=time.monotonic() - 1)
+    bench.engine.step()
+    assert bench.finished[3].reason is Finish.DEADLINE
+    assert 3 not in bench.tokens
+    bench.engine.abort([1, 77], bench.sink)
+    bench.engine.scheduler._deadlines[0] = (0.0, *bench.engine.scheduler._deadlines[0][1:])
+    bench.engine.step()
+    assert {i: f.reason for i, f in bench.finished.items()} == {3: Finish.DEADLINE, 2: Finish.DEADLINE}
+    assert bench.engine.idle
+    assert bench.engine.blocks.counts().used == 0
+
+
+def test_waiting_sequences_can_be_aborted_and_expire_too():
+    bench = Bench(max_batch_size=1, max_batch_tokens=64)
+    bench.submit(1, [1], 3)
+    bench.submit(2, [2], 3)
+    bench.submit(3, [3], 3, deadline=time.monotonic())
+    bench.engine.abort([2], bench.sink)
+    bench.run()
+    assert {i: f.reason for i, f in bench.finished.items()} == {1: Finish.LENGTH, 3: Finish.DEADLINE}
+
+
+def test_the_end_of_one_sink_leaves_the_others():
+    bench, heard = Bench(), []
+    bench.submit(1, [1], 30)
+    other = Bench()
+    bench.engine.submit(request_of(other, 1), heard.append)
+    bench.engine.step()
+    bench.engine.abort_all(heard.append)  # another bound method of the same list: the same sink
+    bench.run()
+    assert bench.tokens[1] == expected([1], 30)
+    assert len(heard) == 1
+
+
+def request_of(bench, sequence_id):
+    taken = []
+    bench.engine.submit, real = lambda request, sink: taken.append(request), bench.engine.submit
+    bench.submit(sequence_id, [2], 30)
+    bench.engine.submit = real
+    return taken[0]
+
+
+def test_stop_tokens_end_a_sequence_but_not_before_min_tokens():
+    answer = expected([9], 12)
+    bench = Bench()
+    bench.submit(1, [9], 12, stop_ids=[answer[4]])
+    bench.submit(2, [9], 12, stop_ids=[answer[0], 10**6], min_tokens=3)
+    bench.run()
+    assert bench.tokens[1] == answer[: answer.index(answer[4]) + 1]
+    assert bench.finished[1].reason is Finish.STOP
+    assert answer[0] not in bench.tokens[2][:3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "told"),
+    [
+        ({"max_tokens": 1023}, Finish.REFUSED, "1024 that fit"),
+        ({"prompt": []}, Finish.FAILED, "empty"),
+        ({"prompt": [VOCABULARY]}, Finish.FAILED, str(VOCABULARY)),
+        ({"sampling": SamplingParameters(logit_bias={VOCABULARY: 1.0})}, Finish.FAILED, str(VOCABULARY)),
+        ({"sampling": SamplingParameters(temperature=float("nan"))}, Finish.FAILED, "temperature"),
+        ({"replayed": [1, 2, 3, 4]}, Finish.FAILED, "replayed"),
+    ],
+)
+def test_what_can_not_run_is_told_at_once_and_harms_nobody(fields, reason, told):
+    bench = Bench()
+    bench.submit(1, [1], 5)
+    bench.submit(2, **{"prompt": [1, 2], "max_tokens": 4} | fields)
+    assert bench.finished[2].reason is reason
+    assert told in bench.finished[2].message
+    assert bench.run()[1] == expected([1], 5)
+
+
+def test_what_the_cache_can_never_hold_is_refused():
+    bench = Bench(blocks=4)
+    bench.submit(1, [1] * 60, 5)
+    assert bench.finished[1].reason is Finish.REFUSED
+    bench.submit(2, [1] * 60, 4)
+    assert bench.run()[2] == expected([1] * 60, 4)
+
+
+def test_an_engine_in_its_thread_answers_and_sleeps_until_there_is_work():
+    bench, done = Bench(), threading.Event()
+
+    def sink(frame):
+        bench.sink(frame)
+        done.set() if frame.finished else None
+
+    bench.engine.start()
+    try:
+        for _ in range(2):
+            done.clear()
+            bench.finished.clear()
+            bench.tokens.clear()
+            bench.engine.submit(request_of(Bench(), 1), sink)
+            assert done.wait(10)
+            assert bench.tokens[1] == expected([2], 30)
+            bench.engine.wait_until_idle()
+            steps = bench.engine.meter.steps
+        assert steps == 60
+    finally:
+        bench.engine.close()
+    bench.engine.close()
+    late: list[Frame] = []
+    bench.engine.submit(request_of(Bench(), 1), late.append)
+    assert late[0].finished[0].reason is Finish.REFUSED
+
+
+def test_a_batch_that_leaves_prompts_no_room_is_refused():
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        EngineConfig(vocabulary_size=1, context_length=1, max_batch_tokens=8, max_batch_size=8)
+
+
+def test_prompt_logprobs_are_the_same_in_chunks_and_after_preemption():
+    def told(**config):
+        bench = Bench(**config)
+        bench.submit(1, [1] * 40, 40, priority=0, prompt_logprobs=2)
+        bench.submit(2, [2] * 40, 60, priority=5, sampling=GREEDY)
+        bench.run()
+        (of_prompt,) = [entry for frame in bench.frames for entry in frame.prompt_logprobs]
+        return of_prompt
+
+    whole = told()
+    assert len(whole[1]) == 39
+    assert told(max_batch_tokens=8, max_batch_size=2, prefill_chunk=3) == whole
+    assert told(blocks=7) == whole
