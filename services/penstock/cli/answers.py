@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import cast
 
-from google.protobuf.json_format import MessageToDict
+from penstock.client import Closing, Options, Stream
 
-from penstock.v1 import inference_pb2
-
-__all__ = ["Answering", "as_json", "fields", "show"]
-
-Answer = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
+__all__ = ["Answering", "as_json", "options", "show"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,50 +37,36 @@ class Answering:
     stop: tuple[str, ...] = ()
 
 
-def fields(answering: Answering) -> dict[str, Any]:
-    """The request's fields that `Generate` and `Chat` share."""
-    sampling = {name: getattr(answering, name) for name in ("temperature", "top_p", "top_k", "min_p", "seed")}
-    return {
-        "model": answering.model,
-        "sampling": inference_pb2.Sampling(**{name: value for name, value in sampling.items() if value is not None}),
-        "stopping": inference_pb2.Stopping(max_tokens=answering.max_tokens, stop=answering.stop),
-    }
+def options(answering: Answering) -> Options:
+    """The call's options: those that were given."""
+    given = {name: value for name, value in asdict(answering).items() if value not in {None, "", ()}}
+    return cast("Options", given)
 
 
-def show(answers: Iterable[Answer]) -> str:
-    """Write an answer to stdout as it comes; a terminal's stderr gets what it took. Returns the text."""
-    parts: list[str] = []
-    for answer in answers:
-        if answer.text:
-            parts.append(answer.text)
-            sys.stdout.write(answer.text)
+def show(stream: Stream, heard: list[str] | None = None) -> None:
+    """Write an answer to stdout as it comes, and add its pieces to `heard`. A terminal's stderr gets what it took."""
+    for event in stream:
+        if event.text:
+            sys.stdout.write(event.text)
             sys.stdout.flush()
-        if answer.HasField("closing"):
-            _tell(answer.closing)
-    return "".join(parts)
-
-
-def as_json(answers: Iterable[Answer]) -> str:
-    """A whole answer as one JSON object: its text, how it ended, and the closing message."""
-    text, finish, closing = [], {}, {}
-    for answer in answers:
-        text.append(answer.text)
-        if answer.HasField("finish"):
-            finish = _plain(answer.finish)
-        if answer.HasField("closing"):
-            closing = _plain(answer.closing)
-    return json.dumps({"text": "".join(text), "finish": finish, **closing}, ensure_ascii=False)
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _tell(closing: inference_pb2.Closing) -> None:
+            if heard is not None:
+                heard.append(event.text)
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if sys.stderr.isatty():
-        usage, seconds = closing.usage, closing.total_time.ToNanoseconds() / 1e9
-        cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-        told = f"{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} new ones in {seconds:.2f} s"
-        sys.stderr.write(f"\x1b[2m{told}\x1b[0m\n")
+    if stream.closing is not None and sys.stderr.isatty():
+        _tell(stream.closing)
+
+
+def as_json(stream: Stream) -> str:
+    """A whole answer as one JSON object: its text, how it ended, and the closing."""
+    result = stream.result()
+    finish = result.choices[0].finish if result.choices else None
+    told = {"text": result.text, "finish": asdict(finish) if finish else None, **asdict(result.closing)}
+    return json.dumps(told, ensure_ascii=False)
+
+
+def _tell(closing: Closing) -> None:
+    usage = closing.usage
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    told = f"{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} new ones in {closing.total_seconds:.2f} s"
+    sys.stderr.write(f"\x1b[2m{told}\x1b[0m\n")

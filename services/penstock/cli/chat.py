@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated
 
-import grpc
 from cyclopts import Parameter
 
-from penstock.cli.answers import Answering, as_json, fields, show
+from penstock.cli.answers import Answering, as_json, options, show
 from penstock.cli.connection import Connection, connected
-from penstock.v1 import inference_pb2, inference_pb2_grpc
+from penstock.client import Message, Stream
 
 __all__ = ["chat"]
 
@@ -34,39 +33,27 @@ def chat(
         connection: See its fields.
         whole: One JSON object for each answer instead of text as it comes.
     """
-    turns = [inference_pb2.Message(role="system", content=system)] if system else []
-    with connected(connection) as channel:
+    turns = [Message("system", system)] if system else []
+    with connected(connection) as client:
         for said in [message] if message is not None else _lines():
-            turns.append(inference_pb2.Message(role="user", content=said))
-            answers = _ask(channel, turns, answering, connection)
-            if whole:
-                print(as_json(answers), flush=True)
-            elif message is not None:
-                show(answers)
-            else:
-                turns.append(inference_pb2.Message(role="assistant", content=_turn(answers)))
+            turns.append(Message("user", said))
+            with client.chat(turns, **options(answering)) as stream:
+                if whole:
+                    print(as_json(stream), flush=True)
+                elif message is not None:
+                    show(stream)
+                else:
+                    turns.append(Message("assistant", _turn(stream)))
     return 0
 
 
-def _ask(channel: grpc.Channel, turns: Iterable[inference_pb2.Message], answering: Answering, connection: Connection) -> Any:
-    request = inference_pb2.ChatRequest(conversation=inference_pb2.Conversation(messages=turns), **fields(answering))
-    call = inference_pb2_grpc.InferenceStub(channel).Chat
-    return call(request, timeout=connection.timeout, metadata=connection.metadata)
-
-
-def _turn(answers: Any) -> str:
+def _turn(stream: Stream) -> str:
     """One answer of a conversation. Ctrl-C ends the answer and not the conversation."""
     heard: list[str] = []
-
-    def listen() -> Iterator[inference_pb2.ChatResponse]:
-        for answer in answers:
-            heard.append(answer.text)
-            yield answer
-
     try:
-        show(listen())
+        show(stream, heard)
     except KeyboardInterrupt:
-        answers.cancel()
+        stream.close()
         print()
     return "".join(heard)
 

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import grpc
-
-from penstock.common.channel import CLIENT_OPTIONS
+from penstock.client import Client, PenstockError, Unavailable
 from penstock.common.config import ConfigError
 
 __all__ = ["Connection", "connected"]
@@ -36,38 +34,18 @@ class Connection:
             raise ConfigError(f"--target: must be HOST:PORT of a gRPC door, and is {self.target}")
         return rest
 
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call bears."""
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
-
 
 @contextmanager
-def connected(connection: Connection) -> Iterator[grpc.Channel]:
-    """A channel to the suite. What calls fail with leaves as one line.
+def connected(connection: Connection) -> Iterator[Client]:
+    """A client of the suite. What its calls fail with leaves as one line.
 
     Raises:
-        ConfigError: the call failed; says why.
+        ConfigError: a call failed; says why.
     """
-    with grpc.insecure_channel(connection.address, options=CLIENT_OPTIONS) as channel:
+    with Client(connection.address, api_key=connection.api_key, timeout=connection.timeout) as client:
         try:
-            yield channel
-        except grpc.RpcError as error:
-            raise ConfigError(_why(connection, error)) from None
-
-
-def _why(connection: Connection, error: grpc.RpcError) -> str:
-    from grpc_status import rpc_status
-
-    from penstock.common.errors import InvalidRequest, error_from_status
-
-    if not isinstance(error, grpc.Call):
-        return str(error)
-    status = rpc_status.from_call(error)
-    if status is not None and status.details:
-        told = error_from_status(error.code(), status)
-        if isinstance(told, InvalidRequest):
-            return str(told)
-    if error.code() is grpc.StatusCode.UNAVAILABLE and status is None:
-        return f"nothing answers at {connection.address}; is it served? (penstock up MODEL)"
-    return f"{error.code().name}: {error.details()}"
+            yield client
+        except Unavailable as error:
+            raise ConfigError(f"{connection.address}: {error}; is a model served there? (penstock up MODEL)") from None
+        except PenstockError as error:
+            raise ConfigError(str(error)) from None

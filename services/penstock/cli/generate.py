@@ -7,9 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from penstock.cli.answers import Answering, as_json, fields, show
+from penstock.cli.answers import Answering, as_json, options, show
 from penstock.cli.connection import Connection, connected
-from penstock.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["generate"]
 
@@ -30,12 +29,9 @@ def generate(
         whole: One JSON object at the end instead of text as it comes.
     """
     text = sys.stdin.read() if prompt is None else prompt
-    request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text=text), **fields(answering))
-    with connected(connection) as channel:
-        call = inference_pb2_grpc.InferenceStub(channel).Generate
-        answers = call(request, timeout=connection.timeout, metadata=connection.metadata)
+    with connected(connection) as client, client.generate(text, **options(answering)) as stream:
         if whole:
-            print(as_json(answers))
+            print(as_json(stream))
         else:
-            show(answers)
+            show(stream)
     return 0

@@ -1,0 +1,85 @@
+"""`penstock up` and the client commands, as a user types them."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import psutil
+import pytest
+
+PENSTOCK = [sys.executable, "-m", "penstock.cli"]
+
+
+def penstock(*arguments, text=""):
+    return subprocess.run([*PENSTOCK, *arguments], capture_output=True, text=True, input=text, check=False)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory):
+    log = tmp_path_factory.mktemp("up") / "log"
+    flags = ["--backend", "fake", "--workers", "2", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--served-name", "tiny"]
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*PENSTOCK, "up", "builtin", *flags], stdout=subprocess.PIPE, stderr=stderr, text=True)
+    ready = process.stdout.readline()
+    assert re.fullmatch(r"ready http=127\.0\.0\.1:\d+ grpc=127\.0\.0\.1:\d+\n", ready), log.read_text()
+    process.http, process.grpc = (word.split("=")[1] for word in ready.split()[1:])
+    yield process
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate()
+    assert process.returncode == 0, log.read_text()
+    assert rest == ""
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert all(re.match(r"(up|gateway|tokenizer|scheduler|executor-[01]) *\|", line) for line in log.read_text().splitlines())
+
+
+def test_the_model_is_listed_with_every_executor(up):
+    listed = json.loads(penstock("models", "--executors", "--json", "--target", up.grpc).stdout)
+    assert [(model["name"], len(model["executors"])) for model in listed] == [("tiny", 2)]
+    with urllib.request.urlopen(f"http://{up.http}/v1/models") as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["tiny"]
+
+
+def test_an_answer_as_text_and_as_json_is_the_same(up):
+    flags = ["Count from 1 to 3.", "--seed", "7", "--max-tokens", "12", "--target", f"grpc://{up.grpc}"]
+    told = json.loads(penstock("generate", *flags, "--json").stdout)
+    assert told["usage"]["completion_tokens"] == 12
+    assert told["placements"][0]["backend"] == "fake"
+    assert penstock("generate", *flags).stdout == told["text"] + "\n"
+
+
+def test_a_conversation_line_by_line(up):
+    done = penstock("chat", "--max-tokens", "3", "--seed", "1", "--json", "--target", up.grpc, text="hello\n\nand then?\n")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2
+    assert answers[1]["usage"]["prompt_tokens"] > answers[0]["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["generate", "x", "--top-p", "3"], "sampling.top_p"),
+        (["generate", "x", "--model", "other"], "other"),
+        (["generate", "x", "--target", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["generate", "x", "--target", "http://127.0.0.1:1"], "--target"),
+    ],
+)
+def test_a_refusal_is_one_line(up, arguments, why):
+    done = penstock(*arguments, *([] if "--target" in arguments else ["--target", up.grpc]))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert why in done.stderr
+    assert done.stderr.startswith("penstock: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_service_that_can_not_start_is_named(up):
+    done = penstock("up", "builtin", "--backend", "fake", "--http", up.http, "--grpc", "127.0.0.1:0")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    told = [line for line in done.stderr.splitlines() if line.startswith("penstock")]
+    assert len(told) == 1
+    assert told[0].startswith(f"penstock up: gateway can not start: http: can not listen on {up.http}")
