@@ -59,6 +59,8 @@ class Registration:
                         logger().warning(
                             "scheduler lost", scheduler=self._scheduler, code=error.code().name, details=error.details()
                         )
+                    except asyncio.InvalidStateError:  # what a write raises on a stream that has ended meanwhile
+                        logger().warning("scheduler lost", scheduler=self._scheduler)
                 if self.registered.is_set():
                     self.registered.clear()
                     back_off = _FIRST_BACK_OFF
