@@ -19,7 +19,7 @@ class RestartPolicy:
     """
 
     limit: int = 5
-    first_delay: float = 0.5
+    first_delay: float = 0.2
     longest_delay: float = 30.0
     healthy_after: float = 60.0
 
