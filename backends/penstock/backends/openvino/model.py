@@ -144,4 +144,4 @@ def _compile(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[list[
             graph = build(spec.decoder, constants)
         finally:
             constants.close()
-        return constants.held, core.compile_model(graph, "CPU", properties(config, dtype, has_bf16))
+        return constants.held, core.compile_model(graph, "CPU", properties(spec.decoder, dtype, threads, has_bf16=has_bf16))

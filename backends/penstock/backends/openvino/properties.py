@@ -1,31 +1,47 @@
-"""How the plug-in is set up for each dtype."""
+"""How the plug-in is set up for each dtype, and why.
+
+- ``INFERENCE_PRECISION_HINT`` and ``KV_CACHE_PRECISION``: float32 for ``f32``, so that its tokens are those of the formulas;
+  bfloat16 otherwise, where the processor multiplies it. The plug-in's own default for the cache, 8 bits with keys scaled by
+  channel, scales a block anew with each token that enters it: a sequence's keys would then depend on how its prompt was cut into
+  chunks, and no other backend could take them over.
+- ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with int8 weights the inputs of a product are rounded to int8 as well, in groups that share a
+  scale. The default of 32 spends much of a product on applying scales; a group is as long here as the model's dimensions allow, up
+  to 128.
+- ``ENABLE_CPU_PINNING``: off. Threads that are pinned by their number land on cores that belong to another container, or all
+  services of a machine on the same ones.
+- ``NUM_STREAMS`` 1 and ``PERFORMANCE_HINT`` latency: one step at a time uses all threads.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.backends.contract import DeviceConfig, DType
+from penstock.backends.architectures.spec import DecoderSpec
+from penstock.backends.contract import DType
 
 __all__ = ["properties"]
 
+_GROUP_SIZES = (128, 64, 32)
 
-def properties(config: DeviceConfig, dtype: DType, has_bf16: bool) -> Mapping[str, Any]:
-    """Properties to compile with.
 
-    Args:
-        config: what the operator asks.
-        dtype: of the weights.
-        has_bf16: whether the processor multiplies bfloat16.
-    """
-    reduced = has_bf16 and dtype is not DType.F32
-    compute = "bf16" if reduced else "f32"
-    return {
+def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bool) -> Mapping[str, Any]:
+    """Properties to compile a decoder's graph with; `has_bf16` says whether the processor multiplies bfloat16."""
+    compute = "bf16" if has_bf16 and dtype is not DType.F32 else "f32"
+    chosen = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": config.threads or len(os.sched_getaffinity(0)),
+        "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
         "INFERENCE_PRECISION_HINT": compute,
         "KV_CACHE_PRECISION": compute,
     }
+    if dtype is DType.INT8:
+        chosen["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(decoder)
+    return chosen
+
+
+def _group_size(decoder: DecoderSpec) -> int:
+    """The longest group that every product's inputs divide into; the shortest where none does."""
+    inputs = (decoder.hidden_size, decoder.intermediate_size, decoder.heads * decoder.head_dim)
+    return next((size for size in _GROUP_SIZES if not any(width % size for width in inputs)), _GROUP_SIZES[-1])
