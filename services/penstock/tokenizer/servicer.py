@@ -116,10 +116,18 @@ class _DecodeStream:
 
     def answer(self) -> pb.DecodeResponse | None:
         """One message for all frames taken in since the last one; None where there is nothing to tell."""
-        texts = self._texts + [pb.DecodedText(**told._asdict()) for told in self._decodings.take()]
-        described, self._texts, self._described = self._described, [], []
+        answer = pb.DecodeResponse(texts=self._texts, described=self._described)
+        self._texts, self._described = [], []
+        # Made in place: a text of its own would be copied.
+        add = answer.texts.add
+        for told in self._decodings.take():
+            decoding_id, text, byte_offset, tokens, _, last = told
+            if last:
+                add(**told._asdict())
+            else:
+                add(decoding_id=decoding_id, text=text, byte_offset=byte_offset, tokens=tokens)
         self._count()
-        return pb.DecodeResponse(texts=texts, described=described) if texts or described else None
+        return answer if answer.texts or answer.described else None
 
     def close(self) -> None:
         """Forget everything."""
