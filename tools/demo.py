@@ -18,8 +18,8 @@ import grpc
 
 from penstock.v1 import inference_pb2, inference_pb2_grpc
 
-STORY = "Once upon a time there was a fox named Mia."
-QUESTION = "Count from 7 to 12."
+PROMPT = "Count from 95: 95 96 97"
+QUESTION = "What is 58 + 67?"
 
 
 @contextmanager
@@ -45,11 +45,11 @@ def suite() -> Iterator[tuple[str, str]]:
 
 def over_grpc(address: str) -> None:
     """A prompt continued, through `penstock.v1.Inference`."""
-    print(f"--- gRPC {address}: penstock.v1.Inference/Generate\n{STORY}", end="", flush=True)
+    print(f"--- gRPC {address}: penstock.v1.Inference/Generate\n{PROMPT}", end="", flush=True)
     request = inference_pb2.GenerateRequest(
-        prompt=inference_pb2.Prompt(text=STORY),
+        prompt=inference_pb2.Prompt(text=PROMPT),
         sampling=inference_pb2.Sampling(temperature=0),
-        stopping=inference_pb2.Stopping(max_tokens=120),
+        stopping=inference_pb2.Stopping(max_tokens=94),
     )
     began, first = time.perf_counter(), None
     with grpc.insecure_channel(address) as channel:
