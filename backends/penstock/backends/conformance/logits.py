@@ -52,7 +52,7 @@ def mixed_batch_agrees_with_each_alone(subject: Subject) -> None:
     """Whole prompts, chunks and decodes of different lengths in one step do not touch one another."""
     prompts = [subject.ids(length, seed) for seed, length in enumerate((1, 50, 33, 5, 64))]
     tails = [subject.ids(8, 100 + seed) for seed in range(len(prompts))]
-    with subject.model() as model:
+    with subject.model(threads=None) as model:
         driver = subject.driver(model)
         alone = []
         for prompt, tail in zip(prompts, tails, strict=True):

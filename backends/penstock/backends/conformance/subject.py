@@ -43,9 +43,9 @@ class Subject:
 
     @contextmanager
     def model(self, spec: ModelSpec | None = None, **settings: Any) -> Iterator[GenerativeModel]:
-        """A model of a few megabytes of cache, closed at the end."""
-        config = DeviceConfig(dtype=self.dtype, kv_cache_bytes=_CACHE_BYTES, max_batch_tokens=256, max_batch_size=8)
-        model = self.registration.create(spec or self.spec, replace(config, **settings))
+        """A model of a few megabytes of cache and one thread, which suits its size, unless `settings` say otherwise."""
+        small = DeviceConfig(dtype=self.dtype, threads=1, kv_cache_bytes=_CACHE_BYTES, max_batch_tokens=256, max_batch_size=8)
+        model = self.registration.create(spec or self.spec, replace(small, **settings))
         try:
             yield model
         finally:
