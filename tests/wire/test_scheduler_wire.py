@@ -4,9 +4,13 @@ from collections import deque
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from penstock.common import tracing
 from penstock.common.channel import connect
+from penstock.common.service import StartError
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.internal.v1 import scheduler_pb2_grpc as rpc
 from penstock.scheduler.config import SchedulerConfig
@@ -326,6 +330,53 @@ async def test_restart_under_load_takes_leases_over_from_gateways_and_executors_
         await eventually(taken_over)
         gateway.send(pb.PlaceRequest(released=[leases[0].request_id]))
         assert (await gateway.grant()).request_id == 3
+
+
+async def test_metrics_tell_queue_leases_and_outcomes():
+    async with scheduler(metrics="127.0.0.1:0") as (address, server), stub_of(address) as stub, httpx.AsyncClient() as http:
+        await Executor(stub, max_batch_size=1).ready()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        gateway.place(2)
+        gateway.place(3, model="client's invention")
+        await gateway.refusal()
+        text = (await http.get(f"http://{server._metrics.address}/metrics")).text
+    for line in (
+        'penstock_num_requests_waiting{model_name="m"} 1.0',
+        'penstock_request_queue_time_seconds_count{model_name="m"} 1.0',
+        'penstock_scheduler_placements_total{model_name="m",outcome="granted"} 1.0',
+        'penstock_scheduler_executors{model_name="m",state="live"} 1.0',
+        'penstock_scheduler_leases{executor_id="e1"} 1.0',
+        "penstock_scheduler_kv_event_gaps_total 0.0",
+    ):
+        assert line in text
+    assert "invention" not in text
+
+
+async def test_queue_time_is_a_span_of_the_request():
+    theirs = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    exporter = InMemorySpanExporter()
+    async with served() as stub:
+        tracing.configure("scheduler", exporter=exporter)
+        await Executor(stub).ready()
+        gateway = Gateway(stub)
+        gateway.place(1, traceparent=theirs)
+        await gateway.grant()
+        gateway.place(2, traceparent=theirs, fields=["sampling.min_p"])
+        await gateway.refusal()
+    tracing.shutdown()
+    granted, refused = exporter.get_finished_spans()
+    assert granted.name == "queue"
+    assert f"{granted.parent.span_id:016x}" == theirs.split("-")[2]
+    assert granted.attributes["executor_id"] == "e1"
+    assert refused.status.description == "unsupported"
+
+
+@pytest.mark.parametrize("wrong", [{"lease_seconds": 0.0}, {"max_queued_requests": -1}, {"prefill_weight": float("nan")}])
+async def test_settings_that_can_not_work_are_named(wrong):
+    with pytest.raises(StartError, match=next(iter(wrong))):
+        await SchedulerServer(SchedulerConfig(**wrong)).start()
 
 
 async def test_draining_scheduler_refuses_new_requests_and_waits_for_its_queue():

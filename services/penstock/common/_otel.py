@@ -22,7 +22,7 @@ class OtelRecorder:
     """Records into a provider of its own: another library's global one is left alone."""
 
     def __init__(self, service_name: str, endpoint: str | None, exporter: SpanExporter | None) -> None:
-        self._provider = TracerProvider(resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False)
+        self._provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
         self._provider.add_span_processor(SimpleSpanProcessor(exporter) if exporter else _to_collector(endpoint))
         self._tracer = self._provider.get_tracer("penstock")
 

@@ -99,7 +99,7 @@ class _State:
 
 
 def configure(service_name: str, endpoint: str | None = None, *, exporter: SpanExporter | None = None) -> bool:
-    """Begin to record spans, if there is where to send them.
+    """Begin to record this process's spans, if there is where to send them; else leave all as it is. What is recorded is sent at exit.
 
     Args:
         service_name: the spans' ``service.name``.
@@ -110,7 +110,6 @@ def configure(service_name: str, endpoint: str | None = None, *, exporter: SpanE
     Returns:
         whether spans are recorded.
     """
-    shutdown()
     if exporter is None and not (endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")):
         return False
     try:
@@ -118,6 +117,7 @@ def configure(service_name: str, endpoint: str | None = None, *, exporter: SpanE
     except ImportError as error:
         logger().warning("no spans are recorded: install penstock[otel]", missing=error.name)
         return False
+    shutdown()
     _State.recorder = OtelRecorder(f"penstock-{service_name}", endpoint, exporter)
     return True
 

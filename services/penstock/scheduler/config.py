@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from penstock.common.logs import LogFormat
+from penstock.common.service import StartError
 
-__all__ = ["SchedulerConfig"]
+__all__ = ["SchedulerConfig", "check"]
+
+_POSITIVE = ("max_queued_requests", "max_queued_tokens", "expected_output_tokens", "lease_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +51,18 @@ class SchedulerConfig:
     metrics: str | None = None
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0
+
+
+def check(config: SchedulerConfig) -> None:
+    """Refuse numbers that no scheduler can work with.
+
+    Raises:
+        StartError: names the setting and what would be right.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and field.name in _POSITIVE):
+            least = "more than 0" if field.name in _POSITIVE else "0 or more"
+            raise StartError(f"{field.name} is {value}: it must be a number, {least}")

@@ -217,6 +217,7 @@ class Scheduler:
                 request.needs.choices,
                 now - request.arrived,
                 cached,
+                request.needs.traceparent,
             )
         )
 
@@ -295,8 +296,10 @@ class Scheduler:
         return f"model {model[:200]!r} is not served here" + (f"; there is {served}" if served else "")
 
     def _refuse(self, request: Request, reason: Reason, message: str, *, field: str = "", retry: float = 0.0) -> None:
-        model = request.needs.model
-        self._outcomes.append(Refused(request.gateway, request.request_id, model, reason, message, field, retry))
+        needs, waited = request.needs, self._clock() - request.arrived
+        self._outcomes.append(
+            Refused(request.gateway, request.request_id, needs.model, reason, message, field, retry, waited, needs.traceparent)
+        )
 
 
 def _none_came(model: str, pool: Pool) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
+from penstock.common import tracing
 from penstock.common.logs import logger
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler import messages
@@ -126,6 +128,8 @@ class Driver:
         if isinstance(outcome, Lost):
             self._lose(outcome)
             return None
+        if tracing.enabled():
+            _trace(outcome)
         outbox = self._outboxes.get(outcome.gateway)
         if isinstance(outcome, Grant):
             self._metrics.placed(outcome)
@@ -165,3 +169,13 @@ class Driver:
         wake = self._core.next_wake()
         if wake is not None:
             self._timer = asyncio.get_running_loop().call_at(wake, self._step)
+
+
+def _trace(outcome: Grant | Refused) -> None:
+    """The time in the queue, as a span of the request that has ended now."""
+    now = time.time_ns()
+    facts: dict[str, str | bool | int | float] = {"model": outcome.model}
+    if isinstance(outcome, Grant):
+        facts |= {"executor_id": outcome.executor_id, "expected_cached_tokens": outcome.cached_tokens}
+    span = tracing.start("queue", outcome.traceparent, facts, at_ns=now - int(outcome.queued_seconds * 1e9))
+    span.end(error=outcome.reason.value if isinstance(outcome, Refused) else None, at_ns=now)

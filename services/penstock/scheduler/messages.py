@@ -46,6 +46,7 @@ def read_needs(placing: pb.Placing) -> Needs:
         deadline=placing.deadline_ms / 1000 if placing.deadline_ms else None,
         avoid=frozenset(placing.avoid_executor_ids),
         replacing=placing.replacing,
+        traceparent=placing.traceparent,
     )
 
 

@@ -26,6 +26,7 @@ class Needs:
     deadline: float | None = None
     avoid: frozenset[str] = frozenset()
     replacing: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ class Grant:
     choices: int
     queued_seconds: float
     cached_tokens: int
+    traceparent: str = ""
 
 
 @dataclass(slots=True)
@@ -102,6 +104,8 @@ class Refused:
     message: str
     field: str = ""
     retry_after: float = 0.0
+    queued_seconds: float = 0.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

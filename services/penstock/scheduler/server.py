@@ -9,7 +9,7 @@ from penstock.common import metrics, tracing
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
-from penstock.scheduler.config import SchedulerConfig
+from penstock.scheduler.config import SchedulerConfig, check
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.driver import Driver
 from penstock.scheduler.metrics import SchedulerMetrics
@@ -34,6 +34,7 @@ class SchedulerServer:
 
     async def start(self) -> Mapping[str, str]:
         """Serve. There is nothing to load."""
+        check(self._config)
         tracing.configure(self.name, self._config.otlp_endpoint)
         core = self._core = Scheduler(self._config, asyncio.get_running_loop().time)
         counts = SchedulerMetrics(core)

@@ -103,6 +103,7 @@ class Placing(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     AVOID_EXECUTOR_IDS_FIELD_NUMBER: _builtins.int
     REPLACING_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Minted by the gateway, unique on the stream."""
     model: _builtins.str
@@ -120,6 +121,8 @@ class Placing(_message.Message):
     """Milliseconds from now until the request's deadline; 0: none."""
     replacing: _builtins.bool
     """Whether the request was running before: it goes ahead of new ones and is never refused for a full queue."""
+    traceparent: _builtins.str
+    """For traces."""
     @_builtins.property
     def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Public request fields that are in use and that an executor must support, such as "sampling.min_p"."""
@@ -144,10 +147,11 @@ class Placing(_message.Message):
         deadline_ms: _builtins.int = ...,
         avoid_executor_ids: _abc.Iterable[_builtins.str] | None = ...,
         replacing: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoid_executor_ids", b"avoid_executor_ids", "block_hashes", b"block_hashes", "choices", b"choices", "deadline_ms", b"deadline_ms", "fields", b"fields", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replacing", b"replacing", "request_id", b"request_id", "tenant", b"tenant", "tokenizer_fingerprint", b"tokenizer_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoid_executor_ids", b"avoid_executor_ids", "block_hashes", b"block_hashes", "choices", b"choices", "deadline_ms", b"deadline_ms", "fields", b"fields", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replacing", b"replacing", "request_id", b"request_id", "tenant", b"tenant", "tokenizer_fingerprint", b"tokenizer_fingerprint", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
