@@ -99,7 +99,9 @@ class _State:
 
 
 def configure(service_name: str, endpoint: str | None = None, *, exporter: SpanExporter | None = None) -> bool:
-    """Begin to record this process's spans, if there is where to send them; else leave all as it is. What is recorded is sent at exit.
+    """Begin to record this process's spans, if there is where to send them; else leave all as it is.
+
+    What is recorded is sent in the background, and at exit.
 
     Args:
         service_name: the spans' ``service.name``.
