@@ -100,7 +100,7 @@ class TorchModel:
             raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
         slots = self._slots(blocks, chunk.tokens)
         with torch.inference_mode():
-            cache[:, :, slots] = from_numpy(chunk.data).to(device=self._device, dtype=cache.dtype)
+            cache[:, :, slots] = from_numpy(np.ascontiguousarray(chunk.data)).to(device=self._device, dtype=cache.dtype)
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
