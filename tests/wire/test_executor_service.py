@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import threading
+import urllib.request
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from penstock.backends.fake import next_token
+from penstock.common import tracing
 from penstock.common.channel import connect
 from penstock.common.prefix import WIRE_BYTES, block_hashes, wire_form
 from penstock.common.server import GrpcServer
@@ -361,3 +364,39 @@ async def test_what_can_not_start_says_why(settings, told):
     with pytest.raises(StartError, match=told):
         async with serving(**settings):
             pass
+
+
+async def test_metrics_tell_blocks_tokens_and_prefix_hits():
+    async with serving(metrics="127.0.0.1:0") as (server, _, stub, described):
+        call = stub.Run()
+        for i in (1, 2):
+            await call.write(pb.RunRequest(start=[start(described, i, range(64), 4)]))
+            await collect(call, [i])
+        text = (await asyncio.to_thread(urllib.request.urlopen, f"http://{server._endpoint.address}/metrics")).read().decode()
+        told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        label = 'model_name="builtin"'
+        assert float(told[f"penstock_generation_tokens_total{{{label}}}"]) == 8
+        assert float(told[f"penstock_prompt_tokens_total{{{label}}}"]) == 128
+        assert float(told[f"penstock_prefix_cache_hits_total{{{label}}}"]) == 48
+        assert float(told[f'penstock_sequences_finished_total{{finished_reason="length",{label}}}']) == 2
+        assert float(told[f"penstock_num_requests_running{{{label}}}"]) == 0
+        assert float(told[f"penstock_step_seconds_count{{{label}}}"]) == 8
+
+
+async def test_spans_tell_a_sequences_stages_under_the_gateways():
+    exporter = InMemorySpanExporter()
+    try:
+        async with serving() as (_, _, stub, described):
+            tracing.configure("test", exporter=exporter)
+            with tracing.start("request", "") as above:
+                call = stub.Run()
+                await call.write(pb.RunRequest(start=[start(described, traceparent=above.traceparent)]))
+                await collect(call, [1])
+                await call.done_writing()
+                await call.read()
+        spans = {span.name: span for span in exporter.get_finished_spans()}
+        assert spans.keys() == {"request", "wait", "prefill", "decode"}
+        assert {spans[name].parent.span_id for name in ("wait", "prefill", "decode")} == {spans["request"].context.span_id}
+        assert spans["wait"].end_time == spans["prefill"].start_time
+    finally:
+        tracing.shutdown()

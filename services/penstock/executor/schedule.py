@@ -93,6 +93,7 @@ class Scheduler:
         sequence.rank = (-sequence.request.priority, self._arrivals)
         insort(self.waiting, sequence, key=_rank)
         if sequence.request.deadline is not None:
+            self._prune_deadlines()
             heapq.heappush(self._deadlines, (sequence.request.deadline, self._arrivals, sequence))
 
     def remove(self, sequence: Sequence) -> None:
@@ -135,6 +136,12 @@ class Scheduler:
             for i in range(sequence.registered, full):
                 self._blocks.register(int(sequence.table[i]), sequence.hashes[i])
             sequence.registered = full
+
+    def _prune_deadlines(self) -> None:
+        """Let go of sequences that ended long before their deadline, once they are most of those kept."""
+        if len(self._deadlines) > 64 + 2 * (len(self.waiting) + len(self.running)):
+            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not Status.DONE]
+            heapq.heapify(self._deadlines)
 
     def _plan_decodes(self, plan: _Plan) -> None:
         for sequence in list(self.running):

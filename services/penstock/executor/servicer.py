@@ -15,6 +15,7 @@ from penstock.common.logs import logger
 from penstock.executor.engine import Engine
 from penstock.executor.messages import load_of, merge, read_start
 from penstock.executor.sequence import Finish, Finished, Frame
+from penstock.executor.traces import StreamTraces
 from penstock.internal.v1 import executor_pb2 as pb
 from penstock.internal.v1 import executor_pb2_grpc, scheduler_pb2
 
@@ -84,8 +85,9 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     ) -> None:
         """One gateway's stream; whatever ends it ends its sequences."""
         outbox = Outbox(_MOST_WAITING)
-        writer = asyncio.create_task(_write(outbox, context))
-        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        traces = StreamTraces()
+        writer = asyncio.create_task(_write(outbox, traces, context))
+        reader = asyncio.create_task(self._read(request_iterator, outbox, traces))
         overflow = asyncio.create_task(outbox.overflowed.wait())
         try:
             await asyncio.wait((writer, overflow), return_when=asyncio.FIRST_COMPLETED)
@@ -99,13 +101,15 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
                 task.cancel()
             self._engine.abort_all(outbox.put)
 
-    async def _read(self, requests: AsyncIterator[pb.RunRequest], outbox: Outbox) -> None:
+    async def _read(self, requests: AsyncIterator[pb.RunRequest], outbox: Outbox, traces: StreamTraces) -> None:
         try:
             async for request in requests:
                 now = time.monotonic()
                 for start in request.start:
+                    traces.begin(start.sequence_id, start.request_id, start.traceparent)
                     self._start(start, outbox, now)
                 if request.aborted:
+                    traces.forget(request.aborted)
                     self._engine.abort(request.aborted, outbox.put)
         finally:
             outbox.end()
@@ -129,6 +133,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         )
 
 
-async def _write(outbox: Outbox, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]) -> None:
+async def _write(outbox: Outbox, traces: StreamTraces, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]) -> None:
     while frames := await outbox.take():
         await context.write(merge(frames))
+        for frame in frames:
+            traces.tell(frame)

@@ -156,6 +156,14 @@ def test_waiting_sequences_can_be_aborted_and_expire_too():
     assert {i: f.reason for i, f in bench.finished.items()} == {1: Finish.LENGTH, 3: Finish.DEADLINE}
 
 
+def test_sequences_that_ended_before_their_deadline_are_not_kept():
+    bench = Bench()
+    for i in range(500):
+        bench.submit(i, [1], 1, deadline=time.monotonic() + 3600)
+        bench.run()
+    assert len(bench.engine.scheduler._deadlines) < 100
+
+
 def test_the_end_of_one_sink_leaves_the_others():
     bench, heard = Bench(), []
     bench.submit(1, [1], 30)
