@@ -26,6 +26,7 @@ from penstock.backends.contract import (
     StepBatch,
     StepOutput,
 )
+from penstock.backends.kv_blocks import transfer_slots
 
 __all__ = ["BLOCK_SIZE", "REGISTRATION", "FakeModel", "next_token"]
 
@@ -102,16 +103,19 @@ class FakeModel:
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """The stored ids, as key and as value."""
-        ids = self.storage[list(blocks)].ravel()[tokens.start : tokens.stop]
+        ids = self.storage.ravel()[transfer_slots(self.kv, blocks, tokens)]
         return KvChunk(tokens, np.broadcast_to(ids[None, None, :, None, None], (1, 2, len(ids), 1, 1)).copy())
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Store the ids of a chunk."""
-        places = np.arange(chunk.tokens.start, chunk.tokens.stop)
-        self.storage[np.asarray(blocks)[places // BLOCK_SIZE], places % BLOCK_SIZE] = chunk.data[0, 0, :, 0, 0]
+        slots = transfer_slots(self.kv, blocks, chunk.tokens)
+        if chunk.data.shape != (1, 2, len(slots), 1, 1):
+            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {(1, 2, len(slots), 1, 1)}")
+        self.storage.ravel()[slots] = chunk.data[0, 0, :, 0, 0]
 
     def close(self) -> None:
-        """Nothing is held but memory of this process."""
+        """Forget the blocks; a step behind it fails for want of them."""
+        self.storage = np.full((0, BLOCK_SIZE), -1, np.int64)
 
 
 def _probe() -> Availability:
