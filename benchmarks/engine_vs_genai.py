@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 class Engine:
-    """A worker process that answers each line `SCENARIO SEED` with the seconds that the work took, of the wall and the processors."""
+    """A worker process that answers each line `SCENARIO SEED` with the seconds that it took: of the wall, of the processors."""
 
     def __init__(self, *command: str) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
