@@ -20,6 +20,9 @@ __all__ = ["Limits", "Scheduler", "SchedulerCounts", "Step"]
 # Rows of logits over a whole vocabulary are large: prompts whose logits are all wanted come in such chunks.
 PROMPT_LOGITS_CHUNK = 128
 
+# Tokens of a prefix that others compute now for which a prompt waits.
+WORTH_WAITING_FOR = 64
+
 _rank = attrgetter("rank")
 
 
@@ -158,17 +161,26 @@ class Scheduler:
                 plan.add(sequence, count)
 
     def _admit(self, plan: _Plan) -> None:
-        """Let the first of those that wait run, as long as there are room and blocks; nobody overtakes the first."""
-        while self.waiting and len(self.running) < self._limits.max_batch_size:
-            sequence = self.waiting[0]
+        """Let the first of those that wait run, as long as there are room and blocks.
+
+        Nobody overtakes the first, unless it had better wait for a prefix that another is computing right now: the choices of one
+        request arrive together.
+        """
+        coming = self._coming() if self.waiting and self._limits.caching else set()
+        place = 0
+        while place < len(self.waiting) and len(self.running) < self._limits.max_batch_size:
+            sequence = self.waiting[place]
             shared = self._find_cached(sequence)
+            if coming and self._should_wait(sequence, len(shared), coming):
+                place += 1
+                continue
             cached = len(shared) * self._block_size
             count = self._chunk(sequence, plan.room, cached)
             fresh = -(-len(sequence.ids) // self._block_size) - len(shared)
             # Each that runs may need a block soon; a newcomer that takes the last ones would only be preempted.
             if not count or not self._blocks.can_allocate(shared, fresh, spare=len(self.running)):
                 return
-            del self.waiting[0]
+            del self.waiting[place]
             sequence.hold(self._blocks.allocate(shared, fresh))
             sequence.computed = cached
             sequence.registered = len(shared)
@@ -176,6 +188,20 @@ class Scheduler:
             insort(self.running, sequence, key=_rank)
             self._count_cached(sequence, cached)
             plan.add(sequence, count)
+            if self._limits.caching:
+                coming.update(sequence.hashes[sequence.registered :])
+
+    def _coming(self) -> set[bytes]:
+        """Hashes of the blocks that running prompts will have filled when they are through."""
+        return {key for s in self.running if s.remaining > 1 for key in s.hashes[s.registered :]}
+
+    def _should_wait(self, sequence: Sequence, found: int, coming: set[bytes]) -> bool:
+        """Whether so much of a prompt is being computed by others that sharing it is worth a few steps."""
+        least = -(-WORTH_WAITING_FOR // self._block_size)
+        usable = (len(sequence.ids) - 1) // self._block_size
+        if sequence.wants_prompt_logprobs or usable - found < least:
+            return False
+        return all(key in coming for key in sequence.hashes[found : found + least])
 
     def _chunk(self, sequence: Sequence, room: int, cached: int = 0) -> int:
         """How many tokens of a prompt come next; 0: none, there is no room."""

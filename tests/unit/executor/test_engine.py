@@ -99,6 +99,32 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_in_the_cache():
     assert bench.tokens[2] == expected(turn, 3)
 
 
+def test_choices_that_arrive_together_compute_their_prompt_once():
+    bench = Bench()
+    prompt = list(range(97)) * 4
+    for i in range(5):
+        bench.submit(i, prompt, 5, sampling=SamplingParameters(seed=i))
+    bench.submit(9, [1] * 20, 5)
+    bench.engine.step()
+    assert bench.started.keys() == {0, 9}
+    bench.run()
+    assert [bench.started[i].cached_tokens for i in range(5)] == [0] + 4 * [384]
+    bench = Bench(blocks=40, max_batch_tokens=64, prefill_chunk=32, max_batch_size=8)
+    for i in range(5):
+        bench.submit(i, prompt, 40)
+    assert bench.run() == {i: expected(prompt, 40) for i in range(5)}
+
+
+def test_a_prompt_that_waits_for_a_prefix_goes_on_when_its_computer_is_aborted():
+    bench = Bench(max_batch_tokens=64, prefill_chunk=32, max_batch_size=8)
+    for i in (1, 2):
+        bench.submit(i, [1] * 300, 5)
+    bench.engine.step()
+    bench.engine.abort([1], bench.sink)
+    assert bench.run() == {2: expected([1] * 300, 5)}
+    assert bench.started[2].cached_tokens == 64
+
+
 def test_another_salt_finds_nothing():
     bench = Bench()
     for i, salt in enumerate((b"a", b"b")):
