@@ -1,0 +1,142 @@
+"""A request between ports that write down what is asked of them."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from penstock.gateway.machine import Request
+from penstock.gateway.request import Caller, Plan, PlannedSampling, Reporting
+
+EOS = 9
+
+
+class Ports:
+    """Placement, execution and decoding at once. What is held at each is counted."""
+
+    def __init__(self):
+        self.placings, self.announced = [], []
+        self.placed = set()
+        self.sequences, self.decodings, self.finished = {}, {}, set()
+        self.starts = []
+        self._ids = itertools.count(1)
+
+    def place(self, request, placing):
+        self.placed.add(request.number)
+        self.placings.append(placing)
+
+    def announce(self, request, lease):
+        self.announced.append(lease)
+
+    def release(self, request):
+        self.placed.discard(request.number)
+
+    def start(self, lease, choice):
+        sequence_id = next(self._ids)
+        self.sequences[sequence_id] = choice
+        self.starts.append((lease.executor_id, choice.index, tuple(choice.ids)))
+        return sequence_id
+
+    def abort(self, sequence_id):
+        self.sequences.pop(sequence_id, None)
+
+    def open(self, choice):
+        self.decodings[choice.decoding_id] = list(choice.decodable_ids)
+        self.finished.discard(choice.decoding_id)
+
+    def token(self, decoding_id, token_id):
+        if decoding_id in self.decodings:
+            self.decodings[decoding_id].append(token_id)
+
+    def describe(self, choice, token_ids):
+        pass
+
+    def finish(self, decoding_id):
+        self.finished.add(decoding_id)
+
+    def close_decoding(self, decoding_id):
+        self.decodings.pop(decoding_id, None)
+
+    close = close_decoding
+
+    def at_rest(self):
+        return not (self.placed or self.sequences or self.decodings)
+
+
+class Told:
+    """An output that keeps what it was told."""
+
+    def __init__(self):
+        self.texts, self.ids, self.finishes = {}, {}, {}
+        self.closing = self.error = None
+
+    def text(self, index, text, token_ids, logprobs):
+        assert self.closing is None
+        assert self.error is None
+        assert index not in self.finishes
+        self.texts[index] = self.texts.get(index, "") + text
+        self.ids.setdefault(index, []).extend(token_ids)
+
+    def prompt(self, index, logprobs):
+        pass
+
+    def finish(self, index, finish):
+        assert index not in self.finishes
+        self.finishes[index] = finish
+
+    def close(self, closing):
+        assert self.closing is None
+        assert self.error is None
+        self.closing = closing
+
+    def fail(self, error):
+        assert self.closing is None
+        assert self.error is None
+        self.error = error
+
+
+def plan(n=1, max_tokens=8, stop=()):
+    neutral = dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"), 0.0)
+    return Plan(
+        model="m",
+        tokenizer_fingerprint="t",
+        prompt_ids=(1, 2, 3),
+        sampling=PlannedSampling(**neutral, top_k=0, logit_bias={}, seed=1),
+        max_tokens=max_tokens,
+        min_tokens=0,
+        stop=stop,
+        stop_ids=frozenset({EOS}),
+        include_stop_text=False,
+        reporting=Reporting(token_ids=True),
+        n=n,
+        priority=0,
+        fields=(),
+        block_hashes=b"",
+        salt=b"",
+    )
+
+
+@pytest.fixture
+def build():
+    """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told."""
+
+    def made(**fields):
+        ports, told, done = Ports(), Told(), []
+        caller = Caller(tenant="t", request_id="r", deadline=1e9)
+        clock = itertools.count()
+        request = Request(
+            plan(**fields),
+            caller,
+            (ports, ports, ports),
+            told,
+            tokens={},
+            clock=lambda: float(next(clock)),
+            max_attempts=3,
+            on_done=done.append,
+        )
+        request.begin()
+        return SimpleNamespace(request=request, ports=ports, told=told, done=done, eos=EOS)
+
+    return made
