@@ -8,8 +8,10 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_status import rpc_status
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from penstock.common import tracing
 from penstock.common.channel import connect
 from penstock.common.errors import InvalidRequest, UnknownModel, error_from_status
 from penstock.common.service import StartError
@@ -240,3 +242,17 @@ async def test_says_in_one_line_why_it_can_not_start(tmp_path, models_, reason):
         await server.start()
     assert "\n" not in str(caught.value)
     await server.close()
+
+
+async def test_its_span_belongs_to_the_callers(service):
+    exporter = InMemorySpanExporter()
+    assert tracing.configure("penstock-tokenizer", exporter=exporter)
+    try:
+        with tracing.span("encode") as above:
+            await service.stub.Encode(pb.EncodeRequest(model="m", text="the fox"), metadata=tracing.metadata())
+            trace = above.traceparent.split("-")[1]
+    finally:
+        tracing.shutdown()
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert f"{spans['tokenize'].context.trace_id:032x}" == trace
+    assert spans["tokenize"].parent.span_id == spans["encode"].context.span_id

@@ -10,6 +10,7 @@ from penstock.common.logs import logger
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.common.sources import resolve
+from penstock.common.tracing import Traceparents
 from penstock.internal.v1 import tokenizer_pb2_grpc as pb_grpc
 from penstock.tokenizer.config import TokenizerConfig
 from penstock.tokenizer.encoding import Model, Models
@@ -41,7 +42,7 @@ class TokenizerServer:
         if not config.models:
             raise StartError("models: none given; give at least one NAME=FOLDER")
         self._models = Models([await self._load(entry) for entry in config.models])
-        self._grpc = GrpcServer()
+        self._grpc = GrpcServer(interceptors=[Traceparents()])
         servicer = TokenizerServicer(self._models, self._metrics)
         self._grpc.add(pb_grpc.add_TokenizerServiceServicer_to_server, servicer, _NAME)
         try:

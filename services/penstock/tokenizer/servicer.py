@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 
+from penstock.common import tracing
 from penstock.common.errors import InvalidRequest, PenstockError
 from penstock.internal.v1 import tokenizer_pb2 as pb
 from penstock.internal.v1 import tokenizer_pb2_grpc as pb_grpc
@@ -29,7 +30,7 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
     async def Encode(self, request: pb.EncodeRequest, context: object) -> pb.EncodeResponse:
         model = self._models.get(request.model)
         try:
-            with self._metrics.encode_seconds.time():
+            with tracing.span("tokenize"), self._metrics.encode_seconds.time():
                 ids = await self._encode(model, request)
         except PenstockError:
             self._metrics.refused.inc()
@@ -102,7 +103,7 @@ class _DecodeStream:
         if frame.describe:
             self._describe(frame.describe)
         decodings = self._decodings
-        if frame.token_ids:
+        if frame.decoding_ids or frame.token_ids:
             if len(frame.decoding_ids) != len(frame.token_ids):
                 raise InvalidRequest.field(
                     "token_ids", f"{len(frame.token_ids)} of them for {len(frame.decoding_ids)} decoding_ids"

@@ -24,7 +24,7 @@ __all__ = ["HEADER", "Kind", "main"]
 
 HEADER = struct.Struct(">IB")
 
-_COMPILE_SECONDS = 5.0
+_COMPILE_SECONDS = 2.0
 
 
 class Kind(IntEnum):

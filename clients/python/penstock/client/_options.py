@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     n: int
     priority: int
     cache_salt: str
-    timeout: float
+    timeout: float | None
     request_id: str
 
 
@@ -85,11 +85,12 @@ def chat_request(
 
 def count_request(prompt: Prompt | Sequence[Message | Mapping[str, str]], *, model: str, token_ids: bool) -> pb.CountTokensRequest:
     """The message of `count_tokens`: a sequence of ids is a prompt, one of messages a conversation."""
-    ids = [one for one in prompt if isinstance(one, int)] if not isinstance(prompt, str) else []
-    if isinstance(prompt, str) or len(ids) == len(prompt):
-        given = prompt if isinstance(prompt, str) else ids
+    if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt):
+        given = prompt if isinstance(prompt, str) else [one for one in prompt if isinstance(one, int)]
         return pb.CountTokensRequest(model=model, prompt=prompt_message(given), token_ids=token_ids)
     messages = [one for one in prompt if isinstance(one, (Message, Mapping))]
+    if len(messages) < len(prompt):
+        raise TypeError("a prompt is a text, a sequence of token ids, or a sequence of messages")
     return pb.CountTokensRequest(model=model, conversation=conversation(messages, add_generation_prompt=None), token_ids=token_ids)
 
 

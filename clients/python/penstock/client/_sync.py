@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -38,7 +39,7 @@ class Stream:
         self._attempts = attempts
         self._call: Any = None
         self._begun = False
-        self._closed = False
+        self._closed = threading.Event()
         self.closing: Closing | None = None
 
     def __enter__(self) -> Self:
@@ -70,18 +71,18 @@ class Stream:
 
     def close(self) -> None:
         """Cancel what still runs; also from another thread. Idempotent."""
-        self._closed = True
+        self._closed.set()
         if self._call is not None:
             self._call.cancel()
 
     def _next(self) -> read.Answer | None:
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 if self._call is None:
                     self._call = self._start(self._attempts.remaining())
                 answer: read.Answer | None = next(self._call, None)
             except grpc.RpcError as error:
-                if self._closed:
+                if self._closed.is_set():
                     return None
                 self._wait_to_retry(error)
                 continue
@@ -94,7 +95,7 @@ class Stream:
         if delay is None:
             raise from_rpc(error) from None
         self._call = None
-        time.sleep(delay)
+        self._closed.wait(delay)
 
 
 class Client:
