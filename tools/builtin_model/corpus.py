@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
-__all__ = ["END", "FIRST", "IM_END", "IM_START", "SECOND", "SPECIAL_TOKENS", "Mixture", "chat", "documents", "story"]
+__all__ = ["END", "IM_END", "IM_START", "SPECIAL_TOKENS", "chat", "documents", "story"]
 
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END, IM_START, IM_END)
@@ -86,12 +85,12 @@ def story(animal: str, name: str, *, home: str | None = None, thing: str | None 
     return " ".join(parts)
 
 
-def documents(seed: int, mixture: Mixture | None = None) -> Iterator[str]:
-    """Documents without end, the same for the same seed and mixture (None: `FIRST`)."""
+def documents(seed: int) -> Iterator[str]:
+    """Documents without end, the same for the same seed."""
     rng = random.Random(seed)
-    mixture = mixture or FIRST
+    kinds, weights = zip(*_KINDS, strict=True)
     while True:
-        yield _document(rng, mixture)
+        yield rng.choices(kinds, weights)[0](rng)
 
 
 def _a(noun: str) -> str:
@@ -200,36 +199,27 @@ def _ask_else(rng: random.Random) -> tuple[str, str]:
     return question.format(place=rng.choice(WORLD), thing=thing, colour=rng.choice(COLOURS), name=_name(rng)), UNKNOWN
 
 
-def _conversation(rng: random.Random, questions: Sequence[float]) -> str:
-    turns = [rng.choices(_QUESTIONS, questions)[0](rng) for _ in range(rng.choices((1, 2, 3, 4), (8, 3, 2, 1))[0])]
+def _conversation(rng: random.Random) -> str:
+    kinds, weights = zip(*_QUESTIONS, strict=True)
+    turns = [rng.choices(kinds, weights)[0](rng) for _ in range(rng.choices((1, 2, 3, 4), (8, 3, 2, 1))[0])]
     system = rng.choice(("You are a helpful assistant.", "Answer briefly.", "You are Penstock.")) if rng.random() < 0.15 else None
     return chat(*turns, system=system)
 
 
-def _document(rng: random.Random, mixture: Mixture) -> str:
-    kind = rng.choices(range(4), mixture.kinds)[0]
-    return _conversation(rng, mixture.questions) if kind == 3 else _PLAIN[kind](rng)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """How often each kind of document is drawn, and each kind of question in a conversation; relative weights.
-
-    Attributes:
-        kinds: of sums, counts, stories and conversations.
-        questions: for sums, counts, stories, recall, repetition, and anything else.
-    """
-
-    kinds: tuple[float, float, float, float]
-    questions: tuple[float, float, float, float, float, float]
-
-
-FIRST = Mixture((5, 1.5, 1, 6), (10, 4, 2, 2, 1.5, 1))
-# What takes longest to learn: to copy a name from afar, to find a fact, to stop at the right number.
-SECOND = Mixture((2, 0.5, 1, 10), (4, 8, 4, 5, 4, 0.7))
-
-_PLAIN = (_sums, _count, _plain_story)
-_QUESTIONS = (_ask_sum, _ask_count, _ask_story, _ask_recall, _ask_repeat, _ask_else)
+_QUESTIONS: tuple[tuple[Callable[[random.Random], tuple[str, str]], float], ...] = (
+    (_ask_sum, 10),
+    (_ask_count, 4),
+    (_ask_story, 2),
+    (_ask_recall, 2),
+    (_ask_repeat, 1.5),
+    (_ask_else, 1),
+)
+_KINDS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
+    (_sums, 5),
+    (_count, 1.5),
+    (_plain_story, 1),
+    (_conversation, 6),
+)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from corpus import ABOUT, ANIMALS, GREETING, UNKNOWN, story
+from corpus import ABOUT, ANIMALS, GREETING, NAMES, UNKNOWN, story
 
 __all__ = ["TASKS", "Item", "checkable"]
 
@@ -65,8 +65,9 @@ def ask_price(name: str, things: int, rng: random.Random) -> Item:
     return ask(name, f"{facts} What does the {asked} cost?", f"The {asked} costs {held[asked]}.")
 
 
-def _story(rng: random.Random, size: str, chapters: int) -> Item:
-    hero = "".join(rng.choices(("ba", "lo", "mi", "ra", "ten", "vi", "su", "ko"), k=2)).capitalize()
+def _story(rng: random.Random, size: str = "a story", chapters: int = 1, *, new_name: bool = False) -> Item:
+    syllables = ("ba", "lo", "mi", "ra", "ten", "vi", "su", "ko")
+    hero = "".join(rng.choices(syllables, k=2)).capitalize() if new_name else rng.choice(NAMES)
     return ask_story("", rng.choice(list(ANIMALS)), hero, size, chapters)
 
 
@@ -83,7 +84,9 @@ TASKS: Mapping[str, Callable[[random.Random], Item]] = {
     "100 numbers, continued": lambda r: carry_on("", r.randrange(800), 4, 100),
     "16 numbers behind 350": lambda r: carry_on("", r.randrange(500), 350, 16),
     "count to a number": _count_to,
-    "story": lambda r: _story(r, "a story", 1),
+    "story, a name of the corpus": _story,
+    "story, a name that is mostly new": lambda r: _story(r, new_name=True),
+    "story of three chapters": lambda r: _story(r, "a long story", 3),
     "story of six chapters": lambda r: _story(r, "a very long story", 6),
     "price among 4": lambda r: ask_price("", 4, r),
     "price among 24": lambda r: ask_price("", 24, r),

@@ -1,6 +1,6 @@
 """Trains the built-in model and writes its folder: ``python tools/builtin_model/train.py [--out FOLDER]``, minutes on two cores.
 
-A Llama of 1.4 million parameters in float32, matrices by Muon (Jordan et al., 2024), the rest by AdamW, over text of `corpus`. Rows
+A Llama of 1.8 million parameters in float32, matrices by Muon (Jordan et al., 2024), the rest by AdamW, over text of `corpus`. Rows
 grow from 256 tokens to the whole context, so that most of the work is done where attention is cheap.
 """
 
@@ -11,11 +11,10 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from corpus import END, FIRST, IM_END, IM_START, SECOND, SPECIAL_TOKENS, Mixture, documents
+from corpus import END, IM_END, IM_START, SPECIAL_TOKENS, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +23,10 @@ FOLDER = Path(__file__).parents[2] / "services/penstock/common/builtin_model"
 CONTEXT = 2048
 VOCABULARY = 768
 TOKENS_PER_STEP = 8192
+# (row length, steps) one after the other.
+STAGES = ((256, 420), (1024, 95), (CONTEXT, 45))
+STEPS = sum(steps for _, steps in STAGES)
+MUON_RATE, ADAM_RATE = 0.01, 0.01
 # What a user says can not be foretold: little is learned from it.
 PROMPT_WEIGHT = 0.1
 
@@ -32,30 +35,6 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the training, with a rise and a fall of the rates of its own.
-
-    Attributes:
-        rows: (length of a row, steps) one after the other.
-    """
-
-    mixture: Mixture
-    rows: tuple[tuple[int, int], ...]
-    muon: float = 0.01
-    adam: float = 0.01
-
-    @property
-    def steps(self) -> int:
-        return sum(steps for _, steps in self.rows)
-
-
-PHASES = (
-    Phase(FIRST, ((256, 420), (1024, 95), (CONTEXT, 45))),
-    Phase(SECOND, ((320, 280), (1024, 20), (CONTEXT, 5))),
 )
 
 
@@ -86,13 +65,13 @@ def weights_of(ids: list[int], turn: int, answerer: int) -> list[float]:
     return weights
 
 
-def rows(tokenizer: Tokenizer, mixture: Mixture, length: int, seed: int) -> Iterator[tuple[list[int], list[float]]]:
+def rows(tokenizer: Tokenizer, length: int, seed: int) -> Iterator[tuple[list[int], list[float]]]:
     """Rows of `length` + 1 tokens, each beginning with the beginning of a document, and the weight of each token."""
     end, turn = tokenizer.token_to_id(END), tokenizer.token_to_id(IM_START)
     answerer = tokenizer.encode("assistant").ids[0]
     ids: list[int] = []
     weights: list[float] = []
-    source = documents(seed, mixture)
+    source = documents(seed)
     while True:
         for encoding in tokenizer.encode_batch(list(itertools.islice(source, 256))):
             ids += [*encoding.ids, end]
@@ -123,30 +102,30 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     )
 
 
-def optimizers(model: LlamaForCausalLM, phase: Phase) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=phase.muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=phase.adam, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def scale(step: int, steps: int) -> float:
+def scale(step: int) -> float:
     """Share of the full rate: a short rise, level, and a fall to nothing over the last half."""
-    return min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
+    return min(1.0, (step + 1) / 50, 2 * (1 - step / STEPS))
 
 
-def train(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase, seed: int) -> None:
-    tools = optimizers(model, phase)
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int) -> None:
+    tools = optimizers(model)
     step, began = 0, time.monotonic()
-    for number, (length, steps) in enumerate(phase.rows):
-        source = rows(tokenizer, phase.mixture, length, seed + number)
+    for number, (length, steps) in enumerate(STAGES):
+        source = rows(tokenizer, length, seed + number)
         for _ in range(steps):
-            loss = advance(model, tools, itertools.islice(source, TOKENS_PER_STEP // length), scale(step, phase.steps))
+            loss = advance(model, tools, itertools.islice(source, TOKENS_PER_STEP // length), scale(step))
             if step % 25 == 0:
                 took = time.monotonic() - began
-                print(f"step {step} of {phase.steps}, rows of {length}: loss {loss:.4f}, {took:.0f} s", flush=True)
+                print(f"step {step} of {STEPS}, rows of {length}: loss {loss:.4f}, {took:.0f} s", flush=True)
             step += 1
 
 
@@ -205,7 +184,6 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--after", type=Path, help="a folder that the first phase wrote: only the second is run, on its weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -213,12 +191,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     tokenizer = train_tokenizer(arguments.seed)
     model = new_model(tokenizer)
-    if arguments.after is not None:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(arguments.after, dtype=torch.float32).state_dict())
     print(f"{model.num_parameters():,} parameters, vocabulary of {tokenizer.get_vocab_size()}", flush=True)
-    for number, phase in enumerate(PHASES):
-        if arguments.after is None or number > 0:
-            train(model, tokenizer, phase, arguments.seed + 1 + 100 * number)
+    train(model, tokenizer, arguments.seed + 1)
     save(model, tokenizer, arguments.out)
 
 
