@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,9 +50,7 @@ def _checkpoint(folder, template=TEMPLATE):
 async def service(tmp_path):
     tokenizer = _checkpoint(tmp_path / "a")
     _checkpoint(tmp_path / "bare", template=None)
-    server = TokenizerServer(
-        TokenizerConfig(models=(f"m={tmp_path / 'a'}", f"bare={tmp_path / 'bare'}"), listen="127.0.0.1:0", metrics="127.0.0.1:0")
-    )
+    server = TokenizerServer(TokenizerConfig(models=(f"m={tmp_path / 'a'}", f"bare={tmp_path / 'bare'}"), listen="127.0.0.1:0"))
     try:
         told = await server.start()
         async with connect(told["grpc"]) as channel:
@@ -256,3 +256,18 @@ async def test_its_span_belongs_to_the_callers(service):
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert f"{spans['tokenize'].context.trace_id:032x}" == trace
     assert spans["tokenize"].parent.span_id == spans["encode"].context.span_id
+
+
+async def test_serves_health_and_metrics(tmp_path):
+    _checkpoint(tmp_path / "a", template=None)
+    server = TokenizerServer(TokenizerConfig(models=(f"m={tmp_path / 'a'}",), listen="127.0.0.1:0", metrics="127.0.0.1:0"))
+    try:
+        told = await server.start()
+        async with connect(told["grpc"]) as channel, httpx.AsyncClient() as http:
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest(service="penstock.internal.v1.TokenizerService"))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            await pb_grpc.TokenizerServiceStub(channel).Encode(pb.EncodeRequest(text="the"))
+            assert "penstock_tokenizer_encoded_tokens_total 1.0" in (await http.get(f"http://{told['metrics']}/metrics")).text
+    finally:
+        await server.close()

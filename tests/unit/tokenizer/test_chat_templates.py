@@ -60,7 +60,7 @@ CONVERSATIONS = [
         {"role": "user", "content": "{{ 7 * 7 }} {% raw %}", "name": "Ada"},
     ],
 ]
-LIMITS = Limits(seconds=0.3, memory_bytes=256 << 20, output_characters=1_000_000, workers=2)
+LIMITS = Limits(seconds=0.1, memory_bytes=256 << 20, output_characters=1_000_000, workers=2)
 
 
 @contextlib.asynccontextmanager
