@@ -77,3 +77,5 @@ class Bench:
         assert counts.used + counts.cached + counts.free == self.engine.blocks.count
         held = {b for s in self.engine.scheduler.running for b in s.table[: s.blocks].tolist()}
         assert counts.used == len(held)
+        # What is free holds nothing that anyone may count on.
+        self.model.storage[self.engine.blocks._free] = -1

@@ -32,7 +32,9 @@ prompts = st.lists(
 )
 def test_answers_do_not_depend_on_batch_chunks_cache_or_preemption(work, blocks, chunk, batch, caching, late):
     bench = Bench(blocks, max_batch_tokens=chunk + batch, max_batch_size=batch, prefill_chunk=chunk, prefix_cache=caching)
-    asked = {i: ([first] * length, count) for i, (first, length, count, _) in enumerate(work)}
+    asked = {
+        i: ([(7 * first + j * j) % VOCABULARY for j in range(length)], count) for i, (first, length, count, _) in enumerate(work)
+    }
     for i, (prompt, count) in asked.items():
         for _ in range(late[i]):
             bench.engine.step()
