@@ -6,7 +6,7 @@ import threading
 import pytest
 from suite import Suite, wait_for
 
-from penstock.client import Unavailable
+from penstock.client import PenstockError, Unavailable
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 40, 88, 121, 300, 512, 777)]
 OPTIONS = {"max_tokens": 600, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
@@ -31,7 +31,7 @@ class Load:
                 text += event.text
                 self.told[i] = len(ids)
             self.outcomes[i] = (ids, text)
-        except Exception as error:
+        except PenstockError as error:
             self.outcomes[i] = error
 
     def wait_until_running(self):

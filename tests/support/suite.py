@@ -49,7 +49,11 @@ class Suite:
     def services(self, name: str) -> list[psutil.Process]:
         """The processes of a service, in the order of their start."""
         children = psutil.Process(self.process.pid).children()
-        found = [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE and f"penstock.cli {name} " in " ".join(c.cmdline())]
+        found = [
+            c
+            for c in children
+            if c.is_running() and c.status() != psutil.STATUS_ZOMBIE and f"penstock.cli {name} " in " ".join(c.cmdline())
+        ]
         return sorted(found, key=lambda c: c.create_time())
 
     def kill(self, name: str, which: int = 0) -> psutil.Process:
@@ -89,7 +93,9 @@ class Suite:
 
     def assert_idle(self, timeout: float = 30) -> None:
         """Every count comes back to zero; waits for what is on its way."""
-        assert wait_for(lambda: not any(self.counts().values()), timeout), f"held: {({k: v for k, v in self.counts().items() if v})}"
+        assert wait_for(lambda: not any(self.counts().values()), timeout), (
+            f"held: { ({k: v for k, v in self.counts().items() if v}) }"
+        )
 
     def stop(self, by: signal.Signals = signal.SIGTERM, timeout: float = 60) -> int:
         """End the suite as its user would; its exit status."""
