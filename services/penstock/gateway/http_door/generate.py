@@ -14,13 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from penstock.common.errors import PenstockError
+from penstock.common.errors import PenstockError, RequestTooLarge
 from penstock.common.interceptors import REQUEST_ID_KEY
 from penstock.common.logs import logger
 from penstock.gateway.admission import Admission, Live
 from penstock.gateway.auth import Keys
 from penstock.gateway.http_door import generations
-from penstock.gateway.http_door.body import read_body
+from penstock.gateway.http_door.body import answer_and_discard, read_body
 from penstock.gateway.http_door.errors import error_response
 from penstock.gateway.http_door.rendering import ChatRendering, CompletionRendering, Rendering
 from penstock.gateway.http_door.schemas import ChatBody, CompletionBody, SharedBody, parse
@@ -79,6 +79,9 @@ class GenerateEndpoint:
             body = parse(self._body, await read_body(scope, receive, self._door.max_body_bytes))
             wanted = self._to_generations(body)
         except ClientDisconnect:
+            return
+        except RequestTooLarge as error:
+            await answer_and_discard(error_response(error, chat=self._chat), receive, send)
             return
         except PenstockError as error:
             await error_response(error, chat=self._chat)(scope, receive, send)

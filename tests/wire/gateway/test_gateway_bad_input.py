@@ -1,0 +1,230 @@
+"""What is wrong is refused in both doors, before memory is taken, by the field's name and with what would be right."""
+
+import asyncio
+import contextlib
+import json
+import math
+import tracemalloc
+
+import grpc
+import httpx
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from penstock.v1 import inference_pb2
+
+PROMPT = {"text": "Tell me"}
+
+# What is wrong, as a gRPC request's fields and as an HTTP body's; then the field as each door names it.
+TABLE = {
+    "empty prompt": ({"prompt": {"text": ""}}, {"prompt": ""}, "prompt", "prompt"),
+    "no ids": ({"prompt": {"token_ids": {}}}, {"prompt": []}, "prompt", "prompt"),
+    "id outside the vocabulary": ({"prompt": {"token_ids": {"ids": [1, 300]}}}, {"prompt": [1, 300]}, "prompt", "prompt"),
+    "longer than the context": ({"prompt": {"text": "x" * 5000}}, {"prompt": "x" * 5000}, "prompt", "prompt"),
+    "as long as the context": ({"prompt": {"text": "x" * 4096}}, {"prompt": "x" * 4096}, "prompt", "prompt"),
+    "context and answer": ({"stopping": {"max_tokens": 4095}}, {"max_tokens": 4095}, "stopping.max_tokens", "max_tokens"),
+    "no answer": ({"stopping": {"max_tokens": 0}}, {"max_tokens": 0}, "stopping.max_tokens", "max_tokens"),
+    "temperature": ({"sampling": {"temperature": -1}}, {"temperature": -1}, "sampling.temperature", "temperature"),
+    "nan": ({"sampling": {"temperature": math.nan}}, {"temperature": math.nan}, "sampling.temperature", "temperature"),
+    "infinity": ({"sampling": {"min_p": math.inf}}, {"min_p": math.inf}, "sampling.min_p", "min_p"),
+    "top_p": ({"sampling": {"top_p": 0}}, {"top_p": 0}, "sampling.top_p", "top_p"),
+    "min_p": ({"sampling": {"min_p": 1.5}}, {"min_p": 1.5}, "sampling.min_p", "min_p"),
+    "presence": ({"sampling": {"presence_penalty": 3}}, {"presence_penalty": 3}, "sampling.presence_penalty", "presence_penalty"),
+    "repetition": (
+        {"sampling": {"repetition_penalty": 0}},
+        {"repetition_penalty": 0},
+        "sampling.repetition_penalty",
+        "repetition_penalty",
+    ),
+    "bias": ({"sampling": {"logit_bias": {5: 101}}}, {"logit_bias": {"5": 101}}, "sampling.logit_bias[5]", "logit_bias[5]"),
+    "bias of no token": ({"sampling": {"logit_bias": {999: 1}}}, {"logit_bias": {"999": 1}}, "sampling.logit_bias", "logit_bias"),
+    "many stops": ({"stopping": {"stop": ["a"] * 17}}, {"stop": ["a"] * 17}, "stopping.stop", "stop"),
+    "empty stop": ({"stopping": {"stop": ["a", ""]}}, {"stop": ["a", ""]}, "stopping.stop[1]", "stop[1]"),
+    "long stop": ({"stopping": {"stop": ["a" * 1025]}}, {"stop": "a" * 1025}, "stopping.stop[0]", "stop[0]"),
+    "many stop ids": (
+        {"stopping": {"stop_token_ids": [1] * 65}},
+        {"stop_token_ids": [1] * 65},
+        "stopping.stop_token_ids",
+        "stop_token_ids",
+    ),
+    "stop id": ({"stopping": {"stop_token_ids": [300]}}, {"stop_token_ids": [300]}, "stopping.stop_token_ids", "stop_token_ids"),
+    "min over max": (
+        {"stopping": {"max_tokens": 2, "min_tokens": 3}},
+        {"max_tokens": 2, "min_tokens": 3},
+        "stopping.min_tokens",
+        "min_tokens",
+    ),
+    "logprobs": ({"reporting": {"logprobs": 21}}, {"logprobs": 21}, "reporting.logprobs", "logprobs"),
+    "many choices": ({"n": 17}, {"n": 17}, "n", "n"),
+    "budget": ({"n": 10, "stopping": {"max_tokens": 30000}}, {"n": 10, "max_tokens": 30000}, "stopping.max_tokens", "max_tokens"),
+    "priority": ({"priority": 101}, {"priority": 101}, "priority", "priority"),
+    "long salt": ({"cache_salt": "s" * 257}, {"cache_salt": "s" * 257}, "cache_salt", "cache_salt"),
+}
+
+
+async def grpc_failure(suite, request):
+    call = suite.inference.Generate(request)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call.read()
+        await call.read()
+    return failure.value
+
+
+def violations(error):
+    (packed,) = rpc_status.from_call(error).details
+    bad = error_details_pb2.BadRequest()
+    assert packed.Unpack(bad)
+    return {v.field: v.description for v in bad.field_violations}
+
+
+@pytest.mark.parametrize("case", TABLE)
+async def test_both_doors_name_the_field(suite, case):
+    fields, body, grpc_name, http_name = TABLE[case]
+    error = await grpc_failure(suite, inference_pb2.GenerateRequest(**{"model": "story", "prompt": PROMPT} | fields))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert grpc_name in violations(error)
+    assert violations(error)[grpc_name]
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        content = json.dumps({"model": "story", "prompt": "Tell me"} | body)
+        reply = await client.post("/v1/completions", content=content)
+    assert reply.status_code == 400, reply.text
+    told = reply.json()["error"]
+    assert told["param"] == http_name
+    assert told["type"] == "invalid_request_error"
+    assert http_name in told["message"]
+    assert not suite.scheduler.placings
+    await suite.rest()
+
+
+HTTP_ONLY = {
+    "wrong type": ({"temperature": "hot"}, "temperature"),
+    "bool for a number": ({"n": True}, "n"),
+    "prompt of a wrong type": ({"prompt": {"a": 1}}, "prompt"),
+    "mixed prompt": ({"prompt": ["a", 1]}, "prompt"),
+    "too many prompts": ({"prompt": ["a"] * 257}, "prompt"),
+    "misspelt": ({"temprature": 1}, "temprature"),
+    "best_of": ({"best_of": 3}, "best_of"),
+    "suffix": ({"suffix": "x"}, "suffix"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "json": ({"response_format": {"type": "json_schema"}}, "response_format"),
+    "bias by text": ({"logit_bias": {"word": 1}}, "logit_bias"),
+    "prompts and budget": ({"prompt": ["a"] * 200, "max_tokens": 2000}, "max_tokens"),
+}
+
+
+@pytest.mark.parametrize("case", HTTP_ONLY)
+async def test_http_refuses_what_only_it_can_be_sent(suite, case):
+    body, field = HTTP_ONLY[case]
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/completions", json={"model": "story", "prompt": "Tell me"} | body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == field
+
+
+async def test_a_misspelt_field_is_told_the_right_one(suite):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/completions", json={"model": "story", "prompt": "x", "temprature": 1})
+    assert "did you mean 'temperature'" in reply.json()["error"]["message"]
+
+
+async def test_fields_that_ask_for_nothing_are_taken(suite):
+    body = {"user": "u", "store": False, "metadata": {}, "service_tier": "auto", "parallel_tool_calls": True, "tools": []}
+    body |= {"response_format": {"type": "text"}, "best_of": 1, "suffix": None, "seed": -5, "top_k": -1}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/completions", json={"model": "story", "prompt": "x"} | body)
+    assert reply.status_code == 200, reply.text
+
+
+async def test_an_unknown_model_is_not_found_in_both_doors(suite):
+    error = await grpc_failure(suite, inference_pb2.GenerateRequest(model="other", prompt=PROMPT))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/completions", json={"model": "other", "prompt": "x"})
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "model_not_found"
+
+
+async def test_text_that_is_no_unicode_is_refused_in_both_doors(suite):
+    raw = suite.channel.unary_stream("/penstock.v1.Inference/Generate", request_serializer=bytes)
+    call = raw(b"\x12\x03\x0a\x01\xff")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call.read()
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        for content in (b'{"model":"story","prompt":"\xff"}', b'{"model":"story","prompt":"\\ud800"}', b"{", b"[]"):
+            assert (await client.post("/v1/completions", content=content)).status_code == 400
+
+
+async def test_a_template_that_never_ends_is_refused_by_the_field_it_is_about(suite):
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        request = inference_pb2.ChatRequest(conversation={"messages": [{"role": "user", "content": "loop forever"}]})
+        await suite.inference.Chat(request).read()
+    assert "conversation.messages" in violations(failure.value)
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post(
+            "/v1/chat/completions", json={"model": "story", "messages": [{"role": "user", "content": "loop forever"}]}
+        )
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """Memory that was taken at most within the block, by Python's own count."""
+    tracemalloc.start()
+    try:
+        yield lambda: peak
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
+async def test_a_body_of_100_mb_is_refused_and_never_held(suite):
+    async def endless():
+        for _ in range(100):
+            yield b"x" * (1 << 20)
+
+    reader, writer = await asyncio.open_connection(*suite.http.removeprefix("http://").split(":"))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n")
+    answer = await reader.readuntil(b"request_too_large")  # before a byte of the body is sent
+    assert answer.startswith(b"HTTP/1.1 413")
+    writer.close()
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        for length in ({}, {"content-length": str(100 << 20)}):
+            with peak_memory() as peak:
+                reply = await client.post("/v1/completions", content=endless(), headers=length)
+            assert reply.status_code == 413
+            assert peak() < 16 << 20
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await suite.inference.Generate(inference_pb2.GenerateRequest(prompt={"text": "x" * (9 << 20)})).read()
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_other_requests_are_unharmed(suite):
+    suite.executors[0].gate.clear()
+    call = suite.inference.Generate(inference_pb2.GenerateRequest(prompt=PROMPT, stopping={"max_tokens": 40}))
+    await suite.executors[0].started.wait()
+    await grpc_failure(suite, inference_pb2.GenerateRequest(prompt={"text": ""}))
+    suite.executors[0].gate.set()
+    answers = [m async for m in call]
+    assert answers[-1].closing.usage.completion_tokens == 40
+
+
+async def test_with_keys_only_their_bearers_come_in(suite_with, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("secret-a: acme\nsecret-b: beta\n")
+    async with suite_with(api_keys=str(keys)) as suite:
+        error = await grpc_failure(suite, inference_pb2.GenerateRequest(prompt=PROMPT))
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        call = suite.inference.Generate(
+            inference_pb2.GenerateRequest(prompt=PROMPT, stopping={"max_tokens": 4}),
+            metadata=(("authorization", "Bearer secret-a"),),
+        )
+        assert [m async for m in call]
+        async with httpx.AsyncClient(base_url=suite.http) as client:
+            body = {"model": "story", "prompt": "x"}
+            assert (await client.post("/v1/completions", json=body)).status_code == 401
+            assert (await client.get("/v1/models", headers={"authorization": "Bearer wrong"})).status_code == 401
+            reply = await client.post("/v1/completions", json=body, headers={"authorization": "Bearer secret-b"})
+            assert reply.status_code == 200
+        assert [p.tenant for p in suite.scheduler.placings] == ["acme", "beta"]

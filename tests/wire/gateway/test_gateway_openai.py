@@ -1,0 +1,172 @@
+"""The HTTP door as the real `openai` package sees it."""
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+
+
+@pytest.fixture
+async def client(suite):
+    async with openai.AsyncOpenAI(base_url=f"{suite.http}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def story(suite, tokens):
+    return suite.story.encode()[:tokens].decode(errors="ignore")
+
+
+async def test_models(suite, client):
+    assert [m.id async for m in client.models.list()] == ["story"]
+    assert (await client.models.retrieve("story")).owned_by == "penstock"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("other")
+
+
+async def test_chat_streamed_and_whole_are_the_same(suite, client):
+    ask = {"model": "story", "messages": [{"role": "developer", "content": [{"type": "text", "text": "Hi"}]}], "max_tokens": 50}
+    whole = await client.chat.completions.create(**ask)
+    assert whole.choices[0].message.content == story(suite, 50)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.id.startswith("chatcmpl-")
+    chunks = [c async for c in await client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == story(suite, 50)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 50
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 2
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    await suite.rest()
+
+
+async def test_several_prompts_and_choices_are_counted_through(suite, client):
+    reply = await client.completions.create(model="story", prompt=["One", "Two"], n=2, max_tokens=30)
+    assert [c.index for c in reply.choices] == [0, 1, 2, 3]
+    assert {c.text for c in reply.choices} == {story(suite, 30)}
+    assert reply.usage.prompt_tokens == 6
+    by_ids = await client.completions.create(model="story", prompt=[[1, 2], [3]], max_tokens=5)
+    assert [c.index for c in by_ids.choices] == [0, 1]
+    await suite.rest()
+
+
+async def test_completions_go_on_for_openais_16_tokens_where_nothing_is_said(suite, client):
+    assert (await client.completions.create(model="story", prompt="x")).usage.completion_tokens == 16
+
+
+async def test_stop_texts_end_a_choice_and_tell_which(suite, client):
+    reply = await client.completions.create(model="story", prompt="x", max_tokens=200, stop=["7 8", "zz"])
+    assert reply.choices[0].text == suite.story.partition("7 8")[0]
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.choices[0].stop_reason == "7 8"
+    shown = await client.completions.create(
+        model="story", prompt="x", max_tokens=200, stop="7 8", extra_body={"include_stop_str_in_output": True}
+    )
+    assert shown.choices[0].text == suite.story.partition("7 8")[0] + "7 8"
+    await suite.rest()
+
+
+async def test_an_end_of_sequence_is_not_text_and_a_stop_token_is_named(suite, client):
+    reply = await client.completions.create(model="story", prompt="x", max_tokens=2000, extra_body={"return_token_ids": True})
+    assert reply.choices[0].text == suite.story
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.choices[0].stop_reason is None
+    assert reply.choices[0].token_ids == [*suite.story.encode(), suite.eos]
+    assert reply.choices[0].prompt_token_ids == [ord("x")]
+    extra = {"stop_token_ids": [ord("5")]}
+    reply = await client.completions.create(model="story", prompt="x", max_tokens=200, extra_body=extra)
+    assert reply.choices[0].text == suite.story.partition("5")[0]
+    assert reply.choices[0].stop_reason == ord("5")
+
+
+async def test_chat_logprobs_have_bytes_and_alternatives(suite, client):
+    ask = {"model": "story", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    told = (await client.chat.completions.create(**ask)).choices[0].logprobs.content
+    assert bytes(b for t in told for b in t.bytes) == suite.story.encode()[:4]
+    assert [a.logprob for a in told[0].top_logprobs] == [-1.5, -2.0]
+    chunks = [c async for c in await client.chat.completions.create(**ask, stream=True)]
+    streamed = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert streamed == told
+    await suite.rest()
+
+
+async def test_echo_with_logprobs_covers_the_prompt(suite, client):
+    reply = await client.completions.create(model="story", prompt="Hey", max_tokens=3, echo=True, logprobs=1)
+    choice = reply.choices[0]
+    assert choice.text == "Hey" + story(suite, 3)
+    assert choice.logprobs.tokens[:3] == ["H", "e", "y"]
+    assert choice.logprobs.token_logprobs == [None, -0.5, -0.5, -1.5, -1.5, -1.5]
+    assert choice.logprobs.text_offset == [0, 1, 2, 3, 4, 5]
+    await suite.rest()
+
+
+async def test_errors_are_openais(suite, client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.chat.completions.create(model="story", messages=[{"role": "user", "content": "x"}], top_p=7)
+    assert (refused.value.param, refused.value.type, refused.value.code) == ("top_p", "invalid_request_error", "invalid_value")
+    with pytest.raises(openai.BadRequestError) as refused:
+        parts = [{"type": "image_url", "image_url": {"url": "http://x"}}]
+        await client.chat.completions.create(model="story", messages=[{"role": "user", "content": parts}])
+    assert refused.value.param == "messages[0].content[0]"
+
+
+async def test_a_failure_behind_the_first_text_is_an_error_event(suite, client):
+    stream = await client.completions.create(model="story", prompt="x", max_tokens=2000, stream=True)
+    await anext(aiter(stream))
+    for executor in suite.executors:
+        executor.refuse = 100
+    await suite.executors[0].kill()
+    with pytest.raises(openai.APIError) as failure:
+        async for _ in stream:
+            pass
+    assert failure.value.code == "unavailable"
+    await suite.rest()
+
+
+async def test_closing_a_stream_frees_the_request(suite, client):
+    stream = await client.completions.create(model="story", prompt="x", max_tokens=4000, stream=True)
+    await anext(aiter(stream))
+    suite.executors[0].gate.clear()
+    await stream.close()
+    await suite.rest()
+
+
+async def test_a_silent_stream_is_kept_alive_and_bears_the_clients_request_id(suite_with):
+    async with suite_with(sse_keepalive_seconds=0.05) as suite:
+        suite.executors[0].gate.clear()
+        body = {"model": "story", "prompt": "x", "stream": True}
+        async with (
+            httpx.AsyncClient(base_url=suite.http) as client,
+            client.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "mine"}) as reply,
+        ):
+            assert reply.headers["x-request-id"] == "mine"
+            lines = reply.aiter_lines()
+            while (line := await anext(lines)) != ": keepalive":
+                assert not line
+            suite.executors[0].gate.set()
+            rest = [line async for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert any("cmpl-mine" in line for line in rest)
+        await suite.rest()
+
+
+async def test_tokenize_and_detokenize_are_each_others_inverse(suite):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        told = (await client.post("/tokenize", json={"model": "story", "prompt": "Grüß"})).json()
+        assert told == {"count": 6, "max_model_len": 4096, "tokens": list("Grüß".encode())}
+        back = await client.post("/detokenize", json={"model": "story", "tokens": told["tokens"]})
+        assert back.json() == {"prompt": "Grüß"}
+        refused = await client.post("/detokenize", json={"model": "story", "tokens": [999]})
+        assert refused.json()["error"]["param"] == "tokens"
+        assert (await client.post("/tokenize", json={"tokens": []})).status_code == 400
+
+
+async def test_metrics_count_what_ran(suite, client):
+    await asyncio.gather(*(client.completions.create(model="story", prompt="x", max_tokens=10) for _ in range(3)))
+    async with httpx.AsyncClient(base_url=suite.http) as http:
+        text = (await http.get("/metrics")).text
+    assert 'penstock_generation_tokens_total{model_name="story"} 30.0' in text
+    assert 'penstock_request_success_total{finished_reason="length",model_name="story"} 3.0' in text
+    assert 'penstock_time_to_first_token_seconds_count{model_name="story"} 3.0' in text
+    assert "penstock_num_requests_running 0.0" in text
+    assert "penstock_gateway_sequences 0.0" in text
