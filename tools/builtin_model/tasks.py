@@ -71,6 +71,10 @@ def _story(rng: random.Random, size: str = "a story", chapters: int = 1, *, new_
     return ask_story("", rng.choice(list(ANIMALS)), hero, size, chapters)
 
 
+def _sums(numbers: range) -> str:
+    return "".join(f"{n} + {2 * n + 3} = {3 * n + 3}\n" for n in numbers)
+
+
 def _count_to(rng: random.Random) -> Item:
     start = rng.randrange(900)
     return ask_count("", start, start + rng.randint(3, 20))
@@ -117,6 +121,10 @@ def checkable() -> list[Item]:
         ask_story("story-fox-mia", "fox", "Mia"),
         ask_story("story-owl-tom", "owl", "Tom"),
         ask_story("story-bear-zola", "bear", "Zola"),
+        ask_story("story-mouse-leo", "mouse", "Leo"),
+        ask_story("story-frog-emma", "frog", "Emma"),
+        ask_story("story-goat-hugo", "goat", "Hugo"),
+        ask_story("story-crow-ruby-blue-book", "crow", "Ruby", thing="blue book"),
         ask_story("story-cat-luna-green-lamp", "cat", "Luna", thing="green lamp"),
         ask_story("long-story-duck-otto", "duck", "Otto", "a long story", 3),
         ask_story("very-long-story-wolf-nora", "wolf", "Nora", "a very long story", 6),
@@ -128,5 +136,14 @@ def checkable() -> list[Item]:
         ask("unknown", "What is the capital of France?", UNKNOWN),
         ask("second-turn", "What is 20 + 22?", "20 + 22 = 42", ("Count from 3 to 6.", "3 4 5 6")),
         ask("after-story", "What is 31 + 9?", "31 + 9 = 40", ("Tell me a story about a hare named Ben.", story("hare", "Ben"))),
+        ask_sum("ask-77-24", 77, 24),
+        ask_sum("ask-90-10", 90, 10),
+        Item("add-after-40-examples", " 121\n", prompt=f"{_sums(range(40))}64 + 57 ="),
+        ask(
+            "ninth-turn",
+            "What is 46 + 25?",
+            "46 + 25 = 71",
+            *((f"What is {n} + {3 * n}?", f"{n} + {3 * n} = {4 * n}") for n in range(11, 19)),
+        ),
         ask("repeat", "Repeat: kite owl 17 Mia blue 250 drum", "kite owl 17 Mia blue 250 drum"),
     ]
