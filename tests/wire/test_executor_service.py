@@ -356,6 +356,7 @@ async def test_the_scheduler_hears_at_once_that_an_executor_drains():
     [
         ({"max_batch_tokens": 64}, "max_batch_tokens"),
         ({"kv_cache_gib": -1}, "kv_cache_gib"),
+        ({"kv_cache_share": 1.5}, "kv_cache_share"),
         ({"dtype": "int4"}, "int4"),
         ({"listen": "203.0.113.1:1"}, "listen"),
     ],

@@ -97,6 +97,7 @@ class DeviceConfig:
         dtype: None lets the backend choose its fastest faithful one.
         threads: of computation; None: every core of the process's affinity.
         kv_cache_bytes: None: from the memory that is free once the weights are loaded.
+        kv_cache_share: of that memory, what the cache may take; the rest is for activations, logits and other processes.
         max_batch_tokens: tokens that one step computes at most.
         max_batch_size: sequences that one step holds at most.
         max_context: tokens that one sequence holds at most; at most the model's own.
@@ -106,6 +107,7 @@ class DeviceConfig:
     device: str | None = None
     threads: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_share: float = 0.5
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
     max_context: int | None = None

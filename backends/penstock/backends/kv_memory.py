@@ -12,8 +12,6 @@ from penstock.common.service import StartError
 
 __all__ = ["count_blocks", "free_memory"]
 
-# Of the memory that is free once the weights are loaded; the rest is for activations, logits and the other services.
-_SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -35,9 +33,9 @@ def count_blocks(decoder: DecoderSpec, config: DeviceConfig, block_size: int, by
     if config.kv_cache_bytes is not None:
         blocks = config.kv_cache_bytes // bytes_per_block
     else:
-        blocks = min(fillable, int(free * _SHARE) // bytes_per_block)
+        blocks = min(fillable, int(free * config.kv_cache_share) // bytes_per_block)
     if blocks < 1:
-        budget = config.kv_cache_bytes if config.kv_cache_bytes is not None else int(free * _SHARE)
+        budget = config.kv_cache_bytes if config.kv_cache_bytes is not None else int(free * config.kv_cache_share)
         raise StartError(f"{budget} bytes hold no KV block of {bytes_per_block} bytes; give the KV cache more memory")
     return blocks
 

@@ -21,6 +21,7 @@ class ExecutorConfig:
         dtype: How weights are held and computed; auto leaves it to the backend.
         threads: Threads of computation; every core of the process where absent.
         kv_cache_gib: Memory of the KV cache, in GiB; what is free once the weights are loaded where absent.
+        kv_cache_share: Share of the free memory that the KV cache takes where kv_cache_gib is absent.
         max_batch_tokens: Tokens that one step computes at most.
         max_batch_size: Sequences that run at a time at most.
         prefill_chunk: Prompt tokens that one step computes at most while others are being answered.
@@ -44,6 +45,7 @@ class ExecutorConfig:
     dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
     threads: int | None = None
     kv_cache_gib: float | None = None
+    kv_cache_share: float = 0.5
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
     prefill_chunk: int = 512

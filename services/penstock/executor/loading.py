@@ -54,6 +54,7 @@ def load(config: ExecutorConfig) -> Loaded:
         dtype=dtype,
         threads=config.threads,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
+        kv_cache_share=config.kv_cache_share,
         max_batch_tokens=config.max_batch_tokens,
         max_batch_size=config.max_batch_size,
         max_context=context,
@@ -85,6 +86,8 @@ def _check(config: ExecutorConfig) -> None:
             raise StartError(f"{name}: must be at least {at_least}{more}, not {value}")
     if config.kv_cache_gib is not None and not 0 < config.kv_cache_gib < float("inf"):
         raise StartError(f"kv_cache_gib: must be more than 0, not {config.kv_cache_gib}")
+    if not 0 < config.kv_cache_share < 1:
+        raise StartError(f"kv_cache_share: must be between 0 and 1, not {config.kv_cache_share}")
 
 
 def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities, context: int) -> EngineConfig:

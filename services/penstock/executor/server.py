@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from penstock.common import metrics as endpoint
 from penstock.common import tracing
@@ -69,12 +70,12 @@ class ExecutorServer:
         self._start_engine(loaded)
         await server.start()
         await self._set_serving(serving=True)
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._spawn(self._watch())
         if config.scheduler is not None:
             self._registration = Registration(
                 config.scheduler, description, loaded.engine, lambda: self._serving or loaded.engine.draining
             )
-            self._tasks.append(asyncio.create_task(self._registration.run()))
+            self._spawn(self._registration.run())
         logger().info(
             "model loaded",
             model=loaded.name,
@@ -88,7 +89,7 @@ class ExecutorServer:
         return bound
 
     async def wait(self) -> None:
-        """Return never; raise when the engine is dead.
+        """Return never; raise when the engine is dead, or nothing keeps it registered or watched any more.
 
         Raises:
             EngineDead: so that the process ends and its supervisor starts another.
@@ -138,6 +139,15 @@ class ExecutorServer:
 
         loaded.engine.on_death = on_death
         loaded.engine.start()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and self._dead is not None and not self._dead.done():
+            self._dead.set_result(f"a task of the executor failed: {error!r}")
 
     async def _watch(self) -> None:
         """Let health tell whether the engine makes progress."""

@@ -20,6 +20,7 @@ def test_no_more_than_the_largest_batch_can_fill():
 
 def test_free_memory_is_shared_with_the_rest():
     assert 1 <= count_blocks(DECODER, DeviceConfig(), 16, 100, free=10_000) < 100
+    assert count_blocks(DECODER, DeviceConfig(kv_cache_share=0.25), 16, 100, free=10_000) == 25
 
 
 @pytest.mark.parametrize("config", [DeviceConfig(kv_cache_bytes=99), DeviceConfig()])

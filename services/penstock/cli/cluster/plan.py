@@ -14,6 +14,7 @@ from penstock.cli.cluster.settings import UpConfig
 __all__ = ["Plan"]
 
 _LOOPBACK = "127.0.0.1:0"
+_CACHES_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Plan:
             *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler),
             *self._given(("backend", "dtype", "kv_cache_gib", "max_batch_tokens", "max_batch_size")),
             *([] if self.settings.prefix_cache else ["--no-prefix-cache"]),
+            # They load at the same time, and each would take the same free memory for its own.
+            *(["--kv-cache-share", f"{_CACHES_SHARE / workers:.4f}"] if workers > 1 else []),
         ]
         shares = thread_shares(self.settings.threads, workers)
         return [
