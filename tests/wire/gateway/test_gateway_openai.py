@@ -104,8 +104,8 @@ async def test_errors_are_openais(suite, client):
     with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model="story", messages=[{"role": "user", "content": "x"}], top_p=7)
     assert (refused.value.param, refused.value.type, refused.value.code) == ("top_p", "invalid_request_error", "invalid_value")
+    parts = [{"type": "image_url", "image_url": {"url": "http://x"}}]
     with pytest.raises(openai.BadRequestError) as refused:
-        parts = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         await client.chat.completions.create(model="story", messages=[{"role": "user", "content": parts}])
     assert refused.value.param == "messages[0].content[0]"
 
