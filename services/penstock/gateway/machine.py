@@ -200,7 +200,9 @@ class Request:
             self._fail(refusal.error)
 
     def _place_again(self) -> None:
-        self._placement.place(self, Placing(replacing=bool(self.executor_ids), avoid=tuple(dict.fromkeys(self.executor_ids))))
+        avoid = tuple(dict.fromkeys(self.executor_ids))
+        failures = self._max_attempts - self._attempts_left
+        self._placement.place(self, Placing(replacing=bool(avoid), avoid=avoid, failures=failures))
 
     def _announce(self) -> None:
         if self.lease is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable
 
@@ -23,6 +24,9 @@ from penstock.gateway.stream import Stream
 from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 __all__ = ["SchedulerPlacement"]
+
+_FIRST_PAUSE = 0.02
+_LONGEST_PAUSE = 2.0
 
 
 class SchedulerPlacement:
@@ -66,6 +70,17 @@ class SchedulerPlacement:
         number = next(self._ids)
         self._requests[number] = request
         self._placing_ids[request.number] = number
+        # The first loss is placed again at once; behind it the pool gets time to notice what is gone.
+        if placing.failures > 1:
+            delay = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**placing.failures)
+            asyncio.get_running_loop().call_later(delay, self._ask, number, placing)
+        else:
+            self._ask(number, placing)
+
+    def _ask(self, number: int, placing: Placing) -> None:
+        request = self._requests.get(number)
+        if request is None:
+            return  # it was given up meanwhile
         plan, caller = request.plan, request.caller
         self._place[number] = scheduler_pb2.Placing(
             request_id=number,

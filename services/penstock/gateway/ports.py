@@ -41,10 +41,17 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """A request for a lease. `replacing`: it ran before, on the executors to avoid."""
+    """A request for a lease.
+
+    Attributes:
+        replacing: it ran before.
+        avoid: the executors that it ran on.
+        failures: placements in a row that brought no token; the more, the later it is asked again.
+    """
 
     replacing: bool
     avoid: Sequence[str] = ()
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
