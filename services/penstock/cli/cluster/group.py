@@ -44,6 +44,8 @@ class Group:
         member = _Member(program, self._read_fd, self._console, Backoff(self._policy))
         self._members.append((stage, member))
         endpoints = await member.start()
+        if "metrics" in endpoints:
+            self._console.line(program.name, f"metrics at http://{endpoints['metrics']}/metrics")
         keeping = asyncio.create_task(member.keep())
         keeping.add_done_callback(self._on_kept)
         self._keeping.append(keeping)

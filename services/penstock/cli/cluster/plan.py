@@ -37,12 +37,12 @@ class Plan:
 
     def scheduler(self) -> Program:
         """The scheduler's process."""
-        return self._program("scheduler", "scheduler", [], {"grpc": ("--listen", _LOOPBACK)})
+        return self._program("scheduler", "scheduler", [], self._internal())
 
     def tokenizer(self) -> Program:
         """The tokenizer's process."""
         models = ["--models", f"{self.served_name}={self.folder}"]
-        return self._program("tokenizer", "tokenizer", models, {"grpc": ("--listen", _LOOPBACK)})
+        return self._program("tokenizer", "tokenizer", models, self._internal())
 
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
@@ -62,9 +62,14 @@ class Plan:
         ]
         shares = thread_shares(self.settings.threads, workers)
         return [
-            self._program(name, "executor", flags + _flag("threads", share), {"grpc": ("--listen", _LOOPBACK)})
+            self._program(name, "executor", flags + _flag("threads", share), self._internal())
             for name, share in zip(names, shares, strict=True)
         ]
+
+    def _internal(self) -> dict[str, tuple[str, str]]:
+        """Where a service that is no door listens. Its own section of a file, where there is one, says where its metrics are."""
+        metrics = {} if self.config else {"metrics": ("--metrics", _LOOPBACK)}
+        return {"grpc": ("--listen", _LOOPBACK), **metrics}
 
     def _program(self, name: str, service: str, flags: Sequence[str], listen: dict[str, tuple[str, str]]) -> Program:
         log_format = "console" if self.console and self.settings.log_format == "auto" else self.settings.log_format
