@@ -26,7 +26,7 @@ from penstock.gateway.execution import ExecutorPool
 from penstock.gateway.grpc_door.inference import InferenceServicer
 from penstock.gateway.grpc_door.malformed import MalformedRequests
 from penstock.gateway.grpc_door.models import ModelsServicer
-from penstock.gateway.http_door.app import http_app
+from penstock.gateway.http_door.app import DRAINING, http_app
 from penstock.gateway.http_door.generate import Door
 from penstock.gateway.http_door.server import HttpServer
 from penstock.gateway.metrics import GatewayMetrics
@@ -134,7 +134,7 @@ class GatewayServer:
     def not_ready(self) -> str:
         """Why no request can be served now; nothing if one can."""
         if self._draining:
-            return "draining"
+            return DRAINING
         if not self.placement.connected:
             return "no scheduler"
         if not self.tokenization.serving:

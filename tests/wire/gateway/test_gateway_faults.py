@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from penstock.v1 import inference_pb2
 
@@ -247,12 +248,24 @@ async def test_a_reader_that_takes_nothing_is_cut_off(suite_with):
 
 async def test_ready_and_health_follow_the_other_services(suite):
     async with httpx.AsyncClient(base_url=suite.http) as client:
-        assert (await client.get("/ready")).status_code == 200
+        assert (await client.get("/ready")).status_code == (await client.get("/health")).status_code == 200
         await suite.tokenizer.kill()
         await suite.eventually(lambda: suite.gateway.not_ready() == "no tokenizer")
         assert (await client.get("/ready")).status_code == 503
-        assert (await client.get("/health")).status_code == 200
+        watch = health_pb2_grpc.HealthStub(suite.channel)
+        for name in ("", "penstock.v1.Inference"):
+            status = (await watch.Check(health_pb2.HealthCheckRequest(service=name))).status
+            assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+        told = await client.get("/health")
+        assert (told.status_code, told.json()["reason"]) == (503, "no tokenizer")
         await suite.tokenizer.start()
         await suite.eventually(lambda: not suite.gateway.not_ready())
         await suite.scheduler.kill()
         await suite.eventually(lambda: suite.gateway.not_ready() == "no scheduler")
+        suite.scheduler.executors = []
+        await suite.scheduler.start()
+        await suite.eventually(lambda: suite.gateway.not_ready() == "no executor")
+        assert (await client.get("/health")).status_code == 503
+        await suite.gateway.drain()
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).json()["reason"] == "draining"

@@ -22,7 +22,9 @@ from penstock.gateway.http_door.schemas import DetokenizeBody, TokenizeBody, par
 from penstock.gateway.request import Generation
 from penstock.gateway.validation import validate_input
 
-__all__ = ["http_app"]
+__all__ = ["DRAINING", "http_app"]
+
+DRAINING = "draining"
 
 
 def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str]) -> Starlette:
@@ -94,7 +96,13 @@ class _Pages:
         return JSONResponse({"prompt": text})
 
     async def health(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        # A gateway that drains is well; one that no engine stands behind is not.
+        reason = self._not_ready()
+        return (
+            JSONResponse({"status": "ok"})
+            if reason in {"", DRAINING}
+            else JSONResponse({"status": "failing", "reason": reason}, 503)
+        )
 
     async def ready(self, _request: Request) -> Response:
         reason = self._not_ready()
