@@ -14,7 +14,7 @@ from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
 from penstock.backends.openvino.graph import build
-from penstock.backends.openvino.properties import properties
+from penstock.backends.openvino.properties import OPTIONAL, properties
 from penstock.backends.openvino.weights import Constants
 from penstock.backends.safetensors import Weights
 from penstock.common.service import StartError
@@ -144,4 +144,7 @@ def _compile(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[list[
             graph = build(spec.decoder, constants)
         finally:
             constants.close()
-        return constants.held, core.compile_model(graph, "CPU", properties(spec.decoder, dtype, threads, has_bf16=has_bf16))
+        chosen = properties(spec.decoder, dtype, threads, has_bf16=has_bf16)
+        if not OPTIONAL <= set(core.get_property("CPU", "SUPPORTED_PROPERTIES")):
+            chosen = {name: value for name, value in chosen.items() if name not in OPTIONAL}
+        return constants.held, core.compile_model(graph, "CPU", chosen)

@@ -9,6 +9,8 @@
   to 128.
 - ``ENABLE_CPU_PINNING``: off. Threads that are pinned by their number land on cores that belong to another container, or all
   services of a machine on the same ones.
+- ``TBB_PARTITIONER``: work is dealt out as threads become free, for the other services run on the same cores; dealing it out evenly
+  beforehand leaves one thread waiting for the other. Releases that do not know the property go without.
 - ``NUM_STREAMS`` 1 and ``PERFORMANCE_HINT`` latency: one step at a time uses all threads.
 """
 
@@ -20,7 +22,10 @@ from typing import Any
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import DType
 
-__all__ = ["properties"]
+__all__ = ["OPTIONAL", "properties"]
+
+OPTIONAL = frozenset({"TBB_PARTITIONER"})
+"""Properties that change speed alone, and that not every release knows."""
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -33,6 +38,7 @@ def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bo
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
+        "TBB_PARTITIONER": "AUTO",
         "INFERENCE_PRECISION_HINT": compute,
         "KV_CACHE_PRECISION": compute,
     }
