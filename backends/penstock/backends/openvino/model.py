@@ -145,6 +145,6 @@ def _compile(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[list[
         finally:
             constants.close()
         chosen = properties(spec.decoder, dtype, threads, has_bf16=has_bf16)
-        if not OPTIONAL <= set(core.get_property("CPU", "SUPPORTED_PROPERTIES")):
+        if not set(core.get_property("CPU", "SUPPORTED_PROPERTIES")) >= OPTIONAL:
             chosen = {name: value for name, value in chosen.items() if name not in OPTIONAL}
         return constants.held, core.compile_model(graph, "CPU", chosen)
