@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -16,9 +17,36 @@ from grpc_status import rpc_status
 from penstock.common.errors import PenstockError, status_of
 from penstock.common.logs import logger
 
-__all__ = ["REQUEST_ID_KEY", "ErrorsToStatuses", "RequestIds"]
+__all__ = ["REQUEST_ID_KEY", "ErrorsToStatuses", "RequestIds", "bind_request_id", "bound_request_id", "request_id_metadata"]
 
 REQUEST_ID_KEY = "x-request-id"
+_MOST_CHARACTERS = 128
+# What can be a header's value, metadata, and a word of a log line.
+_UNFIT = re.compile(r"[^!-~]")
+
+
+def bind_request_id(given: str | bytes | None) -> str:
+    """Bind the caller's request id, or a new one, to the logs of the task and what it starts.
+
+    Returns:
+        the id, of printable ASCII and at most 128 characters.
+    """
+    told = given.decode("latin-1") if isinstance(given, bytes) else given or ""
+    request_id = _UNFIT.sub("?", told[:_MOST_CHARACTERS]) or uuid.uuid4().hex
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    return request_id
+
+
+def bound_request_id() -> str:
+    """The id that is bound; a new one where none is."""
+    bound = structlog.contextvars.get_contextvars().get("request_id")
+    return bound if isinstance(bound, str) else bind_request_id(None)
+
+
+def request_id_metadata() -> tuple[tuple[str, str], ...]:
+    """What a gRPC call to another service bears so that its log lines have the same id."""
+    bound = structlog.contextvars.get_contextvars().get("request_id")
+    return ((REQUEST_ID_KEY, bound),) if isinstance(bound, str) else ()
 
 
 class RequestIds(grpc.aio.ServerInterceptor):
@@ -27,8 +55,7 @@ class RequestIds(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        given = dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY)
-        structlog.contextvars.bind_contextvars(request_id=str(given)[:128] if given else uuid.uuid4().hex)
+        bind_request_id(dict(handler_call_details.invocation_metadata or ()).get(REQUEST_ID_KEY))
         return await continuation(handler_call_details)
 
 

@@ -27,7 +27,8 @@ class StreamTraces:
     def forget(self, sequence_ids: Iterable[int]) -> None:
         """Sequences were aborted."""
         for sequence_id in sequence_ids:
-            self._requests.pop(sequence_id, None)
+            request_id, _ = self._requests.pop(sequence_id, ("", ""))
+            logger().debug("sequence aborted", request_id=request_id)
 
     def tell(self, frame: Frame) -> None:
         """Take note of what a step gave."""
@@ -48,7 +49,15 @@ class StreamTraces:
         request_id, parent = self._requests.pop(finished.sequence_id, ("", ""))
         if finished.reason in _UNWELL:
             logger().warning("sequence not run", request_id=request_id, reason=finished.reason.value, message=finished.message)
-        elif finished.decode and tracing.enabled():
+            return
+        logger().debug(
+            "sequence finished",
+            request_id=request_id,
+            reason=finished.reason.value,
+            preemptions=finished.preemptions,
+            decode_seconds=round(finished.decode, 6),
+        )
+        if finished.decode and tracing.enabled():
             now = time.time_ns()
             facts = {"finish": finished.reason.value, "preemptions": finished.preemptions}
             tracing.start("decode", parent, facts, at_ns=now - int(finished.decode * 1e9)).end(at_ns=now)

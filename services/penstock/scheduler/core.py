@@ -218,6 +218,7 @@ class Scheduler:
                 now - request.arrived,
                 cached,
                 request.needs.traceparent,
+                request.needs.client_request_id,
             )
         )
 
@@ -297,8 +298,9 @@ class Scheduler:
 
     def _refuse(self, request: Request, reason: Reason, message: str, *, field: str = "", retry: float = 0.0) -> None:
         needs, waited = request.needs, self._clock() - request.arrived
+        identity = (needs.traceparent, needs.client_request_id)
         self._outcomes.append(
-            Refused(request.gateway, request.request_id, needs.model, reason, message, field, retry, waited, needs.traceparent)
+            Refused(request.gateway, request.request_id, needs.model, reason, message, field, retry, waited, *identity)
         )
 
 

@@ -132,19 +132,34 @@ class Driver:
             _trace(outcome)
         outbox = self._outboxes.get(outcome.gateway)
         if isinstance(outcome, Grant):
-            self._metrics.placed(outcome)
+            self._note_grant(outcome)
             if outbox is not None:
                 outbox.response.granted.append(messages.lease_message(outcome))
         else:
-            self._note(outcome)
+            self._note_refusal(outcome)
             if outbox is not None:
                 outbox.response.refused.append(messages.refusal_message(outcome))
         return outbox
 
-    def _note(self, refused: Refused) -> None:
+    def _note_grant(self, grant: Grant) -> None:
+        self._metrics.placed(grant)
+        logger().debug(
+            "placed",
+            request_id=grant.client_request_id,
+            model=grant.model,
+            executor_id=grant.executor_id,
+            queued_seconds=round(grant.queued_seconds, 6),
+        )
+
+    def _note_refusal(self, refused: Refused) -> None:
         self._metrics.refused(refused)
         logger().info(
-            "refused", request=refused.request_id, model=refused.model[:200], reason=refused.reason.value, field=refused.field
+            "refused",
+            request_id=refused.client_request_id,
+            model=refused.model[:200],
+            reason=refused.reason.value,
+            field=refused.field,
+            queued_seconds=round(refused.queued_seconds, 6),
         )
 
     def _lose(self, lost: Lost) -> None:

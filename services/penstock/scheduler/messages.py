@@ -47,6 +47,7 @@ def read_needs(placing: pb.Placing) -> Needs:
         avoid=frozenset(placing.avoid_executor_ids),
         replacing=placing.replacing,
         traceparent=placing.traceparent,
+        client_request_id=placing.client_request_id,
     )
 
 

@@ -27,6 +27,7 @@ class Needs:
     avoid: frozenset[str] = frozenset()
     replacing: bool = False
     traceparent: str = ""
+    client_request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,7 @@ class Grant:
     queued_seconds: float
     cached_tokens: int
     traceparent: str = ""
+    client_request_id: str = ""
 
 
 @dataclass(slots=True)
@@ -106,6 +108,7 @@ class Refused:
     retry_after: float = 0.0
     queued_seconds: float = 0.0
     traceparent: str = ""
+    client_request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ class TokenizerConfig:
         models: Models whose tokenizers are served, each as NAME=FOLDER; the folder holds tokenizer.json.
         listen: HOST:PORT of the gRPC server; port 0 takes a free one.
         metrics: HOST:PORT of the Prometheus endpoint; off where absent.
+        otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         log_level: Least level that is logged.
         log_format: json, console, or auto (console on a terminal).
         grace_seconds: Seconds that running calls get when the service leaves.
@@ -28,6 +29,7 @@ class TokenizerConfig:
     models: tuple[str, ...] = ()
     listen: str = "127.0.0.1:8011"
     metrics: str | None = None
+    otlp_endpoint: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
     grace_seconds: float = 30

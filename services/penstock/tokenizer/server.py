@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from penstock.common import metrics as endpoint
+from penstock.common import tracing
 from penstock.common.logs import logger
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
@@ -39,6 +40,7 @@ class TokenizerServer:
 
     async def start(self) -> Mapping[str, str]:
         config = self._config
+        tracing.configure(self.name, config.otlp_endpoint)
         if not config.models:
             raise StartError("models: none given; give at least one NAME=FOLDER")
         self._models = Models([await self._load(entry) for entry in config.models])

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 from penstock.common import tracing
 from penstock.common.errors import InvalidRequest, PenstockError
+from penstock.common.logs import logger
 from penstock.internal.v1 import tokenizer_pb2 as pb
 from penstock.internal.v1 import tokenizer_pb2_grpc as pb_grpc
 from penstock.tokenizer.decoding import Decoding, Decodings
@@ -32,10 +33,12 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
         try:
             with tracing.span("tokenize"), self._metrics.encode_seconds.time():
                 ids = await self._encode(model, request)
-        except PenstockError:
+        except PenstockError as error:
             self._metrics.refused.inc()
+            logger().info("prompt refused", model=model.name, why=str(error)[:500])
             raise
         self._metrics.encoded.inc(len(ids))
+        logger().debug("encoded", model=model.name, tokens=len(ids))
         return pb.EncodeResponse(token_ids=ids, fingerprint=model.vocabulary.fingerprint)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: object) -> pb.DetokenizeResponse:

@@ -75,7 +75,7 @@ class Plan:
         log_format = "console" if self.console and self.settings.log_format == "auto" else self.settings.log_format
         common = [
             *(["--config", str(self.config)] if self.config else []),
-            *self._given(("log_level", "grace_seconds")),
+            *self._given(("log_level", "otlp_endpoint", "grace_seconds")),
             *([] if log_format == "auto" else ["--log-format", log_format]),
         ]
         argv = (sys.executable, "-m", "penstock.cli", service, *flags, *common)

@@ -32,6 +32,7 @@ class UpConfig:
         healthy_seconds: Life after which a service's death is the first in a row again.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
+        otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         grace_seconds: Time that running requests get when the cluster ends.
     """
 
@@ -52,4 +53,5 @@ class UpConfig:
     healthy_seconds: float = 60.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = "auto"
+    otlp_endpoint: str | None = None
     grace_seconds: float = 30.0

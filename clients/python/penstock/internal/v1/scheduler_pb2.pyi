@@ -104,6 +104,7 @@ class Placing(_message.Message):
     AVOID_EXECUTOR_IDS_FIELD_NUMBER: _builtins.int
     REPLACING_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Minted by the gateway, unique on the stream."""
     model: _builtins.str
@@ -123,6 +124,8 @@ class Placing(_message.Message):
     """Whether the request was running before: it goes ahead of new ones and is never refused for a full queue."""
     traceparent: _builtins.str
     """For traces."""
+    client_request_id: _builtins.str
+    """For logs: the id by which the client knows its request, x-request-id."""
     @_builtins.property
     def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Public request fields that are in use and that an executor must support, such as "sampling.min_p"."""
@@ -148,10 +151,11 @@ class Placing(_message.Message):
         avoid_executor_ids: _abc.Iterable[_builtins.str] | None = ...,
         replacing: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
+        client_request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoid_executor_ids", b"avoid_executor_ids", "block_hashes", b"block_hashes", "choices", b"choices", "deadline_ms", b"deadline_ms", "fields", b"fields", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replacing", b"replacing", "request_id", b"request_id", "tenant", b"tenant", "tokenizer_fingerprint", b"tokenizer_fingerprint", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoid_executor_ids", b"avoid_executor_ids", "block_hashes", b"block_hashes", "choices", b"choices", "client_request_id", b"client_request_id", "deadline_ms", b"deadline_ms", "fields", b"fields", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replacing", b"replacing", "request_id", b"request_id", "tenant", b"tenant", "tokenizer_fingerprint", b"tokenizer_fingerprint", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
