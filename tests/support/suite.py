@@ -1,10 +1,12 @@
 """`penstock up` as a user starts it, and what a test wants to know of it: its processes, its counts, what it wrote."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 
@@ -18,11 +20,13 @@ SERVICES = ("scheduler", "tokenizer", "executor", "gateway")
 
 
 class Suite:
-    """A running suite. `stop` it in the end; `with` does."""
+    """A running suite. `stop` it in the end; `with` does. `environment` is laid over this process's own."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         argv = [sys.executable, "-m", "penstock.cli", "up", *arguments, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
-        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+        )
         self.log: list[str] = []
         self.printed: list[str] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -120,9 +124,23 @@ class Suite:
         assert not left, f"left behind: {[p.cmdline() for p in left]}"
         return status
 
+    def address(self, name: str) -> str:
+        """Where a service's gRPC server listens."""
+        if name == "gateway":
+            return self.grpc
+        metrics = {urllib.parse.urlsplit(url).port for url in self.metrics_urls().values()}
+        listening = {c.laddr.port for c in self.services(name)[0].net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        (port,) = listening - metrics
+        return f"127.0.0.1:{port}"
+
+    def metrics_urls(self) -> dict[str, str]:
+        """Each service's Prometheus endpoint, as the suite has told them."""
+        told = (line.partition("|") for line in self.log)
+        urls = {name.strip(): text.strip().removeprefix("metrics at ") for name, _, text in told if text.startswith(" metrics at ")}
+        return {**urls, "gateway": f"http://{self.http}/metrics"}
+
     def _scheduler(self):
-        listening = [c.laddr for c in self.services("scheduler")[0].net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-        return scheduler_pb2_grpc.SchedulerServiceStub(self._channel(f"127.0.0.1:{listening[0].port}"))
+        return scheduler_pb2_grpc.SchedulerServiceStub(self._channel(self.address("scheduler")))
 
     def _channel(self, address: str) -> grpc.Channel:
         if address not in self._channels:

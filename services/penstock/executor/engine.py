@@ -275,6 +275,7 @@ class Engine:
         began = time.monotonic()
         decodes = step.counts.count(1)
         prompt_tokens = int(built.batch.starts[-1]) - decodes
+        next_tokens = sum(count == 1 and s.first_token_at > 0 for s, count in zip(step.sequences, step.counts, strict=True))
         for sequence in step.sequences:
             if not sequence.first_step_at:
                 sequence.first_step_at = began
@@ -285,7 +286,7 @@ class Engine:
             self._fail(step, f"{type(error).__name__}: {error}")
             return None
         finally:
-            self.meter.end(StepFacts(time.monotonic() - began, decodes, prompt_tokens))
+            self.meter.end(StepFacts(time.monotonic() - began, decodes, prompt_tokens, next_tokens))
         self._raised_before = False
         return logits
 

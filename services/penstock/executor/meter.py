@@ -18,11 +18,18 @@ _MANY_PROMPT_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class StepFacts:
-    """One step of the backend."""
+    """One step of the backend.
+
+    Attributes:
+        decodes: sequences of which it computed one token.
+        prompt_tokens: all others.
+        next_tokens: sequences whose token before came from the step before.
+    """
 
     seconds: float
     decodes: int
     prompt_tokens: int
+    next_tokens: int
 
 
 class Meter:

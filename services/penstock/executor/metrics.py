@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from penstock.common.metrics import INTER_TOKEN_SECONDS, STEP_TOKENS
@@ -30,9 +33,11 @@ class ExecutorMetrics(Collector):
         self._step_tokens = Histogram(
             "penstock_iteration_tokens_total", "Tokens of one engine step.", names, buckets=STEP_TOKENS, registry=self.registry
         ).labels(model)
+        self._gaps = _Gaps()
         engine.meter.on_step = self._observe
 
     def _observe(self, facts: StepFacts) -> None:
+        self._gaps.observe(time.monotonic(), facts.next_tokens)
         self._step_seconds.observe(facts.seconds)
         self._step_tokens.observe(facts.decodes + facts.prompt_tokens)
 
@@ -56,6 +61,11 @@ class ExecutorMetrics(Collector):
         for reason, count in meter.finished.items():
             finished.add_metric([*self._labels.values(), reason.value], count)
         yield finished
+        latency = HistogramMetricFamily(
+            "penstock_inter_token_latency_seconds", "Time from a sequence's token to its next.", labels=list(self._labels)
+        )
+        latency.add_metric(list(self._labels.values()), self._gaps.buckets(), self._gaps.total)
+        yield latency
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"penstock_{name}", text, labels=list(self._labels))
@@ -66,3 +76,24 @@ class ExecutorMetrics(Collector):
         family = CounterMetricFamily(f"penstock_{name}", text, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
+
+
+class _Gaps:
+    """Times between tokens. All that a step continues have waited for as long, so a step is one observation with a weight."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._counts = [0] * (len(INTER_TOKEN_SECONDS) + 1)
+        self._last = 0.0
+
+    def observe(self, now: float, tokens: int) -> None:
+        """A step has ended that gave the next token of so many sequences."""
+        gap, self._last = now - self._last, now
+        if tokens:
+            self._counts[bisect_left(INTER_TOKEN_SECONDS, gap)] += tokens
+            self.total += tokens * gap
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Counts up to each bound, as Prometheus tells them."""
+        bounds = [*map(str, INTER_TOKEN_SECONDS), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
