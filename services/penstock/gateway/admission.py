@@ -17,6 +17,7 @@ from penstock.common.errors import (
     PenstockError,
     Unavailable,
 )
+from penstock.gateway import access
 from penstock.gateway.catalog import Catalog, Model
 from penstock.gateway.machine import Request
 from penstock.gateway.output import OutputQueue
@@ -175,6 +176,7 @@ class Admission:
                 timer.cancel()
                 self._calls.discard(call)
                 trace.done(call.requests)
+                access.note(model.name, call.requests)
                 call.cancel(Cancelled("the client is gone"))
 
     def _check(self, generations: Sequence[Generation], model: Model) -> None:

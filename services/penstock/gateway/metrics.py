@@ -22,7 +22,9 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", TIME_TO_FIRST_TOKEN_SECONDS)
-        self._between = self._histogram("inter_token_latency_seconds", "Mean time between a choice's tokens", INTER_TOKEN_SECONDS)
+        self._between = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time between a request's tokens", INTER_TOKEN_SECONDS
+        )
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", E2E_SECONDS)
         self._queue = self._histogram("request_queue_time_seconds", "Time before the first engine step", E2E_SECONDS)
         self._success = self._counter("request_success", "Choices by how they finished", "finished_reason")

@@ -96,6 +96,8 @@ class SchedulerPlacement:
             deadline_ms=max(1, int((caller.deadline - self._clock()) * 1000)),
             avoid_executor_ids=placing.avoid,
             replacing=placing.replacing,
+            traceparent=caller.traceparent,
+            client_request_id=caller.request_id,
         )
         self._stream.wake()
 

@@ -23,6 +23,7 @@ from penstock.gateway.catalog import Catalog
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.decoding import TokenizerDecoding
 from penstock.gateway.execution import ExecutorPool
+from penstock.gateway.grpc_door.access import AccessLog
 from penstock.gateway.grpc_door.inference import InferenceServicer
 from penstock.gateway.grpc_door.malformed import MalformedRequests
 from penstock.gateway.grpc_door.models import ModelsServicer
@@ -63,7 +64,9 @@ class GatewayServer:
         self._failed = asyncio.get_running_loop().create_future()
         self._connect()
         self._http = HttpServer(http_app(self._door(), self.metrics.registry, self.not_ready))
-        self._grpc = GrpcServer(interceptors=[Traceparents(), MalformedRequests()], max_receive_bytes=config.max_body_bytes)
+        self._grpc = GrpcServer(
+            interceptors=[Traceparents(), AccessLog(), MalformedRequests()], max_receive_bytes=config.max_body_bytes
+        )
         inference = InferenceServicer(self.admission, keys, config.default_deadline_seconds)
         self._grpc.add(inference_pb2_grpc.add_InferenceServicer_to_server, inference, "penstock.v1.Inference")
         models = ModelsServicer(self.catalog, self.placement, keys)

@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 
 from penstock.common import tracing
 from penstock.common.errors import DeadlineExceeded, FieldViolation, InvalidRequest, Unavailable, error_from_status
+from penstock.common.interceptors import request_id_metadata
 from penstock.gateway.request import Generation
 from penstock.internal.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
@@ -76,10 +77,11 @@ class Tokenization:
 
     async def _ask(self, call: Callable[..., Any], request: Any, deadline: float) -> Any:
         patience = self._clock() + _PATIENCE_SECONDS
+        metadata = (*tracing.metadata(), *request_id_metadata())
         while True:
             left = min(deadline, patience) - self._clock()
             try:
-                return await call(request, timeout=max(0.001, left), wait_for_ready=True, metadata=tracing.metadata())
+                return await call(request, timeout=max(0.001, left), wait_for_ready=True, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     if deadline <= patience:

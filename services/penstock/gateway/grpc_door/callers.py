@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Any
 
 import grpc.aio
 
-from penstock.common.interceptors import REQUEST_ID_KEY
+from penstock.common.interceptors import bound_request_id
 from penstock.common.tracing import TRACEPARENT_KEY
 from penstock.gateway.auth import Keys
 from penstock.gateway.request import Caller
@@ -17,7 +16,7 @@ __all__ = ["caller_of"]
 
 
 def caller_of(context: grpc.aio.ServicerContext[Any, Any], keys: Keys, default_deadline_seconds: float) -> Caller:
-    """The caller of a call: its tenant by key, its request id and trace by metadata, its deadline by gRPC.
+    """The caller of a call: its tenant by key, its request id as its logs have it, its trace by metadata, its deadline by gRPC.
 
     Raises:
         Unauthenticated: keys are set up, and the call bears none of them.
@@ -27,7 +26,7 @@ def caller_of(context: grpc.aio.ServicerContext[Any, Any], keys: Keys, default_d
     left: float | None = context.time_remaining()
     return Caller(
         tenant=keys.tenant(_text(metadata.get("authorization"))),
-        request_id=(_text(metadata.get(REQUEST_ID_KEY)) or uuid.uuid4().hex)[:128],
+        request_id=bound_request_id(),
         deadline=time.monotonic() + (default_deadline_seconds if left is None else left),
         traceparent=(_text(metadata.get(TRACEPARENT_KEY)) or "")[:64],
     )

@@ -11,10 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from penstock.common.errors import InvalidRequest, PenstockError, UnknownModel
 from penstock.gateway.catalog import Model
 from penstock.gateway.http_door import generations
+from penstock.gateway.http_door.access import AccessLog
 from penstock.gateway.http_door.body import read_body
 from penstock.gateway.http_door.errors import error_response
 from penstock.gateway.http_door.generate import Door, chat_endpoint, completions_endpoint
@@ -27,10 +29,10 @@ __all__ = ["DRAINING", "http_app"]
 DRAINING = "draining"
 
 
-def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str]) -> Starlette:
+def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str]) -> ASGIApp:
     """The ASGI application. `not_ready` tells why the gateway can not serve now, or nothing."""
     pages = _Pages(door, registry, not_ready)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", completions_endpoint(door), methods=["POST"]),
             Route("/v1/chat/completions", chat_endpoint(door), methods=["POST"]),
@@ -44,6 +46,7 @@ def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], st
         ],
         exception_handlers={HTTPException: _no_such_page, PenstockError: _refused},  # type: ignore[dict-item]  # narrower
     )
+    return AccessLog(app)
 
 
 class _Pages:

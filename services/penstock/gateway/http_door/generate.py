@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from penstock.common.errors import PenstockError, RequestTooLarge
-from penstock.common.interceptors import REQUEST_ID_KEY
+from penstock.common.interceptors import bound_request_id
 from penstock.common.logs import logger
 from penstock.gateway.admission import Admission, Live
 from penstock.gateway.auth import Keys
@@ -48,7 +47,7 @@ class Door:
         """
         return Caller(
             tenant=self.keys.tenant(headers.get("authorization")),
-            request_id=headers.get(REQUEST_ID_KEY, "")[:128] or uuid.uuid4().hex,
+            request_id=bound_request_id(),
             deadline=time.monotonic() + self.default_deadline_seconds,
             traceparent=headers.get("traceparent", "")[:64],
         )
@@ -105,9 +104,9 @@ class GenerateEndpoint:
             return  # the client is gone
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status or sees an end
             if not isinstance(error, PenstockError):
-                logger().error("request failed", request_id=caller.request_id, exc_info=error)
+                logger().error("request failed", exc_info=error)
             if not began:  # otherwise the connection is closed in the middle, which the client can not take for an end
-                await self._refuse(error, caller, scope, receive, send)
+                await error_response(error, chat=self._chat)(scope, receive, send)
 
     async def _relay(self, call: Live, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -116,20 +115,13 @@ class GenerateEndpoint:
             headers = [
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-cache"),
-                (b"x-request-id", caller.request_id.encode("latin-1", "replace")),
             ]
             keepalive = self._door.keepalive_seconds
             await stream(call, rendering, send, headers, keepalive_seconds=keepalive, include_usage=include_usage, chat=self._chat)
             return
         deltas = await collect(call)
         told = json.dumps(rendering.whole(deltas, closings_of(call)), ensure_ascii=False, separators=(",", ":"))
-        response = Response(told, headers={"x-request-id": caller.request_id}, media_type="application/json")
-        await response(scope, receive, send)
-
-    async def _refuse(self, error: Exception, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(error, chat=self._chat)
-        response.headers["x-request-id"] = caller.request_id
-        await response(scope, receive, send)
+        await Response(told, media_type="application/json")(scope, receive, send)
 
 
 def completions_endpoint(door: Door) -> GenerateEndpoint:

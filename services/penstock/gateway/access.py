@@ -1,0 +1,72 @@
+"""One log line for each request that a door has answered: what was asked, how it ended, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from penstock.common.logs import logger
+from penstock.gateway.choice import Choice
+from penstock.gateway.machine import Request
+
+__all__ = ["Line", "line", "note"]
+
+
+class Line:
+    """What is known of a request so far. `status` is the door's own: a gRPC status by name, or an HTTP status."""
+
+    def __init__(self, status: str | int) -> None:
+        self.status = status
+        self.facts: dict[str, object] = {}
+
+
+_current: ContextVar[Line | None] = ContextVar("access_line", default=None)
+
+
+@contextmanager
+def line(door: str, method: str, *, unanswered: str | int, quiet: bool) -> Iterator[Line]:
+    """Write the line when the block ends.
+
+    Args:
+        door: grpc or http.
+        method: the RPC, or the HTTP method and path.
+        unanswered: the status of a request whose client left before there was one.
+        quiet: whether the line is for debugging alone: questions about the state come by the second.
+    """
+    begun = time.perf_counter()
+    told = Line(unanswered)
+    token = _current.set(told)
+    try:
+        yield told
+    finally:
+        _current.reset(token)
+        seconds = round(time.perf_counter() - begun, 6)
+        write = logger().debug if quiet else logger().info
+        write("request", door=door, method=method, status=told.status, seconds=seconds, **told.facts)
+
+
+def note(model: str, requests: Sequence[Request]) -> None:
+    """Add how a call's requests have run to the line of the task."""
+    told = _current.get()
+    if told is None or not requests:
+        return
+    choices = [(request, choice) for request in requests for choice in request.choices]
+    first = min((r.first_token_at - r.created for r in requests if r.first_token_at is not None), default=None)
+    told.facts = {
+        "model": model,
+        "prompt_tokens": sum(len(r.plan.prompt_ids) for r in requests),
+        "cached_tokens": sum(c.start.cached_tokens for _, c in choices if c.start is not None),
+        "completion_tokens": sum(c.told_tokens for _, c in choices),
+        "finish": [_finish(r, c) for r, c in choices],
+        "queue_seconds": round(max(r.queue_seconds for r in requests), 6),
+        "first_token_seconds": first if first is None else round(first, 6),
+        "replacements": sum(r.replacements for r in requests),
+    }
+
+
+def _finish(request: Request, choice: Choice) -> str:
+    if choice.finish is not None:
+        return choice.finish.reason.value
+    return "cancelled" if request.error is None else type(request.error).__name__
