@@ -32,4 +32,4 @@ def test_ci_runs_the_checks_and_the_tests():
     assert run.stat().st_mode & 0o111
     text = run.read_text()
     assert "make lint" in text
-    assert "pytest" in text
+    assert "make test" in text
