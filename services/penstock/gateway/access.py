@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from penstock.common.errors import InternalError, PenstockError
 from penstock.common.logs import logger
 from penstock.gateway.choice import Choice
 from penstock.gateway.machine import Request
 
-__all__ = ["Line", "line", "note"]
+__all__ = ["Line", "failed", "line", "note"]
+
+_MOST_CHARACTERS = 300
 
 
 class Line:
@@ -47,6 +50,15 @@ def line(door: str, method: str, *, unanswered: str | int, quiet: bool) -> Itera
         write("request", door=door, method=method, status=told.status, seconds=seconds, **told.facts)
 
 
+def failed(error: BaseException) -> None:
+    """Add why the task's request failed. The text of a defect may be long, and stands in the log by itself."""
+    told = _current.get()
+    if told is not None:
+        told.facts["error"] = type(error).__name__
+        if isinstance(error, PenstockError) and not isinstance(error, InternalError):
+            told.facts["why"] = str(error)[:_MOST_CHARACTERS]
+
+
 def note(model: str, requests: Sequence[Request]) -> None:
     """Add how a call's requests have run to the line of the task."""
     told = _current.get()
@@ -54,7 +66,7 @@ def note(model: str, requests: Sequence[Request]) -> None:
         return
     choices = [(request, choice) for request in requests for choice in request.choices]
     first = min((r.first_token_at - r.created for r in requests if r.first_token_at is not None), default=None)
-    told.facts = {
+    told.facts |= {
         "model": model,
         "prompt_tokens": sum(len(r.plan.prompt_ids) for r in requests),
         "cached_tokens": sum(c.start.cached_tokens for _, c in choices if c.start is not None),

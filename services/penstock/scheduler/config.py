@@ -42,7 +42,7 @@ class SchedulerConfig:
     expected_output_tokens: int = 256
     look_ahead: int = 2
     prefill_weight: float = 1.0
-    lease_seconds: float = 5.0
+    lease_seconds: float = 2.5
     executor_wait_seconds: float = 30.0
     model_memory_seconds: float = 300.0
     settle_seconds: float = 3.0

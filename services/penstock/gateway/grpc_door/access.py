@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from penstock.common.errors import status_of
-from penstock.gateway.access import line
+from penstock.gateway.access import failed, line
 
 __all__ = ["AccessLog"]
 
@@ -49,6 +49,7 @@ def _logged(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callabl
                 raise
             except Exception as error:
                 told.status = status_of(error)[0].name
+                failed(error)
                 raise
             told.status = "OK"
             return answer

@@ -21,6 +21,7 @@ from penstock.common.errors import (
     UnsupportedField,
     status_of,
 )
+from penstock.gateway.access import failed
 
 __all__ = ["error_body", "error_response", "public_field"]
 
@@ -55,7 +56,8 @@ def public_field(field: str, *, chat: bool) -> str:
 
 
 def error_body(error: BaseException, *, chat: bool = False) -> tuple[int, dict[str, Any]]:
-    """An error's HTTP status and its body."""
+    """An error's HTTP status and its body. The access log tells the error too."""
+    failed(error)
     code, status = status_of(error)
     kind, name = next(((k, n) for cls, k, n in _KINDS if isinstance(error, cls)), ("server_error", "internal_error"))
     message, param = status.message, None
