@@ -36,14 +36,17 @@ def _all_variables(app: App, path: tuple[str, ...]) -> set[str]:
     return known
 
 
-def _config_file(_: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def _config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Read the file that ``--config`` or its variable names."""
     file = arguments.get("--config", None)
     if file is None or not file.tokens:
         return
     path = file.tokens[0].value
     values = read_file(Path(path), commands[-1], SERVICES, _keys(arguments))
-    Dict(values, source=path, use_commands_as_keys=False)(_, commands, arguments)
+    # Under its commands' names: of flat values, cyclopts drops those named like a command, such as the executor's `scheduler`.
+    for command in reversed(commands):
+        values = {command: values}
+    Dict(values, source=path)(app, commands, arguments)
 
 
 def _keys(arguments: ArgumentCollection) -> set[str]:

@@ -70,6 +70,14 @@ def test_one_file_holds_a_section_for_each_service(file):
     assert parse("up", "builtin", "--config", path).workers == 2
 
 
+def test_a_setting_named_like_a_command_is_read(file):
+    path = file("gateway: {scheduler: a:1, tokenizer: b:2}\nexecutor: {scheduler: c:3}\ntokenizer: {models: [m=/m, n=/n]}\n")
+    gateway = parse("gateway", "--config", path)
+    assert (gateway.scheduler, gateway.tokenizer) == ("a:1", "b:2")
+    assert parse("executor", "--config", path).scheduler == "c:3"
+    assert parse("tokenizer", "--config", path).models == ("m=/m", "n=/n")
+
+
 @pytest.mark.parametrize(
     ("tokens", "near"),
     [(["scheduler", "--look-ahaed", "1"], "--look-ahead"), (["up", "builtin", "--max-batchsize", "1"], "--max-batch-size")],
