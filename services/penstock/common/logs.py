@@ -8,9 +8,10 @@ from typing import Literal
 
 import structlog
 
-__all__ = ["LogFormat", "configure", "logger"]
+__all__ = ["LogFormat", "LogLevel", "configure", "logger"]
 
 LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def configure(service: str, level: str = "info", fmt: LogFormat = "auto") -> None:

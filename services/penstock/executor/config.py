@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.common.logs import LogFormat
+from penstock.common.logs import LogFormat, LogLevel
 
 __all__ = ["ExecutorConfig"]
 
@@ -58,6 +58,6 @@ class ExecutorConfig:
     advertise: str | None = None
     metrics: str | None = None
     otlp_endpoint: str | None = None
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     grace_seconds: float = 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.common.logs import LogFormat
+from penstock.common.logs import LogFormat, LogLevel
 
 __all__ = ["GatewayConfig"]
 
@@ -49,7 +49,7 @@ class GatewayConfig:
     sse_keepalive_seconds: float = 10.0
     slow_reader_seconds: float = 60.0
     max_attempts: int = 5
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     metrics: str | None = None
     otlp_endpoint: str | None = None

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from penstock.common.logs import LogFormat
+from penstock.common.logs import LogFormat, LogLevel
 from penstock.common.service import StartError
 
 __all__ = ["SchedulerConfig", "check"]
@@ -46,7 +46,7 @@ class SchedulerConfig:
     executor_wait_seconds: float = 30.0
     model_memory_seconds: float = 300.0
     settle_seconds: float = 3.0
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     metrics: str | None = None
     otlp_endpoint: str | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from penstock.common.logs import LogFormat, LogLevel
 
 __all__ = ["TokenizerConfig"]
 
@@ -17,8 +18,8 @@ class TokenizerConfig:
         listen: HOST:PORT of the gRPC server; port 0 takes a free one.
         metrics: HOST:PORT of the Prometheus endpoint; off where absent.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
-        log_level: Least level that is logged.
-        log_format: json, console, or auto (console on a terminal).
+        log_level: Least level of the log lines that are written.
+        log_format: Console or JSON lines; auto is console on a terminal.
         grace_seconds: Seconds that running calls get when the service leaves.
         template_workers: Processes per model that render chat templates.
         template_seconds: Processor seconds that rendering one conversation may take.
@@ -30,8 +31,8 @@ class TokenizerConfig:
     listen: str = "127.0.0.1:8011"
     metrics: str | None = None
     otlp_endpoint: str | None = None
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
     grace_seconds: float = 30
     template_workers: int = 2
     template_seconds: float = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.common.logs import LogFormat
+from penstock.common.logs import LogFormat, LogLevel
 
 __all__ = ["UpConfig"]
 
@@ -51,7 +51,7 @@ class UpConfig:
     served_name: str | None = None
     max_restarts: int = 5
     healthy_seconds: float = 60.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0
