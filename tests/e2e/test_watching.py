@@ -1,9 +1,11 @@
 """A running suite as its operator sees it: one request id in all logs, metrics that add up, one trace, health that tells."""
 
 import json
+import re
 import signal
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import grpc
 import pytest
@@ -246,3 +248,13 @@ def test_the_gateways_health_tells_that_no_executor_answers(suite, by):
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         assert http_status(suite, "/ready") == 200
         watch.cancel()
+
+
+def test_the_documented_metrics_are_those_that_there_are(suite):
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    sections = {part.partition("\n")[0].lower(): part for part in re.split(r"^### ", text, flags=re.MULTILINE)}
+    for service, url in suite.metrics_urls().items():
+        documented = set(re.findall(r"^\| `(penstock_\w+)`", sections[service], flags=re.MULTILINE))
+        with urllib.request.urlopen(url) as answer:
+            told = {line.split()[2] for line in answer.read().decode().splitlines() if line.startswith("# TYPE")}
+        assert documented == {name for name in told if not name.endswith("_created")}, service
