@@ -176,6 +176,7 @@ async def test_a_gateway_that_does_not_read_loses_its_stream_alone(monkeypatch):
         # More than HTTP/2's window holds, in answers that are never read.
         hungry = [start(described, i, [i], described.context_length - 1, logprobs=20) for i in range(24)]
         await slow.write(pb.RunRequest(start=hungry))
+        await slow.read()
         await free_again(stub)
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             await collect(slow, range(24))
