@@ -130,7 +130,9 @@ class Suite:
             return self.grpc
         metrics = {urllib.parse.urlsplit(url).port for url in self.metrics_urls().values()}
         listening = {c.laddr.port for c in self.services(name)[0].net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-        return f"127.0.0.1:{sorted(listening - metrics)[0]}"  # IndexError, which `wait_for` waits over, where it only starts
+        if not listening - metrics:
+            raise ConnectionError(f"the {name} does not listen")
+        return f"127.0.0.1:{min(listening - metrics)}"
 
     def metrics_urls(self) -> dict[str, str]:
         """Each service's Prometheus endpoint, as the suite has told them."""
