@@ -62,6 +62,7 @@ def test_a_conversation_line_by_line(up):
     ("arguments", "why"),
     [
         (["generate", "x", "--top-p", "3"], "sampling.top_p"),
+        (["generate", "x", "--max-tokens", "-1"], "stopping.max_tokens: must be a whole number from 0"),
         (["generate", "x", "--model", "other"], "other"),
         (["generate", "x", "--target", "127.0.0.1:1"], "127.0.0.1:1"),
         (["generate", "x", "--target", "http://127.0.0.1:1"], "--target"),

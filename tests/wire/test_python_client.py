@@ -22,6 +22,7 @@ from penstock.client import (
     Message,
     Overloaded,
     PenstockError,
+    StreamConsumed,
     Unauthenticated,
     Unavailable,
     UnknownModel,
@@ -261,6 +262,42 @@ def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
     with pytest.raises(TypeError, match="unknown option 'temprature'"):
         connect().generate("x", temprature=1)
     assert fake.calls == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "field", "right"),
+    [
+        (lambda c: c.generate("x", max_tokens=-1), "stopping.max_tokens", "from 0 to 4294967295, and is -1"),
+        (lambda c: c.generate("x", seed=2**64), "sampling.seed", "from 0 to 18446744073709551615"),
+        (lambda c: c.generate("x", temperature="hot"), "sampling.temperature", "a number, and is 'hot'"),
+        (lambda c: c.generate("x", logit_bias={-1: 1.0}), "sampling.logit_bias", "a mapping from a whole number"),
+        (lambda c: c.generate("x", stop_token_ids=[1.5]), "stopping.stop_token_ids", "a sequence, of which each is a whole number"),
+        (lambda c: c.generate("x", n=-1), "n", "a whole number from 0"),
+        (lambda c: c.generate("x", model=3), "model", "text"),
+        (lambda c: c.generate([1] * 99 + [-1]), "prompt", "each is a whole number from 0 to 4294967295.* of 100"),
+        (lambda c: c.generate("\ud800"), "prompt", "text that UTF-8 can hold"),
+        (lambda c: c.chat([{"role": "user", "content": 3}]), "conversation.messages[0].content", "text"),
+        (lambda c: c.chat([{"role": "user", "text": "x"}]), "conversation.messages[0]", "with role, content"),
+        (lambda c: c.count_tokens([-1]), "prompt", "from 0 to 4294967295"),
+        (lambda c: c.count_tokens(["x"]), "prompt", "a sequence of messages"),
+    ],
+)
+def test_a_value_that_no_field_can_hold_is_refused_before_anything_is_sent(fake, connect, ask, field, right):
+    with pytest.raises(InvalidRequest, match=right) as refused:
+        ask(connect())
+    assert [violation.field for violation in refused.value.violations] == [field]
+    assert "\n" not in str(refused.value)
+    assert fake.calls == []
+
+
+def test_a_stream_is_read_once(fake, connect):
+    fake.script = [{"text": "a"}, {"text": "b"}, CLOSING]
+    stream = connect().generate("x")
+    assert stream.text() == "ab"
+    for read_again in (stream.text, stream.result, lambda: list(stream)):
+        with pytest.raises(StreamConsumed, match="read once"):
+            read_again()
+    assert len(fake.calls) == 1
 
 
 def test_counts_tokens_and_tells_models(fake, connect):

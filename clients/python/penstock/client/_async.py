@@ -16,7 +16,7 @@ from penstock.client import _options as write
 from penstock.client._options import Message, Options, Prompt
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
 from penstock.client._transport import TLS, Attempts, channel_options, credentials, metadata
-from penstock.client.errors import InternalError, from_rpc
+from penstock.client.errors import InternalError, StreamConsumed, from_rpc
 from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -29,7 +29,7 @@ class AsyncStream:
     """The answer to one request, as it comes. Iterate over it once, or ask for all of it.
 
     Leaving ``async with``, `close`, or giving up the iteration cancels the request on the server. Every error is a
-    `penstock.client.PenstockError`.
+    `penstock.client.PenstockError`; a second reading is `penstock.client.StreamConsumed`.
 
     Attributes:
         closing: usage, placement and times; None until the stream has ended.
@@ -41,6 +41,7 @@ class AsyncStream:
         self._call: Any = None
         self._begun = False
         self._cancelled = False
+        self._read = False
         self.closing: Closing | None = None
 
     async def __aenter__(self) -> Self:
@@ -52,6 +53,9 @@ class AsyncStream:
         self.close()
 
     def __aiter__(self) -> AsyncIterator[Event]:
+        if self._read:
+            raise StreamConsumed
+        self._read = True
         return _Events(self)
 
     async def text(self) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
+from penstock.client._fields import filled, put
+from penstock.client.errors import InvalidRequest
 from penstock.v1 import inference_pb2 as pb
 
 __all__ = ["Message", "Options", "Prompt", "chat_request", "conversation", "count_request", "generate_request", "prompt_message"]
@@ -71,53 +73,74 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """The message of `generate`.
 
     Raises:
-        TypeError: an option is unknown, or no value of its type.
+        TypeError: an option is unknown.
+        InvalidRequest: a field can not hold its value; names it and what would be right.
     """
-    return pb.GenerateRequest(prompt=prompt_message(prompt), **_fields(options))
+    request = filled(pb.GenerateRequest, _of_the_request(options))
+    request.MergeFrom(pb.GenerateRequest(prompt=prompt_message(prompt), **_groups(options)))
+    return request
 
 
 def chat_request(
     messages: Sequence[Message | Mapping[str, str]], options: Options, *, add_generation_prompt: bool | None
 ) -> pb.ChatRequest:
     """The message of `chat`; raises as `generate_request`."""
-    return pb.ChatRequest(conversation=conversation(messages, add_generation_prompt=add_generation_prompt), **_fields(options))
+    request = filled(pb.ChatRequest, _of_the_request(options))
+    said = conversation(messages, add_generation_prompt=add_generation_prompt)
+    request.MergeFrom(pb.ChatRequest(conversation=said, **_groups(options)))
+    return request
 
 
 def count_request(prompt: Prompt | Sequence[Message | Mapping[str, str]], *, model: str, token_ids: bool) -> pb.CountTokensRequest:
-    """The message of `count_tokens`: a sequence of ids is a prompt, one of messages a conversation."""
+    """The message of `count_tokens`: a sequence of ids is a prompt, one of messages a conversation. Raises likewise."""
+    request = filled(pb.CountTokensRequest, {"model": model, "token_ids": token_ids})
     if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt):
         given = prompt if isinstance(prompt, str) else [one for one in prompt if isinstance(one, int)]
-        return pb.CountTokensRequest(model=model, prompt=prompt_message(given), token_ids=token_ids)
+        request.prompt.CopyFrom(prompt_message(given))
+        return request
     messages = [one for one in prompt if isinstance(one, (Message, Mapping))]
     if len(messages) < len(prompt):
-        raise TypeError("a prompt is a text, a sequence of token ids, or a sequence of messages")
-    return pb.CountTokensRequest(model=model, conversation=conversation(messages, add_generation_prompt=None), token_ids=token_ids)
+        raise InvalidRequest.field("prompt", "must be a text, a sequence of token ids, or a sequence of messages")
+    request.conversation.CopyFrom(conversation(messages, add_generation_prompt=None))
+    return request
 
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
-    """A prompt given as text or as token ids."""
-    return pb.Prompt(text=prompt) if isinstance(prompt, str) else pb.Prompt(token_ids=pb.TokenIds(ids=prompt))
+    """A prompt given as text or as token ids; raises as `generate_request`."""
+    message = pb.Prompt()
+    if isinstance(prompt, str):
+        put(message, "text", prompt, "prompt")
+    else:
+        put(message.token_ids, "ids", prompt, "prompt")
+        message.token_ids.SetInParent()
+    return message
 
 
 def conversation(messages: Sequence[Message | Mapping[str, str]], *, add_generation_prompt: bool | None) -> pb.Conversation:
-    """A conversation; a message may be a mapping with `role`, `content` and maybe `name`."""
-    given = [m if isinstance(m, Message) else Message(**m) for m in messages]
-    return pb.Conversation(
-        messages=[pb.Message(role=m.role, content=m.content, name=m.name) for m in given],
-        add_generation_prompt=add_generation_prompt,
-    )
+    """A conversation; a message may be a mapping with `role`, `content` and maybe `name`. Raises as `generate_request`."""
+    said = filled(pb.Conversation, {"add_generation_prompt": add_generation_prompt}, "conversation.")
+    for index, given in enumerate(messages):
+        path = f"conversation.messages[{index}]"
+        try:
+            one = given if isinstance(given, Message) else Message(**given)
+        except TypeError:
+            raise InvalidRequest.field(path, "must be a Message, or a mapping with role, content and maybe name") from None
+        said.messages.append(filled(pb.Message, asdict(one), f"{path}."))
+    return said
 
 
-def _fields(options: Options) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _of_the_request(options: Options) -> dict[str, Any]:
+    """The options that stand in the request itself."""
+    return {name: value for name, value in options.items() if name in _OF_THE_REQUEST}
+
+
+def _groups(options: Options) -> dict[str, Any]:
+    """The messages of the options that stand in one of them."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
-        if value is None or name in _OF_THE_CALL:
+        if name in _OF_THE_CALL | _OF_THE_REQUEST or (name in _GROUP_OF and value is None):
             continue
-        if name in _OF_THE_REQUEST:
-            fields[name] = value
-        elif name in _GROUP_OF:
-            groups.setdefault(_GROUP_OF[name], {})[name] = [value] if name == "stop" and isinstance(value, str) else value
-        else:
+        if name not in _GROUP_OF:
             raise TypeError(f"unknown option {name!r}; there are {', '.join(sorted(Options.__annotations__))}")
-    return fields | {group: _GROUPS[group](**given) for group, given in groups.items()}
+        groups.setdefault(_GROUP_OF[name], {})[name] = [value] if name == "stop" and isinstance(value, str) else value
+    return {group: filled(_GROUPS[group], given, f"{group}.") for group, given in groups.items()}

@@ -15,7 +15,7 @@ from penstock.client import _options as write
 from penstock.client._options import Message, Options, Prompt
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
 from penstock.client._transport import TLS, Attempts, channel_options, credentials, metadata
-from penstock.client.errors import InternalError, from_rpc
+from penstock.client.errors import InternalError, StreamConsumed, from_rpc
 from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -28,7 +28,7 @@ class Stream:
     """The answer to one request, as it comes. Iterate over it once, or ask for all of it.
 
     Leaving ``with``, `close`, or giving up the iteration cancels the request on the server. Every error is a
-    `penstock.client.PenstockError`.
+    `penstock.client.PenstockError`; a second reading is `penstock.client.StreamConsumed`.
 
     Attributes:
         closing: usage, placement and times; None until the stream has ended.
@@ -40,6 +40,7 @@ class Stream:
         self._call: Any = None
         self._begun = False
         self._closed = threading.Event()
+        self._read = False
         self.closing: Closing | None = None
 
     def __enter__(self) -> Self:
@@ -49,6 +50,12 @@ class Stream:
         self.close()
 
     def __iter__(self) -> Iterator[Event]:
+        if self._read:
+            raise StreamConsumed
+        self._read = True
+        return self._events()
+
+    def _events(self) -> Iterator[Event]:
         try:
             while (answer := self._next()) is not None:
                 if answer.HasField("closing"):

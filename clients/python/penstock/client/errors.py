@@ -9,7 +9,8 @@ PenstockError
 ├── DeadlineExceeded
 ├── Cancelled
 ├── Unavailable             no server answers at this address, or a service behind it is not there
-└── InternalError           a defect of the server, or an answer that is none of Penstock's
+├── InternalError           a defect of the server, or an answer that is none of Penstock's
+└── StreamConsumed          a stream was read a second time
 """
 
 from __future__ import annotations
@@ -42,12 +43,20 @@ __all__ = [
     "Overloaded",
     "PenstockError",
     "RequestTooLarge",
+    "StreamConsumed",
     "Unauthenticated",
     "Unavailable",
     "UnknownModel",
     "from_rpc",
     "retry_delay",
 ]
+
+
+class StreamConsumed(PenstockError):
+    """A stream was read a second time. It is read once: keep what `result` returns."""
+
+    def __init__(self) -> None:
+        super().__init__("a stream can be read once, and this one has been: keep its events, or what result() returned")
 
 
 def from_rpc(error: grpc.RpcError) -> PenstockError:
