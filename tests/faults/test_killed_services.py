@@ -9,7 +9,7 @@ from suite import Suite, wait_for
 from penstock.client import PenstockError, Unavailable
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 40, 88, 121, 300, 512, 777)]
-OPTIONS = {"max_tokens": 600, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
+OPTIONS = {"max_tokens": 1200, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
 
 
 class Load:
