@@ -36,9 +36,9 @@ from penstock.backends.contract import GenerativeModel
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
 from penstock.executor.meter import Meter, StepFacts
-from penstock.executor.sampling import Sampled, Sampler
+from penstock.executor.sampling import NotFinite, Sampled, Sampler
 from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
-from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Started
+from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Started, Status
 
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
@@ -187,8 +187,10 @@ class Engine:
             return "there is nothing to compute: the prompt is empty, or all of the output was replayed"
         if max(request.prompt) >= size or max(request.replayed, default=0) >= size or max(sampling.logit_bias, default=0) >= size:
             return f"token ids must be less than {size}"
-        if not (sampling.temperature >= 0 and sampling.repetition_penalty > 0 and 0 < sampling.top_p <= 1):
-            return "temperature must be at least 0, repetition_penalty more than 0, and top_p in (0, 1]"
+        if not (0 <= sampling.temperature <= 100 and 0 < sampling.repetition_penalty <= 10):
+            return "temperature must be from 0 to 100, and repetition_penalty more than 0 and at most 10"
+        if not (0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1):
+            return "top_p must be more than 0 and at most 1, and min_p from 0 to 1"
         return ""
 
     def _refusal(self, request: SequenceRequest) -> str:
@@ -232,18 +234,26 @@ class Engine:
 
     def step(self) -> None:
         """One step of all that runs. The engine's thread calls it; a test that starts none may."""
-        self._obey()
-        self._expire()
-        step = self.scheduler.schedule()
-        if step.sequences:
-            built = build(step, self.block_size)
-            logits = self._compute(step, built)
-            if logits is not None:
-                self.scheduler.advance(step)
-                self._tell_prompts(built.prompts, logits)
-                drawn = logits if built.drawing_rows is None else logits[built.drawing_rows]
-                self._deliver(built.drawing, self._sampler.sample(drawn, [s.next_row() for s in built.drawing]))
-        self._publish()
+        self.meter.begin(time.monotonic() + self._config.stall_seconds)
+        try:
+            self._obey()
+            self._expire()
+            step = self.scheduler.schedule()
+            if step.sequences:
+                self._run_step(step)
+            self._publish()
+        finally:
+            self.meter.end()
+
+    def _run_step(self, step: Step) -> None:
+        built = build(step, self.block_size)
+        logits = self._compute(step, built)
+        if logits is None:
+            return
+        self.scheduler.advance(step)
+        self._tell_prompts(built.prompts, logits)
+        drawn = logits if built.drawing_rows is None else logits[built.drawing_rows]
+        self._deliver(built.drawing, self._sampler.sample(drawn, [s.next_row() for s in built.drawing]))
 
     def _obey(self) -> None:
         while self._commands:
@@ -286,7 +296,7 @@ class Engine:
             self._fail(step, f"{type(error).__name__}: {error}")
             return None
         finally:
-            self.meter.end(StepFacts(time.monotonic() - began, decodes, prompt_tokens, next_tokens))
+            self.meter.computed(StepFacts(time.monotonic() - began, decodes, prompt_tokens, next_tokens))
         self._raised_before = False
         return logits
 
@@ -302,14 +312,19 @@ class Engine:
         for rows in prompts:
             told, count = rows.sequence.prompt_logprobs, rows.sequence.request.prompt_logprobs
             if told is not None and count is not None:
-                for i in range(rows.count):
-                    told.append(self._sampler.logprob(logits[rows.first + i], rows.sequence.ids[rows.place + i + 1], count))
+                try:
+                    for i in range(rows.count):
+                        told.append(self._sampler.logprob(logits[rows.first + i], rows.sequence.ids[rows.place + i + 1], count))
+                except NotFinite as error:
+                    self._finish(rows.sequence, Finish.FAILED, str(error))
 
     def _deliver(self, sequences: list[Sequence], sampled: list[Sampled]) -> None:
         """Add the drawn tokens to their sequences and to the frames."""
         now = time.monotonic()
         self.meter.generated += len(sequences)
         for sequence, drawn in zip(sequences, sampled, strict=True):
+            if sequence.status is Status.DONE:  # its prompt's log-probabilities could not be told
+                continue
             if drawn.error is not None:
                 self._finish(sequence, Finish.FAILED, str(drawn.error))
                 continue

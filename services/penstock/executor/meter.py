@@ -54,12 +54,15 @@ class Meter:
         self.on_step: Callable[[StepFacts], None] | None = None
 
     def begin(self, due: float) -> None:
-        """A step begins, and should end by then."""
+        """A step begins, and should end by then; said again within the step, it moves that time."""
         self.step_due = due
 
-    def end(self, facts: StepFacts) -> None:
+    def end(self) -> None:
         """It has ended, well or not."""
         self.step_due = math.inf
+
+    def computed(self, facts: StepFacts) -> None:
+        """The backend has computed the step, or failed."""
         self.steps += 1
         seconds = max(facts.seconds, 1e-9)
         if facts.prompt_tokens >= _MANY_PROMPT_TOKENS:

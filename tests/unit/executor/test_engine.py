@@ -1,8 +1,10 @@
 """What the engine promises, with a backend whose tokens tell every mistake in paging."""
 
+import itertools
 import threading
 import time
 
+import numpy as np
 import pytest
 from fake_engine import GREEDY, VOCABULARY, Bench, expected
 from hypothesis import given, settings
@@ -231,6 +233,8 @@ def test_stop_tokens_end_a_sequence_but_not_before_min_tokens():
         ({"prompt": [VOCABULARY]}, Finish.FAILED, str(VOCABULARY)),
         ({"sampling": SamplingParameters(logit_bias={VOCABULARY: 1.0})}, Finish.FAILED, str(VOCABULARY)),
         ({"sampling": SamplingParameters(temperature=float("nan"))}, Finish.FAILED, "temperature"),
+        ({"sampling": SamplingParameters(temperature=float("inf"))}, Finish.FAILED, "temperature"),
+        ({"sampling": SamplingParameters(min_p=float("nan"))}, Finish.FAILED, "min_p"),
         ({"replayed": [1, 2, 3, 4]}, Finish.FAILED, "replayed"),
     ],
 )
@@ -296,3 +300,66 @@ def test_prompt_logprobs_are_the_same_in_chunks_and_after_preemption():
     assert len(whole[1]) == 39
     assert told(max_batch_tokens=8, max_batch_size=2, prefill_chunk=3) == whole
     assert told(blocks=7) == whole
+
+
+class Spoilt:
+    """Has the fake model give NaN for the prompt that holds one token."""
+
+    def __init__(self, bench, token):
+        self._step, self._token = bench.model.step, token
+        bench.model.step = self.step
+
+    def step(self, batch):
+        output = self._step(batch)
+        for first, end in itertools.pairwise(batch.starts.tolist()):
+            if end - first > 1 and self._token in batch.token_ids[first:end]:
+                output.logits[(batch.logits_rows >= first) & (batch.logits_rows < end)] = np.nan
+        return output
+
+
+@pytest.mark.parametrize("fields", [{}, {"sampling": SamplingParameters()}, {"logprobs": 3}, {"prompt_logprobs": 3}], ids=repr)
+def test_a_model_that_gives_nan_costs_that_sequence_alone(fields):
+    bench = Bench()
+    Spoilt(bench, 90)
+    bench.submit(1, [1, 2, 3], 20)
+    bench.submit(2, [4, 90, 5], 20, **fields)
+    bench.submit(3, [6, 7, 8], 20)
+    bench.run()
+    assert bench.finished[2].reason is Finish.FAILED
+    assert "not finite" in bench.finished[2].message
+    assert 2 not in bench.tokens
+    assert (bench.tokens[1], bench.tokens[3]) == (expected([1, 2, 3], 20), expected([6, 7, 8], 20))
+    assert bench.engine.blocks.counts().used == 0
+
+
+@pytest.mark.parametrize("stage", ["schedule", "sample", "publish"])
+def test_an_engine_that_hangs_anywhere_in_a_step_makes_no_progress(stage, monkeypatch):
+    bench = Bench(stall_seconds=2.5)
+    inside, release = threading.Event(), threading.Event()
+
+    def hanging(proceed):
+        def hang(*arguments):
+            inside.set()
+            release.wait()
+            return proceed(*arguments)
+
+        return hang
+
+    sink = bench.sink
+    if stage == "publish":
+        sink = hanging(sink)
+    else:
+        owner = bench.engine.scheduler if stage == "schedule" else bench.engine._sampler
+        monkeypatch.setattr(owner, stage, hanging(getattr(owner, stage)))
+    bench.engine.start()
+    try:
+        bench.engine.submit(request_of(Bench(), 1), sink)
+        assert inside.wait(10)
+        now = time.monotonic()
+        assert bench.engine.progress(now)
+        assert not bench.engine.progress(now + 2.6)
+    finally:
+        release.set()
+        bench.engine.wait_until_idle()
+        assert bench.engine.progress(time.monotonic() + 3600)
+        bench.engine.close()

@@ -184,3 +184,53 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(parameters, bad):
     broken, sound = Sampler(SIZE).sample(logits, [Row(parameters, 0), Row(parameters, 0)])
     assert isinstance(broken.error, NotFinite)
     assert sound.error is None
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9], ids="top_p={}".format)
+@pytest.mark.parametrize("temperature", [9e-6, 1e-30, 1e-40, 5e-324])
+def test_the_coldest_temperatures_are_greedy(temperature, top_p):
+    logits = normal_logits(0.01)
+    logits[:5] = -np.inf
+    p = SamplingParameters(temperature=temperature, top_p=top_p)
+    drawn = Sampler(SIZE).sample(np.stack([logits] * 50), [Row(p, i, logprobs=1) for i in range(50)])
+    assert {d.token for d in drawn} == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9], ids="top_p={}".format)
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 100.0])
+def test_a_row_with_one_possible_token_gives_it_at_any_temperature(temperature, top_p):
+    logits = np.full(SIZE, -np.inf, np.float32)
+    logits[777] = -3e38
+    p = SamplingParameters(temperature=temperature, top_p=top_p)
+    assert {d.token for d in Sampler(SIZE).sample(np.stack([logits] * 9), [Row(p, i) for i in range(9)])} == {777}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("temperature", [np.float32(1e-45), float("nan")])
+def test_numbers_that_nothing_can_be_drawn_by_end_with_the_likeliest(temperature):
+    # What the validators keep out would otherwise be drawn for ever, with the engine in it.
+    logits = normal_logits(1.0)
+    with np.errstate(all="ignore"):
+        drawn = Drawer(SIZE).draw(logits, SamplingParameters(temperature=float(temperature), top_p=0.9), 0)
+    assert drawn == logits.argmax()
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 5])
+@pytest.mark.parametrize(
+    "parameters", [SamplingParameters(temperature=0), SamplingParameters(), SamplingParameters(top_p=0.9)], ids=repr
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_of_no_numbers_at_all_fail_alone(parameters, bad, logprobs):
+    logits = np.stack([normal_logits(1.0), np.full(SIZE, bad, np.float32), normal_logits(1.0)])
+    first, broken, last = Sampler(SIZE).sample(logits, [Row(parameters, 0, logprobs=logprobs) for _ in range(3)])
+    assert isinstance(broken.error, NotFinite)
+    assert first.error is None
+    assert first == last
+
+
+def test_a_nan_that_a_mask_hides_from_the_choice_still_fails_its_row_alone():
+    logits = np.stack([normal_logits(1.0), normal_logits(1.0)])
+    logits[0, 5] = np.nan
+    broken, sound = Sampler(SIZE).sample(logits, [Row(SamplingParameters(), 0, masked=(5,), logprobs=3) for _ in range(2)])
+    assert isinstance(broken.error, NotFinite)
+    assert sound.error is None

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 __all__ = ["SamplingParameters"]
 
+# As in vLLM: logits divided by less tell nothing but which is the largest, and overflow.
+_COLDEST = 1e-5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParameters:
     """How an output token is drawn; the gateway's validator has bounded each value.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: of the likeliest tokens, the smallest set whose probability reaches this is kept; 1 keeps all.
         top_k: so many of the likeliest tokens are kept, and those as likely as the last of them; 0 keeps all.
         min_p: tokens at least this times as likely as the likeliest are kept.
@@ -33,6 +36,11 @@ class SamplingParameters:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever the random number."""
+        return self.temperature < _COLDEST
 
     @property
     def penalizes(self) -> bool:

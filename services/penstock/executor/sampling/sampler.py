@@ -55,7 +55,7 @@ class Row:
     @property
     def plain(self) -> bool:
         """Whether the largest logit is all that counts."""
-        return self.parameters.temperature == 0 and self.adjustment is None and not self.masked and self.logprobs is None
+        return self.parameters.greedy and self.adjustment is None and not self.masked and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +92,24 @@ class Sampler:
                 raw = logits.copy()
             (row.adjustment or self._nothing).apply(logits, row.masked)
         if not np.isfinite(logits.max()):
-            return Sampled(0, error=NotFinite("the model's logits are not finite"))
-        greedy = row.parameters.temperature == 0
-        token = int(logits.argmax()) if greedy else self._drawer.draw(logits, row.parameters, row.position)
-        return Sampled(token, None if row.logprobs is None else self.logprob(raw, token, row.logprobs))
+            return Sampled(0, error=_not_finite())
+        token = int(logits.argmax()) if row.parameters.greedy else self._drawer.draw(logits, row.parameters, row.position)
+        if row.logprobs is None:
+            return Sampled(token)
+        try:
+            return Sampled(token, self.logprob(raw, token, row.logprobs))
+        except NotFinite as error:  # a change by the request has hidden it from the choice
+            return Sampled(0, error=error)
 
     def logprob(self, row: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
-        """The log-probability of a token and of the `count` likeliest, by the logits as the model gave them."""
+        """The log-probability of a token and of the `count` likeliest, by the logits as the model gave them.
+
+        Raises:
+            NotFinite: they hold a NaN or +inf, or nothing but -inf.
+        """
         largest = row.max()
+        if not np.isfinite(largest):
+            raise _not_finite()
         np.exp(np.subtract(row, largest, out=self._work), out=self._work)
         normalizer = float(largest) + math.log(float(self._work.sum()))
         ids = top(row, count)
@@ -117,6 +127,10 @@ def _greedy(logits: NDArray[np.float32]) -> list[Sampled]:
     if finite.all():
         return [Sampled(token) for token in tokens.tolist()]
     return [
-        Sampled(token) if good else Sampled(0, error=NotFinite("the model's logits are not finite"))
+        Sampled(token) if good else Sampled(0, error=_not_finite())
         for token, good in zip(tokens.tolist(), finite.tolist(), strict=True)
     ]
+
+
+def _not_finite() -> NotFinite:
+    return NotFinite("the model's logits are not finite")
