@@ -24,6 +24,9 @@ _WEIGHT_TYPES = ("F32", "BF16", "F16")
 _COMPUTED = ".rotary_emb.inv_freq"
 # Keys of config.json that tell who wrote it, not what it is.
 _PROVENANCE = ("transformers_version", "_name_or_path")
+# Less may be 0 in single precision, which keeps no token.
+_LEAST_TOP_P = 1e-6
+_MOST_TOP_K = 2**32 - 1
 # Bytes of each tensor that the fingerprint reads: enough to tell a fine-tune from its base, which has the same headers.
 _SAMPLE_BYTES = 256
 
@@ -82,13 +85,23 @@ def _read_generation(path: Path) -> tuple[tuple[int, ...], SamplingDefaults]:
     config = Config(_read_json(path), "generation_config.json: ")
     greedy = not config.boolean("do_sample", default=True)
     top_k = config.whole("top_k", 0)
+    if top_k > _MOST_TOP_K:
+        raise config.error("top_k", f"must be from 0 to {_MOST_TOP_K}")
     return config.token_ids("eos_token_id"), SamplingDefaults(
-        temperature=0.0 if greedy else config.amount("temperature"),
-        top_p=config.amount("top_p"),
+        temperature=0.0 if greedy else _within(config, "temperature", 0, 100),
+        top_p=_within(config, "top_p", _LEAST_TOP_P, 1),
         top_k=top_k or None,
-        min_p=config.amount("min_p"),
-        repetition_penalty=config.amount("repetition_penalty"),
+        min_p=_within(config, "min_p", 0, 1),
+        repetition_penalty=_within(config, "repetition_penalty", 0.01, 10),
     )
+
+
+def _within(config: Config, key: str, low: float, high: float) -> float | None:
+    """A default that no request's validator sees again, so that it must be one which can be sampled by."""
+    value = config.amount(key)
+    if value is not None and not low <= value <= high:
+        raise config.error(key, f"must be from {low} to {high}")
+    return value
 
 
 def _find_shards(folder: Path) -> tuple[Path, ...]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from penstock.common.errors import FieldViolation, InvalidRequest, UnsupportedField
+from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS
 from penstock.gateway.catalog import Model
 from penstock.gateway.request import Generation, Reporting, Sampling, Stopping
 
 __all__ = ["Limits", "fields_in_use", "validate", "validate_input"]
 
-MAX_STOPS = 16
 MAX_STOP_BYTES = 1024
-MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
-MAX_BIASES = 1024
 MAX_SALT_BYTES = 256
-MAX_MESSAGES = 4096
+# 0.01 in single precision. Less makes numbers of logits that are none.
+LEAST_REPETITION_PENALTY = ctypes.c_float(0.01).value
 
 Violations = Iterator[FieldViolation]
 
@@ -122,12 +122,12 @@ def _conversation(generation: Generation) -> Violations:
 
 def _sampling(sampling: Sampling, model: Model) -> Violations:
     yield from _range("sampling.temperature", sampling.temperature, 0, 100)
-    yield from _range("sampling.top_p", sampling.top_p, 0, 1, above=True)
+    yield from _range("sampling.top_p", _single(sampling.top_p), 0, 1, above=True)
     yield from _range("sampling.top_k", sampling.top_k, 0, 2**32 - 1)
     yield from _range("sampling.min_p", sampling.min_p, 0, 1)
     yield from _range("sampling.presence_penalty", sampling.presence_penalty, -2, 2)
     yield from _range("sampling.frequency_penalty", sampling.frequency_penalty, -2, 2)
-    yield from _range("sampling.repetition_penalty", sampling.repetition_penalty, 0, 10, above=True)
+    yield from _range("sampling.repetition_penalty", _single(sampling.repetition_penalty), LEAST_REPETITION_PENALTY, 10)
     yield from _range("sampling.seed", sampling.seed, 0, 2**64 - 1)
     if len(sampling.logit_bias) > MAX_BIASES:
         yield FieldViolation("sampling.logit_bias", f"at most {MAX_BIASES} token ids; these are {len(sampling.logit_bias)}")
@@ -169,6 +169,11 @@ def _rest(generation: Generation, limits: Limits) -> Violations:
     asked = (generation.stopping.max_tokens or 0) * generation.n
     if asked > limits.max_tokens:
         yield FieldViolation("stopping.max_tokens", f"n * max_tokens is {asked}; at most {limits.max_tokens} here")
+
+
+def _single(value: float | None) -> float | None:
+    """As executors get it, in single precision: what is just above a bound may be on it there, and the other way round."""
+    return None if value is None else ctypes.c_float(value).value
 
 
 def _range(field: str, value: float | None, low: float, high: float, *, above: bool = False) -> Violations:

@@ -236,6 +236,25 @@ class TestGenerationDefaults:
         assert self.read(checkpoint, do_sample=False, temperature=0.6).defaults.temperature == 0
 
     @pytest.mark.parametrize(
+        ("values", "told"),
+        [
+            ({"temperature": 101}, "from 0 to 100"),
+            ({"top_p": 0}, "to 1"),
+            ({"top_p": 1e-50}, "to 1"),
+            ({"top_p": 1.01}, "to 1"),
+            ({"top_k": 2**32}, "from 0 to 4294967295"),
+            ({"min_p": 2}, "from 0 to 1"),
+            ({"repetition_penalty": 0}, "from 0.01 to 10"),
+            ({"repetition_penalty": 11}, "from 0.01 to 10"),
+        ],
+    )
+    def test_what_nothing_can_be_sampled_by_is_refused_with_its_range(self, checkpoint, values, told):
+        (checkpoint / "generation_config.json").write_text(json.dumps(values))
+        said = refusal(checkpoint)
+        assert f"generation_config.json: {next(iter(values))}" in said
+        assert told in said
+
+    @pytest.mark.parametrize(
         "values", [{"temperature": "hot"}, {"top_p": -1}, {"eos_token_id": "end"}, {"top_k": 1.5}, {"do_sample": 1}]
     )
     def test_nonsense_is_refused(self, checkpoint, values):

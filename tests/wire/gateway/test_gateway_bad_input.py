@@ -31,6 +31,13 @@ TABLE = {
     "top_p": ({"sampling": {"top_p": 0}}, {"top_p": 0}, "sampling.top_p", "top_p"),
     "min_p": ({"sampling": {"min_p": 1.5}}, {"min_p": 1.5}, "sampling.min_p", "min_p"),
     "presence": ({"sampling": {"presence_penalty": 3}}, {"presence_penalty": 3}, "sampling.presence_penalty", "presence_penalty"),
+    "top_p that is 0 in single precision": ({"sampling": {"top_p": 1e-50}}, {"top_p": 1e-50}, "sampling.top_p", "top_p"),
+    "repetition that makes logits overflow": (
+        {"sampling": {"repetition_penalty": 0.001}},
+        {"repetition_penalty": 0.001},
+        "sampling.repetition_penalty",
+        "repetition_penalty",
+    ),
     "repetition": (
         {"sampling": {"repetition_penalty": 0}},
         {"repetition_penalty": 0},
