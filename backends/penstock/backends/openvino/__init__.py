@@ -1,7 +1,7 @@
 """The CPU backend: a decoder built straight from a `DecoderSpec` and its weights as an OpenVINO graph.
 
 Nothing is exported or traced. Attention is the runtime's paged attention over blocks of 32 tokens in host memory that this backend
-owns; query, key and value are one product, gate and up another; logits are computed for the rows asked for alone.
+owns; logits are computed for the rows asked for alone.
 `penstock.backends.openvino.properties` says how the runtime is set up, and why.
 """
 

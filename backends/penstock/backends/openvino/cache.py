@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -20,10 +22,21 @@ BLOCK_SIZE = 32  # the plug-in's own; it has no other
 _TYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array in memory of its own, of huge pages where the system has them on request."""
+    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)  # keeps the mapping alive
+
+
 class PagedCache:
     """Blocks of keys and values, [block, kv head, slot, head dim] for each layer and kind.
 
-    The arrays are not written when they are made, so memory is taken as blocks are first used.
+    The arrays are not written when they are made, so memory is taken as blocks are first used: in pages of 2 MiB where the system
+    gives them. Blocks that nothing has used yet are what a prompt takes while the prefix cache keeps all others, and in pages of
+    4 KiB their first writes made a prefill of 512 tokens 2 to 19 % slower.
 
     Attributes:
         tensors: by the name of the graph's input.
@@ -36,7 +49,7 @@ class PagedCache:
         self.dtype = ports[0].element_type.to_string()
         self._type = _TYPES[self.dtype]
         self._shape = tuple(dimension.get_length() for dimension in list(ports[0].partial_shape)[1:])
-        self._arrays: dict[str, NDArray[Any]] = {port.any_name: np.empty((blocks, *self._shape), self._type) for port in ports}
+        self._arrays: dict[str, NDArray[Any]] = {port.any_name: _allocate((blocks, *self._shape), self._type) for port in ports}
         self.tensors = {name: shared_tensor(array) for name, array in self._arrays.items()}
         self.bytes_per_block = len(ports) * int(np.prod(self._shape)) * self._type.itemsize
 

@@ -6,6 +6,7 @@ so each becomes one operation; an int8 weight is a constant, a conversion and a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino.op import _PagedAttentionExtension as PagedAttention
 from penstock.backends.architectures.spec import DecoderSpec
+from penstock.backends.contract import DType
 from penstock.backends.openvino.weights import Constants
 
 __all__ = ["build"]
@@ -64,7 +66,7 @@ class _Builder:
         return name.format(layer=layer)
 
     def has(self, role: str) -> bool:
-        return getattr(self.spec.weights.layer, role) is not None
+        return getattr(self.spec.weights.layer, role, None) is not None
 
     def angles(self, positions: Any) -> tuple[Any, Any]:
         """Cosine and sine [tokens, 1, 1, head dim] of each dimension's angle."""
@@ -87,14 +89,28 @@ class _Builder:
         # The operand is converted, not the weight: a converted constant is folded, and held twice as large.
         return ops.convert(ops.matmul(ops.convert(x, dtype), matrix, False, True), "f32")
 
+    def products(self, x: Any, roles: Sequence[str], widths: Sequence[int], layer: int) -> list[Any]:
+        """The products of `x` with the weights of these roles, with their biases where they have any.
+
+        int8 computes them as one, so that `x` is quantised once. Otherwise each stands alone: nothing is split afterwards, the
+        activation of a gate joins its product, and a weight stays where the checkpoint is mapped.
+        """
+        if self.constants.dtype is DType.INT8 and len(roles) > 1:
+            joined = self.biased(self.product(x, *(self.name(role, layer) for role in roles)), roles, layer)
+            return list(ops.variadic_split(joined, _axis(1), ops.constant(np.array(widths))).outputs())
+        return [self.biased(self.product(x, self.name(role, layer)), (role,), layer) for role in roles]
+
+    def biased(self, x: Any, roles: Sequence[str], layer: int) -> Any:
+        biases = [f"{role}_bias" for role in roles]
+        if not all(self.has(bias) for bias in biases):
+            return x
+        return ops.add(x, self.constants.vector(*(self.name(bias, layer) for bias in biases)))
+
     def attention(self, hidden: Any, layer: int) -> Any:
         """Attention of each token over its sequence, [tokens, heads · head dim]."""
         spec = self.spec
-        widths = np.array([spec.heads, spec.kv_heads, spec.kv_heads]) * spec.head_dim
-        joined = self.product(self.norm(hidden, self.name("input_norm", layer)), *(self.name(role, layer) for role in "qkv"))
-        if self.has("q_bias"):
-            joined = ops.add(joined, self.constants.vector(*(self.name(f"{role}_bias", layer) for role in "qkv")))
-        query, key, value = ops.variadic_split(joined, _axis(1), ops.constant(widths)).outputs()
+        widths = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+        query, key, value = self.products(self.norm(hidden, self.name("input_norm", layer)), "qkv", widths, layer)
         query = self.rotated(query, spec.heads, "q_norm", layer)
         key = self.rotated(key, spec.kv_heads, "k_norm", layer)
         return self.paged_attention(query, key, value, layer)
@@ -147,15 +163,12 @@ class _Builder:
         return attention.output(0)
 
     def attention_output(self, hidden: Any, attended: Any, layer: int) -> Any:
-        out = self.product(attended, self.name("o", layer))
-        if self.has("o_bias"):
-            out = ops.add(out, self.constants.vector(self.name("o_bias", layer)))
+        (out,) = self.products(attended, "o", [self.spec.hidden_size], layer)
         return ops.add(hidden, out)
 
     def feed_forward(self, hidden: Any, layer: int) -> Any:
         normed = self.norm(hidden, self.name("post_attention_norm", layer))
-        joined = self.product(normed, self.name("gate", layer), self.name("up", layer))
-        gate, up = ops.variadic_split(joined, _axis(1), ops.constant(np.array([self.spec.intermediate_size] * 2))).outputs()
+        gate, up = self.products(normed, ("gate", "up"), [self.spec.intermediate_size] * 2, layer)
         return ops.add(hidden, self.product(ops.multiply(ops.swish(gate), up), self.name("down", layer)))
 
 

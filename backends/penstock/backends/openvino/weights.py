@@ -41,7 +41,7 @@ def quantize_rows(matrix: NDArray[Any], pool: ThreadPoolExecutor) -> tuple[NDArr
         rows = slice(start, start + _ROWS)
         exact = matrix[rows].astype(np.float32)
         scale = np.maximum(exact.max(1, keepdims=True), -exact.min(1, keepdims=True)) / 127
-        scale[scale == 0] = 1
+        scale[scale < np.finfo(np.float32).tiny] = 1  # no precision is left below: such rows become zeros
         np.rint(np.divide(exact, scale, out=exact), out=exact)
         values[rows], scales[rows] = exact, scale
 
@@ -53,13 +53,14 @@ class Constants:
     """Makes constants from a checkpoint's tensors and keeps what they point into.
 
     Attributes:
+        dtype: the type that matrices are held in.
         held: every array that constants share memory with; must live as long as the compiled graph.
     """
 
     def __init__(self, weights: Mapping[str, NDArray[Any]], dtype: DType, threads: int) -> None:
         self.held: list[NDArray[Any]] = []
         self._weights = weights
-        self._dtype = dtype
+        self.dtype = dtype
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class Constants:
         """Matrices [rows, columns] one below the other, to be multiplied from the right, transposed: bfloat16 or float32."""
         parts = [self._weights[name] for name in names]
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        match self._dtype:
+        match self.dtype:
             case DType.INT8:
                 values, scales = quantize_rows(joined, self._pool)
                 return ops.multiply(ops.convert(self._shared(values), "f32"), ops.constant(scales))
