@@ -77,10 +77,21 @@ def test_a_refusal_is_one_line(up, arguments, why):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_service_that_can_not_start_is_named(up):
-    done = penstock("up", "builtin", "--backend", "fake", "--http", up.http, "--grpc", "127.0.0.1:0")
+def test_a_taken_port_is_told_before_the_model_is_looked_for(up):
+    done = penstock("up", "no/such-model", "--http", up.http, "--grpc", "127.0.0.1:0")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"penstock: --http: can not listen on {up.http}: Address already in use\n"
+
+
+def test_a_service_that_can_not_start_is_named(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"gateway: {{api_keys: {tmp_path / 'none.yaml'}}}\n")
+    flags = ["--backend", "fake", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--config", str(settings)]
+    done = penstock("up", "builtin", *flags)
     assert done.returncode == 1
     assert done.stdout == ""
     told = [line for line in done.stderr.splitlines() if line.startswith("penstock")]
     assert len(told) == 1
-    assert told[0].startswith(f"penstock up: gateway can not start: http: can not listen on {up.http}")
+    assert told[0].startswith("penstock up: gateway can not start: ")
+    assert "none.yaml" in told[0]

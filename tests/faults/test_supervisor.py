@@ -104,6 +104,16 @@ def test_a_member_that_can_not_start_ends_the_cluster_with_one_line(cluster):
     tiny.assert_nobody_is_left()
 
 
+def test_what_a_members_command_line_refuses_is_told(cluster):
+    tiny = cluster("misconfigured")
+    assert tiny.end() == ""
+    assert tiny.process.returncode == 1
+    assert [line for line in tiny.log if "unknown" in line] == [
+        "penstock up: worker can not start: settings.yaml: worker: unknown setting x"
+    ]
+    tiny.assert_nobody_is_left()
+
+
 def test_a_killed_supervisor_leaves_nobody_behind(cluster):
     tiny = cluster("serves")
     tiny.process.stdout.readline()

@@ -60,6 +60,9 @@ def main() -> int:
     parser.add_argument("--grace", type=float, default=60)
     parser.add_argument("--supervisor-fd", type=int)
     arguments = parser.parse_args()
+    if arguments.behaviour == "misconfigured":
+        sys.stderr.write("penstock: settings.yaml: worker: unknown setting x\n")
+        return 1
     logs.configure(arguments.name)
     if arguments.supervisor_fd is not None:
         lifecycle.die_with(arguments.supervisor_fd)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
+from penstock.cli.cluster.checks import check
 from penstock.cli.cluster.console import Console
 from penstock.cli.cluster.group import Group
 from penstock.cli.cluster.plan import Plan
@@ -19,7 +20,7 @@ from penstock.cli.cluster.restarts import RestartPolicy
 from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.cluster.supervisor import supervise
 from penstock.cli.layers import SERVICES
-from penstock.common.config import ConfigError, sections_of
+from penstock.common.config import sections_of
 from penstock.common.sources import resolve
 
 __all__ = ["bring_up", "up"]
@@ -43,29 +44,19 @@ def up(
         config: See its help.
         settings: See its fields.
     """
-    _check(settings)
+    sections = config if config and sections_of(config, SERVICES) else None
+    check(settings, sections)
     console = Console(sys.stderr)
     folder = resolve(model)
     plan = Plan(
         served_name=settings.served_name or (folder.name if Path(model).expanduser().is_dir() else model),
         folder=folder,
         settings=settings,
-        config=config if config and sections_of(config, SERVICES) else None,
+        config=sections,
         console=sys.stderr.isatty(),
     )
     policy = RestartPolicy(limit=settings.max_restarts, healthy_after=settings.healthy_seconds)
     return asyncio.run(supervise(functools.partial(bring_up, plan, console), console, policy, settings.grace_seconds))
-
-
-def _check(settings: UpConfig) -> None:
-    if settings.prefill or settings.decode:
-        raise ConfigError("--prefill and --decode: pools apart are not built yet; --workers N starts executors that do both")
-    if settings.workers < 1:
-        raise ConfigError(f"--workers: must be at least 1, and is {settings.workers}")
-    if settings.threads is not None and settings.threads < settings.workers:
-        raise ConfigError(f"--threads: {settings.workers} workers need at least one each, and there are {settings.threads}")
-    if settings.served_name is not None and (not settings.served_name or "=" in settings.served_name):
-        raise ConfigError(f"--served-name: must be a name without '=', and is {settings.served_name!r}")
 
 
 async def bring_up(plan: Plan, console: Console, group: Group) -> str:

@@ -7,6 +7,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from penstock.common.addresses import host_and_port
 from penstock.common.service import StartError
 
 __all__ = [
@@ -66,11 +67,11 @@ def serve(registry: CollectorRegistry, address: str) -> MetricsServer:
     Raises:
         StartError: the address is no HOST:PORT or can not be bound.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise StartError(f"metrics: {address!r} is not HOST:PORT")
     try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=registry)
+        host, port = host_and_port(address)
+        server, thread = start_http_server(port, addr=host.strip("[]"), registry=registry)
+    except ValueError as error:
+        raise StartError(f"metrics: {error}") from error
     except OSError as error:
         raise StartError(f"metrics: can not listen on {address}: {error.strerror or error}") from error
     return MetricsServer(f"{host}:{server.server_port}", server, thread)

@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from penstock.common.addresses import host_and_port
 from penstock.common.channel import MAX_MESSAGE_BYTES, server_options
 from penstock.common.interceptors import ErrorsToStatuses, RequestIds
 
@@ -44,9 +45,10 @@ class GrpcServer:
         Raises:
             RuntimeError: the address is no HOST:PORT or can not be bound; says which.
         """
-        host, colon, port = address.rpartition(":")
-        if not colon or not port.isdecimal() or int(port) > 65535:  # gRPC would take the port modulo 65,536
-            raise RuntimeError("it is not HOST:PORT")
+        try:
+            host, _ = host_and_port(address)  # gRPC would take a port modulo 65,536
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
         try:
             bound = self._server.add_insecure_port(address)
         except RuntimeError as error:

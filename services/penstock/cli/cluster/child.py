@@ -129,8 +129,9 @@ class Child:
             self._endpoints.set_result(endpoints)
 
     def _take_stderr(self, line: str) -> None:
+        # A service that can not start says so as itself, and what its command line refuses, the program does.
         who, colon, why = line.partition(": ")
-        if colon and who == f"penstock {self._name.partition('-')[0]}":
+        if colon and who in {f"penstock {self._name.partition('-')[0]}", "penstock"}:
             self._complaint = why  # the supervisor says it, once
         else:
             self._console.line(self._name, line)

@@ -1,0 +1,92 @@
+"""What can be known to be wrong before a model is downloaded or loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from penstock.cli.cluster.settings import UpConfig
+from penstock.cli.layers import SERVICES
+from penstock.common.addresses import host_and_port
+from penstock.common.config import ConfigError
+
+__all__ = ["check"]
+
+_POSITIVE = ("workers", "kv_cache_gib", "max_batch_tokens", "max_batch_size", "healthy_seconds")
+_NOT_NEGATIVE = ("max_restarts", "grace_seconds")
+
+
+def check(settings: UpConfig, config: Path | None) -> None:
+    """Refuse settings with which the cluster can not start.
+
+    Args:
+        settings: the cluster's own.
+        config: the file whose sections its services will read, if any.
+
+    Raises:
+        ConfigError: a setting is wrong; names it and what would be right.
+        CycloptsError: a service would refuse a value in its section or its environment variables.
+    """
+    _check_own(settings)
+    _check_backend(settings.backend)
+    with contextlib.ExitStack() as held:
+        # Held until all are bound, so that two that are the same are found.
+        for setting, address in (("--http", settings.http), ("--grpc", settings.grpc), *_metrics(settings, config)):
+            held.enter_context(_bound(setting, address))
+
+
+def _check_own(settings: UpConfig) -> None:
+    if settings.prefill or settings.decode:
+        raise ConfigError("--prefill and --decode: pools apart are not built yet; --workers N starts executors that do both")
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = getattr(settings, name)
+        if value is not None and (value < 0 or not math.isfinite(value) or (value == 0 and name in _POSITIVE)):
+            least = "above 0" if name in _POSITIVE else "0 or more"
+            raise ConfigError(f"--{name.replace('_', '-')}: must be {least}, and is {value}")
+    if settings.threads is not None and settings.threads < settings.workers:
+        raise ConfigError(f"--threads: {settings.workers} workers need at least one each, and there are {settings.threads}")
+    if settings.served_name is not None and (not settings.served_name or "=" in settings.served_name):
+        raise ConfigError(f"--served-name: must be a name without '=', and is {settings.served_name!r}")
+
+
+def _check_backend(name: str) -> None:
+    from penstock.backends.registry import AUTO, backends
+
+    if name != AUTO and name not in (known := backends()):
+        raise ConfigError(f"--backend: must be auto or one of {', '.join(known)}, and is {name!r}")
+
+
+def _metrics(own: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
+    """Where services tell their metrics, by setting; each service's settings are read as its process will read them."""
+    for service in SERVICES:
+        address = _parsed(service, config).metrics
+        # Without a file the cluster itself says where the metrics of those behind the gateway are.
+        if address is not None and (config or service == "gateway"):
+            yield from [(f"{service}: metrics", address)] * (own.workers if service == "executor" else 1)
+
+
+def _parsed(service: str, config: Path | None) -> Any:
+    from penstock.cli.app import app
+
+    tokens = [service, *(["--config", str(config)] if config else [])]
+    _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    bound.apply_defaults()
+    return bound.arguments["settings"]
+
+
+@contextlib.contextmanager
+def _bound(setting: str, address: str) -> Iterator[None]:
+    """Listen on an address for a moment, as the service will: with SO_REUSEADDR, without SO_REUSEPORT."""
+    try:
+        host, port = host_and_port(address)
+        host = host.strip("[]")
+        bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, ValueError) as error:
+        why = str(error.strerror).partition(" (while")[0] if isinstance(error, OSError) else error
+        raise ConfigError(f"{setting}: can not listen on {address}: {why}") from error
+    with bound:
+        yield

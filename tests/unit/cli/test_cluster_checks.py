@@ -1,0 +1,109 @@
+"""`penstock up` refuses what can not work before it looks for the model."""
+
+import socket
+
+import pytest
+from cyclopts import CycloptsError
+
+from penstock.cli.cluster.checks import check
+from penstock.cli.cluster.settings import UpConfig
+from penstock.cli.up import up
+from penstock.common.config import ConfigError
+
+FREE = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    import os
+
+    for name in [name for name in os.environ if name.startswith("PENSTOCK_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"http": "nonsense"}, "--http: can not listen on nonsense: 'nonsense' is not HOST:PORT"),
+        ({"grpc": "127.0.0.1:65536"}, "--grpc: can not listen on .* a port from 0 to 65535"),
+        ({"grpc": "::1:0"}, "--grpc: .*not HOST:PORT"),
+        ({"http": "192.0.2.1:0"}, "--http: can not listen on 192.0.2.1:0: Cannot assign"),
+        ({"workers": 0}, "--workers: must be above 0, and is 0"),
+        ({"workers": 2, "threads": 1}, "--threads: 2 workers need at least one each"),
+        ({"kv_cache_gib": float("nan")}, "--kv-cache-gib: must be above 0"),
+        ({"max_batch_size": -1}, "--max-batch-size: must be above 0"),
+        ({"max_restarts": -1}, "--max-restarts: must be 0 or more"),
+        ({"backend": "cuba"}, "--backend: must be auto or one of .*torch.*'cuba'"),
+        ({"served_name": "a=b"}, "--served-name"),
+        ({"prefill": 1}, "not built yet"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings, why):
+    with pytest.raises(ConfigError, match=why):
+        check(UpConfig(**{**FREE, **settings}), None)
+
+
+def test_right_ones_are_taken_and_leave_their_ports_free(file):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    settings = UpConfig(http=f"127.0.0.1:{port}", grpc="localhost:0", backend="fake", max_restarts=0)
+    for _ in range(2):
+        check(settings, file("gateway: {max-choices: 2}\nexecutor: {metrics: '127.0.0.1:0'}\n"))
+
+
+@pytest.mark.parametrize("door", ["http", "grpc"])
+def test_a_taken_port_is_refused(door):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--{door}: can not listen on {address}: Address already in use"):
+            check(UpConfig(**{**FREE, door: address}), None)
+
+
+def test_one_port_for_two_doors_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(ConfigError, match="--grpc: can not listen on"):
+        check(UpConfig(http=address, grpc=address), None)
+
+
+def test_executors_can_not_share_one_metrics_port(file):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    path = file(f"executor: {{metrics: '{address}'}}\n")
+    check(UpConfig(**FREE), path)
+    with pytest.raises(ConfigError, match="executor: metrics: can not listen on"):
+        check(UpConfig(**FREE, workers=2), path)
+
+
+@pytest.mark.parametrize("service", ["gateway", "tokenizer", "scheduler", "executor"])
+def test_every_services_section_is_read(file, service):
+    with pytest.raises(ConfigError, match=f"{service}: unknown setting grace_secods; did you mean grace_seconds"):
+        check(UpConfig(**FREE), file(f"{service}: {{grace_secods: 1}}\n"))
+    with pytest.raises(CycloptsError, match=r"(?s)grace.seconds.*soon"):
+        check(UpConfig(**FREE), file(f"{service}: {{grace_seconds: soon}}\n"))
+    with pytest.raises(ConfigError, match=f"{service}: metrics: can not listen on nowhere"):
+        check(UpConfig(**FREE), file(f"{service}: {{metrics: nowhere}}\n"))
+
+
+def test_a_services_environment_is_read(monkeypatch):
+    monkeypatch.setenv("PENSTOCK_GATEWAY_MAX_CHOICES", "some")
+    with pytest.raises(CycloptsError, match=r"(?s)MAX.CHOICES.*some"):
+        check(UpConfig(**FREE), None)
+
+
+def test_the_model_is_not_looked_for_before_that(file, monkeypatch):
+    monkeypatch.setattr("penstock.cli.up.resolve", lambda model: pytest.fail(f"{model} was looked for"))
+    with pytest.raises(ConfigError, match="--http"):
+        up("some/model", settings=UpConfig(http="nonsense"))
+    with pytest.raises(ConfigError, match="unknown setting"):
+        up("some/model", config=file("gateway: {max_choses: 1}\n"), settings=UpConfig(**FREE))
