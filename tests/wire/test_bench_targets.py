@@ -49,11 +49,12 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 
 class Models(models_pb2_grpc.ModelsServicer):
     names = ("small",)
+    dtypes = ("f32",)
 
     async def ListModels(self, request, context):  # noqa: N802 - the name in the proto
-        executor = models_pb2.ModelExecutor(backend="fake", dtype="f32")
+        executors = [models_pb2.ModelExecutor(backend="fake", dtype=dtype) for dtype in self.dtypes]
         return models_pb2.ListModelsResponse(
-            models=[models_pb2.Model(name=name, vocabulary_size=768, executors=[executor]) for name in self.names]
+            models=[models_pb2.Model(name=name, vocabulary_size=768, executors=executors) for name in self.names]
         )
 
 
@@ -89,9 +90,10 @@ def grpc_door(in_background):
 @pytest.fixture
 def http_door():
     bodies = []
+    small = {"id": "small", "vocabulary_size": 768, "executors": [{"backend": "fake", "device": "cpu", "dtype": "f32"}]}
 
     async def models(request):
-        return JSONResponse({"object": "list", "data": [{"id": "small"}]})
+        return JSONResponse({"object": "list", "data": [small]})
 
     async def completions(request):
         body = json.loads(await request.body())
@@ -120,7 +122,7 @@ def http_door():
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    yield f"127.0.0.1:{bound.getsockname()[1]}", bodies
+    yield f"127.0.0.1:{bound.getsockname()[1]}", bodies, small
     server.should_exit = True
     thread.join(10)
     bound.close()
@@ -129,7 +131,7 @@ def http_door():
 def connect(scheme, address, *, prefix_cache=True, model=None):
     if scheme == "grpc":
         return GrpcTarget(address, model=model, prefix_cache=prefix_cache, timeout=20)
-    return HttpTarget(address, model=model, vocabulary=768, dtype="f32", backend="fake", prefix_cache=prefix_cache, timeout=20)
+    return HttpTarget(address, model=model, vocabulary=768, prefix_cache=prefix_cache, timeout=20)
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -186,7 +188,7 @@ def test_greedy_exact_lengths_and_a_salt_of_its_own_are_asked_for_over_grpc(grpc
 
 
 def test_greedy_exact_lengths_and_a_salt_of_its_own_are_asked_for_over_http(http_door):
-    address, bodies = http_door
+    address, bodies, _ = http_door
     for prefix_cache in (True, False):
         target = connect("http", address, prefix_cache=prefix_cache)
         target.run([Request([1], 2)], lambda: None)
@@ -215,12 +217,34 @@ def test_the_model_must_be_named_where_there_are_two(grpc_door):
     target.close()
 
 
-def test_another_precision_than_the_suite_runs_is_refused(grpc_door, capsys):
-    target = f"grpc://{grpc_door[0]}"
-    with pytest.raises(StartError, match="runs f32, and int8 was asked for"):
+def test_another_precision_than_the_suite_runs_is_refused(door, capsys):
+    scheme, address = door
+    target = f"{scheme}://{address}"
+    with pytest.raises(StartError, match=r"--dtype: .* runs f32, and int8 was asked for"):
         serve(target=target, dtype="int8")
-    assert serve(target=target, dtype="f32", backend="fake", work=Work(scenario=("decode-b8",), as_json=True)) == 0
-    assert json.loads(capsys.readouterr().out)["engine"] == "penstock-grpc"
+    with pytest.raises(StartError, match=r"--backend: .* runs fake, and torch was asked for"):
+        serve(target=target, backend="torch")
+    for dtype in ("f32", "auto"):
+        work = Work(scenario=("decode-b8",), repeats=1, as_json=True)
+        assert serve(target=target, dtype=dtype, vocabulary=10**9, work=work) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["engine"], told["dtype"], told["backend"]) == (f"penstock-{scheme}", "f32", "fake")
+
+
+def test_of_a_server_that_does_not_tell_no_precision_is_claimed(http_door):
+    address, _, small = http_door
+    del small["executors"], small["vocabulary_size"]
+    with pytest.raises(StartError, match=r"--dtype: .* does not tell what it runs"):
+        serve(target=f"http://{address}", dtype="f32")
+    target = connect("http", address)
+    assert (target.description.dtype, target.description.backend, target.description.vocabulary) == ("unknown", "unknown", 768)
+
+
+def test_executors_that_differ_are_told_and_not_taken_for_one(grpc_door, monkeypatch):
+    monkeypatch.setattr(Models, "dtypes", ("f32", "int8"))
+    target = connect("grpc", grpc_door[0])
+    assert target.description.dtype == "f32+int8"
+    target.close()
 
 
 @pytest.mark.parametrize("target", ["127.0.0.1:8001", "https://127.0.0.1:8001", "grpc://127.0.0.1", "grpc://"])

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from penstock.cli.bench.scenarios import Request
-from penstock.cli.bench.target import Description
+from penstock.cli.bench.target import Description, of_all
 from penstock.cli.bench.timeline import Timeline
 from penstock.common.channel import connect
 from penstock.common.service import StartError
@@ -48,8 +48,8 @@ class GrpcTarget:
 
     @property
     def description(self) -> Description:
-        executor = self._model.executors[0]
-        return Description("penstock-grpc", version("penstock"), executor.dtype, executor.backend, self._model.vocabulary_size)
+        dtype, backend = (of_all(getattr(executor, key) for executor in self._model.executors) for key in ("dtype", "backend"))
+        return Description("penstock-grpc", version("penstock"), dtype, backend, self._model.vocabulary_size)
 
     def run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
         return self._runner.run(self._run(requests, finished))

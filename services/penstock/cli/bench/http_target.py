@@ -12,7 +12,7 @@ from typing import Any
 
 from penstock.cli.bench.http_stream import HttpError, request
 from penstock.cli.bench.scenarios import Request
-from penstock.cli.bench.target import Description
+from penstock.cli.bench.target import Description, of_all
 from penstock.cli.bench.timeline import Timeline
 from penstock.common.service import StartError
 
@@ -27,8 +27,7 @@ class HttpTarget:
     Args:
         address: HOST:PORT.
         model: its served name; None: the one that is served.
-        vocabulary: of the model; OpenAI's API does not tell it.
-        dtype: as the results tell it; the API does not tell it either.
+        vocabulary: of the model, where the server does not tell it: OpenAI's API does not.
         prefix_cache: False makes every request unlike any other to the suite's prefix cache.
         timeout: deadline of each request in seconds.
 
@@ -36,14 +35,16 @@ class HttpTarget:
         StartError: nothing answers there, or it serves no such model.
     """
 
-    def __init__(
-        self, address: str, *, model: str | None, vocabulary: int, dtype: str, backend: str, prefix_cache: bool, timeout: float
-    ) -> None:
+    def __init__(self, address: str, *, model: str | None, vocabulary: int, prefix_cache: bool, timeout: float) -> None:
         self._address = address
         self._prefix_cache = prefix_cache
         self._timeout = timeout
-        self._model = asyncio.run(self._find(model))
-        self.description = Description("penstock-http", version("penstock"), dtype, backend, vocabulary)
+        found = asyncio.run(self._find(model))
+        self._model = str(found["id"])
+        executors = found.get("executors", [])
+        dtype, backend = (of_all(executor[key] for executor in executors) for key in ("dtype", "backend"))
+        told = found.get("vocabulary_size", vocabulary)
+        self.description = Description("penstock-http", version("penstock"), dtype, backend, told)
 
     def run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
         return asyncio.run(self._run(requests, finished))
@@ -51,18 +52,20 @@ class HttpTarget:
     def close(self) -> None:
         """Nothing is kept between runs."""
 
-    async def _find(self, name: str | None) -> str:
+    async def _find(self, name: str | None) -> Mapping[str, Any]:
+        """The model as the server lists it; Penstock tells more of it than OpenAI's API has."""
         try:
             async with asyncio.timeout(_LOOKUP_SECONDS):
                 listed = json.loads(b"".join([part async for part in request(self._address, "GET", "/v1/models")]))
         except (OSError, HttpError, TimeoutError, ValueError) as error:
             raise StartError(f"--target: http://{self._address} does not answer as OpenAI's API ({error})") from error
-        served = [model["id"] for model in listed["data"]]
+        served = {str(model["id"]): model for model in listed["data"]}
         if name is None and len(served) == 1:
-            return str(served[0])
+            name = next(iter(served))
         if name is None or name not in served:
             raise StartError(f"--model: must be one of those that {self._address} serves: {', '.join(served) or 'none'}")
-        return name
+        found: Mapping[str, Any] = served[name]
+        return found
 
     async def _run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
         began = time.perf_counter()

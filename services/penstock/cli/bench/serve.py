@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from penstock.cli.bench.options import WHOLE, DTypeName, Work
 from penstock.cli.bench.session import measure
-from penstock.cli.bench.target import Target
+from penstock.cli.bench.target import UNKNOWN, Target
 from penstock.common.config import ConfigError
 from penstock.common.service import StartError
 
@@ -35,37 +36,44 @@ def serve(
         model: Name of the model; needed where several are served.
         dtype: The precision that the suite must run in; another is refused. auto takes any.
         backend: The backend that the suite must run on; another is refused. auto takes any.
-        vocabulary: Prompts' ids stay below this. gRPC tells the model's own; HTTP does not.
+        vocabulary: Prompts' ids stay below this, where the server does not tell the model's own.
         prefix_cache: Whether requests may share prefixes; otherwise each gets a salt of its own, so that nothing is ever found.
         timeout_seconds: Deadline of each request.
         work: See its fields.
     """
+    connect = _door(target, model, vocabulary, prefix_cache=prefix_cache, timeout=timeout_seconds)
+
+    def suite() -> Target:
+        connected = connect()
+        try:
+            _check(target, "--dtype", dtype, connected.description.dtype)
+            _check(target, "--backend", backend, connected.description.backend)
+        except StartError:
+            connected.close()
+            raise
+        return connected
+
+    measure(work, suite)
+    return 0
+
+
+def _door(target: str, model: str | None, vocabulary: int, *, prefix_cache: bool, timeout: float) -> Callable[[], Target]:
+    """What connects to a door, once it is called."""
     scheme, _, address = target.partition("://")
     if scheme not in {"grpc", "http"} or not address.rpartition(":")[2].isdigit():
         raise ConfigError(f"--target: must be grpc://HOST:PORT or http://HOST:PORT, and is {target!r}")
-
-    def over_grpc() -> Target:
+    if scheme == "grpc":
         from penstock.cli.bench.grpc_target import GrpcTarget
 
-        suite = GrpcTarget(address, model=model, prefix_cache=prefix_cache, timeout=timeout_seconds)
-        for asked, running in ((dtype, suite.description.dtype), (backend, suite.description.backend)):
-            if asked not in {"auto", running}:
-                suite.close()
-                raise StartError(f"{target} runs {running}, and {asked} was asked for; start it with that")
-        return suite
+        return lambda: GrpcTarget(address, model=model, prefix_cache=prefix_cache, timeout=timeout)
+    from penstock.cli.bench.http_target import HttpTarget
 
-    def over_http() -> Target:
-        from penstock.cli.bench.http_target import HttpTarget
+    return lambda: HttpTarget(address, model=model, vocabulary=vocabulary, prefix_cache=prefix_cache, timeout=timeout)
 
-        return HttpTarget(
-            address,
-            model=model,
-            vocabulary=vocabulary,
-            dtype=dtype,
-            backend=backend,
-            prefix_cache=prefix_cache,
-            timeout=timeout_seconds,
-        )
 
-    measure(work, over_grpc if scheme == "grpc" else over_http)
-    return 0
+def _check(target: str, option: str, asked: str, running: str) -> None:
+    if asked in {"auto", running}:
+        return
+    if running == UNKNOWN:
+        raise StartError(f"{option}: {target} does not tell what it runs, so that {asked} can not be asked of it; leave it auto")
+    raise StartError(f"{option}: {target} runs {running}, and {asked} was asked for; start it with that")

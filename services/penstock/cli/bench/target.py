@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.cli.bench.scenarios import Request
 from penstock.cli.bench.timeline import Timeline
 
-__all__ = ["Description", "Target"]
+__all__ = ["UNKNOWN", "Description", "Target", "of_all"]
+
+# Where a server does not tell its precision or backend.
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +38,8 @@ class Target(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+def of_all(told: Iterable[str]) -> str:
+    """What all executors have, with a plus between where they differ."""
+    return "+".join(sorted({one or UNKNOWN for one in told})) or UNKNOWN

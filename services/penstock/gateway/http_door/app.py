@@ -17,11 +17,10 @@ from penstock.common.errors import InvalidRequest, PenstockError, UnknownModel
 from penstock.gateway.catalog import Model
 from penstock.gateway.http_door import generations
 from penstock.gateway.http_door.access import AccessLog
-from penstock.gateway.http_door.body import read_body
 from penstock.gateway.http_door.errors import error_response
 from penstock.gateway.http_door.generate import Door, chat_endpoint, completions_endpoint
-from penstock.gateway.http_door.schemas import DetokenizeBody, TokenizeBody, parse
-from penstock.gateway.request import Generation
+from penstock.gateway.http_door.schemas import DetokenizeBody, TokenizeBody
+from penstock.gateway.request import Caller, Generation
 from penstock.gateway.validation import validate_input
 
 __all__ = ["DRAINING", "http_app"]
@@ -44,7 +43,7 @@ def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], st
             Route("/ready", pages.ready, methods=["GET"]),
             Route("/metrics", pages.metrics, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _no_such_page, PenstockError: _refused},  # type: ignore[dict-item]  # narrower
+        exception_handlers={HTTPException: _no_such_page, PenstockError: _refused, Exception: _refused},  # type: ignore[dict-item]  # narrower
     )
     return AccessLog(app)
 
@@ -72,7 +71,11 @@ class _Pages:
 
     async def tokenize(self, request: Request) -> Response:
         caller = self._door.caller(request.headers)
-        body = parse(TokenizeBody, await read_body(request.scope, request.receive, self._door.max_body_bytes))
+        with self._door.admission.counted():
+            body = await self._door.read(TokenizeBody, request.scope, request.receive)
+            return await self._tokenize(body, caller)
+
+    async def _tokenize(self, body: TokenizeBody, caller: Caller) -> Response:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest.field("prompt", "give either a prompt or messages")
         generation = Generation(
@@ -84,16 +87,19 @@ class _Pages:
         admission = self._door.admission
         model = admission.catalog.model(generation.model)
         validate_input(generation, model)
-        ids, _ = await admission.encode(generation, model, caller.deadline)
+        ids, _ = await admission.encode(generation, model, caller.deadline, model.context_length)
         return JSONResponse({"count": len(ids), "max_model_len": model.context_length, "tokens": list(ids)})
 
     async def detokenize(self, request: Request) -> Response:
         caller = self._door.caller(request.headers)
-        body = parse(DetokenizeBody, await read_body(request.scope, request.receive, self._door.max_body_bytes))
+        with self._door.admission.counted():
+            body = await self._door.read(DetokenizeBody, request.scope, request.receive)
+            return await self._detokenize(body, caller)
+
+    async def _detokenize(self, body: DetokenizeBody, caller: Caller) -> Response:
         admission = self._door.admission
         model = admission.catalog.model(body.model or "")
-        wrong = [i for i in body.tokens if not 0 <= i < model.vocabulary_size]
-        if wrong:
+        if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < model.vocabulary_size):
             raise InvalidRequest.field("tokens", f"token ids from 0 to {model.vocabulary_size - 1}")
         text = await admission.tokenization.detokenize(model.name, body.tokens, caller.deadline, skip_special_tokens=False)
         return JSONResponse({"prompt": text})
@@ -122,6 +128,8 @@ def _model(model: Model) -> dict[str, object]:
         "created": model.created or int(time.time()),
         "owned_by": "penstock",
         "max_model_len": model.context_length,
+        "vocabulary_size": model.vocabulary_size,
+        "executors": [{"backend": e.backend, "device": e.device, "dtype": e.dtype} for e in model.executors],
     }
 
 
@@ -131,5 +139,5 @@ async def _no_such_page(_request: Request, error: HTTPException) -> Response:
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
-async def _refused(_request: Request, error: PenstockError) -> Response:
+async def _refused(_request: Request, error: Exception) -> Response:
     return error_response(error)
