@@ -46,7 +46,7 @@ class Stream:
 class Gateway(Stream):
     def __init__(self, stub):
         super().__init__(stub.Place)
-        self.granted, self.refused, self.catalogs = deque(), deque(), deque()
+        self.granted, self.refused, self.catalogs, self.lost = deque(), deque(), deque(), deque()
 
     async def _until(self, queue):
         while not queue:
@@ -54,6 +54,7 @@ class Gateway(Stream):
             assert response is not grpc.aio.EOF
             self.granted += response.granted
             self.refused += response.refused
+            self.lost += response.lost_executor_ids
             if response.HasField("catalog"):
                 self.catalogs.append([e.executor_id for e in response.catalog.executors])
         return queue.popleft()
@@ -63,6 +64,9 @@ class Gateway(Stream):
 
     async def refusal(self):
         return await self._until(self.refused)
+
+    async def loss(self):
+        return await self._until(self.lost)
 
     async def catalog(self, *ids):
         while await self._until(self.catalogs) != list(ids):
@@ -267,9 +271,39 @@ async def test_silent_executor_is_lost_and_its_stream_ends():
     async with served(lease_seconds=0.1) as stub:
         executor = await Executor(stub).ready()
         gateway = Gateway(stub)
+        await gateway.catalog("e1")
+        assert await gateway.loss() == "e1"
         assert await executor.read() is grpc.aio.EOF
         await gateway.catalog()
         assert (await states(stub))[0] == {}
+
+
+async def test_executor_whose_engine_has_stopped_is_lost_at_once_and_may_come_back():
+    async with served() as stub:
+        executor = await Executor(stub).ready()
+        gateway = Gateway(stub)
+        await gateway.catalog("e1")
+        executor.send(pb.RegisterRequest(stalled=True))
+        assert await gateway.loss() == "e1"
+        assert await executor.read() is grpc.aio.EOF
+        await gateway.catalog()
+        await Executor(stub).ready()
+        gateway.place(1)
+        assert (await gateway.grant()).executor_id == "e1"
+        assert not gateway.lost
+
+
+async def test_executor_that_drains_or_leaves_is_not_told_as_lost():
+    async with served() as stub:
+        executor = await Executor(stub).ready()
+        gateway = Gateway(stub)
+        await gateway.catalog("e1")
+        executor.send(pb.RegisterRequest(draining=True))
+        await gateway.catalog()
+        await executor.end()
+        await Executor(stub, "e2").ready()
+        await gateway.catalog("e2")
+        assert not gateway.lost
 
 
 async def test_heartbeats_keep_an_executor():

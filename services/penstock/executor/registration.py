@@ -21,6 +21,7 @@ _TICK_SECONDS = 0.25
 _TICKS_PER_HEARTBEAT = 4
 _FIRST_BACK_OFF = 0.1
 _LAST_BACK_OFF = 2.0
+_FAREWELL_SECONDS = 2.0
 
 
 class Registration:
@@ -92,9 +93,17 @@ class Registration:
                 await call.write(scheduler_pb2.RegisterRequest(load=load, kv_events=events, draining=draining))
             if listening.done():
                 listening.result()
+            else:
+                await self._tell_stalled(call, listening)
         finally:
             listening.cancel()
             call.cancel()
+
+    async def _tell_stalled(self, call: Any, listening: asyncio.Task[None]) -> None:
+        """Have what runs here placed elsewhere. The scheduler ends the stream once it has heard."""
+        await call.write(scheduler_pb2.RegisterRequest(stalled=True))
+        await call.done_writing()
+        await asyncio.wait((listening,), timeout=_FAREWELL_SECONDS)
 
     async def _next_tick(self, listening: asyncio.Task[None]) -> None:
         changed = asyncio.create_task(self._changed.wait())

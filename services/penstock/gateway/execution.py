@@ -78,6 +78,13 @@ class ExecutorPool:
             self._link_of.pop(sequence_id, None)
         self._on_frame()
 
+    def lose(self, executor_id: str, why: str) -> None:
+        """An executor is not to be waited for any more, though its stream stands: what ran there goes on elsewhere."""
+        link = self._links.get(executor_id)
+        if link is not None:
+            link.lost(why)
+            link.close()
+
     def link_lost(self, executor_id: str, link: _Link) -> None:
         """A link's stream is gone."""
         if self._links.get(executor_id) is link:

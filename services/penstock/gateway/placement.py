@@ -33,12 +33,18 @@ class SchedulerPlacement:
     """Places requests and keeps the catalog. A placing has an id of its own, so that a late answer to an older one is no answer."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, catalog: Catalog, clock: Callable[[], float], on_catalog: Callable[[], None]
+        self,
+        channel: grpc.aio.Channel,
+        catalog: Catalog,
+        clock: Callable[[], float],
+        on_catalog: Callable[[], None],
+        on_lost: Callable[[str, str], None],
     ) -> None:
         self.connected = False
         self._catalog = catalog
         self._clock = clock
         self._on_catalog = on_catalog
+        self._on_lost = on_lost
         self._ids = itertools.count(1)
         self._requests: dict[int, Request] = {}
         self._placing_ids: dict[int, int] = {}
@@ -105,7 +111,13 @@ class SchedulerPlacement:
         """Tell a restarted scheduler of a lease."""
         number = self._placing_ids[request.number]
         self._announced.append(
-            scheduler_pb2.Lease(request_id=number, executor_id=lease.executor_id, address=lease.address, tokens=lease.tokens)
+            scheduler_pb2.Lease(
+                request_id=number,
+                executor_id=lease.executor_id,
+                address=lease.address,
+                tokens=lease.tokens,
+                choices=request.plan.n,
+            )
         )
         self._stream.wake()
 
@@ -145,7 +157,7 @@ class SchedulerPlacement:
         return message
 
     def received(self, message: scheduler_pb2.PlaceResponse) -> None:
-        """Leases, refusals and the catalog."""
+        """Leases, refusals, the catalog, and executors that are lost."""
         if message.HasField("catalog"):
             self.connected = True
             self._catalog.update(_executor(e) for e in message.catalog.executors)
@@ -158,6 +170,8 @@ class SchedulerPlacement:
             request = self._requests.get(refusal.request_id)
             if request is not None:
                 request.refused(Refusal(_error(refusal)))
+        for executor_id in message.lost_executor_ids:  # last: what was granted before is lost too
+            self._on_lost(executor_id, "the scheduler has lost it")
 
     def lost(self, why: str) -> None:  # noqa: ARG002 - the stream has logged it
         """Running requests do not notice."""

@@ -92,7 +92,7 @@ class GatewayServer:
         self.catalog = Catalog()
         scheduler, tokenizer, decoder = (connect(a) for a in (config.scheduler, config.tokenizer, config.tokenizer))
         self._channels = [scheduler, tokenizer, decoder]
-        self.placement = SchedulerPlacement(scheduler, self.catalog, clock, self._on_catalog)
+        self.placement = SchedulerPlacement(scheduler, self.catalog, clock, self._on_catalog, self._lose_executor)
         # A channel of its own: a long prompt must not hold up everybody's tokens.
         self.decoding = TokenizerDecoding(decoder)
         self.execution = ExecutorPool(clock, self.decoding.flush)
@@ -147,6 +147,9 @@ class GatewayServer:
     def _on_catalog(self) -> None:
         self.execution.keep([e.executor_id for m in self.catalog.models().values() for e in m.executors])
         self._changed.set()
+
+    def _lose_executor(self, executor_id: str, why: str) -> None:
+        self.execution.lose(executor_id, why)
 
     async def _tell_health(self) -> None:
         while True:

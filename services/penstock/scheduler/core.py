@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from penstock.scheduler.admission import retry_after
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.executors import Executor, Hold
-from penstock.scheduler.model import Grant, Lost, Needs, Outcome, Reason, Refused
+from penstock.scheduler.model import Grant, Needs, Outcome, Reason, Refused
 from penstock.scheduler.placement import Choice, Unsupported
 from penstock.scheduler.pool import Pool
 from penstock.scheduler.registry import Registry
@@ -19,6 +19,10 @@ from penstock.scheduler.requests import Request, load_tokens
 from penstock.scheduler.timers import Timers
 
 __all__ = ["Scheduler"]
+
+# How long a request that every executor has lost waits before it is given to one of them again. A dead executor's stream ends
+# within this, and the pool changes.
+_SECOND_LOOK_SECONDS = 0.5
 
 
 class Scheduler:
@@ -112,8 +116,7 @@ class Scheduler:
     def step(self) -> list[Outcome]:
         """Do all that can be done now; what came of it since the last step, in order."""
         now = self._clock()
-        for lost in self.executors.expire(now):
-            self._outcomes.append(Lost(lost))
+        self._outcomes += self.executors.expire(now)
         for request in self._deadlines.due(now):
             self._expire(request)
         for request in self._patience.due(now):
@@ -161,6 +164,8 @@ class Scheduler:
                 self._refuse(request, Reason.UNSUPPORTED, executors.message, field=executors.field)
                 return
             executors, patience = (), 0.0
+        elif executors and all(e.description.executor_id in needs.avoid for e in executors):
+            executors, patience = (), _SECOND_LOOK_SECONDS
         if not needs.replacing and not self._has_room(pool, request):
             message = f"too many requests wait for model {needs.model!r}; try again later"
             rate = pool.drain_rate.per_second(request.arrived)
@@ -262,6 +267,14 @@ class Scheduler:
             return  # an executor came
         pool = self._pools[request.needs.model]
         verdict = pool.route(request.needs)
+        waits_until = request.arrived + self._config.executor_wait_seconds
+        if request.needs.avoid and not isinstance(verdict, Unsupported) and (verdict or self._clock() < waits_until):
+            pool.remove(request)
+            pool.enqueue(request, verdict)
+            if not verdict:
+                self._strand(request, waits_until)
+            self._dirty[pool] = None
+            return
         self._take_out(request)
         if isinstance(verdict, Unsupported):
             self._refuse(request, Reason.UNSUPPORTED, verdict.message, field=verdict.field)

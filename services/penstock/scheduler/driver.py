@@ -163,7 +163,10 @@ class Driver:
         )
 
     def _lose(self, lost: Lost) -> None:
-        logger().warning("executor lost: nothing came from it within its lease", executor_id=lost.executor_id)
+        logger().warning("executor lost", executor_id=lost.executor_id, why=lost.why)
+        for outbox in self._outboxes.values():
+            outbox.response.lost_executor_ids.append(lost.executor_id)
+            outbox.flush()
         for executor, event in self._lost.items():
             if executor.description.executor_id == lost.executor_id:
                 event.set()

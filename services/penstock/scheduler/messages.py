@@ -77,6 +77,9 @@ def apply_register(core: Scheduler, executor: Executor, frame: pb.RegisterReques
     """One frame of an executor."""
     executors = core.executors
     executors.heard(executor)
+    if frame.stalled:
+        executors.stall(executor)
+        return
     if frame.HasField("load"):
         executors.report(executor, _read_load(frame.load))
     if frame.HasField("kv_events"):

@@ -113,9 +113,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """An executor whose lease ran out."""
+    """An executor whose leases are worth nothing any more, though its streams may stand."""
 
     executor_id: str
+    why: str
 
 
 Outcome = Grant | Refused | Lost

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.executors import Executor, Hold
-from penstock.scheduler.model import Description, Load
+from penstock.scheduler.model import Description, Load, Lost
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.timers import Timers
 
@@ -41,6 +41,7 @@ class Registry:
         self._executors: dict[str, Executor] = {}
         self._holds: dict[str, Hold] = {}
         self._expiries: Timers[Executor] = Timers()
+        self._lost: list[Lost] = []
         self.prefixes = PrefixIndex()
         self.version = 0
         self.gaps = 0
@@ -138,16 +139,21 @@ class Registry:
         self.prefixes.remove(executor.bit, removed)
         self.prefixes.store(executor.bit, stored)
 
-    def expire(self, now: float) -> list[str]:
-        """Let go of the executors from which nothing came for too long; their ids."""
-        lost = []
+    def stall(self, executor: Executor) -> None:
+        """It tells that its engine has stopped; `expire` tells it on."""
+        if self.leave(executor):
+            self._lost.append(Lost(executor.description.executor_id, "its engine has stopped"))
+
+    def expire(self, now: float) -> list[Lost]:
+        """Let go of the executors from which nothing came for too long; these, and those that have stalled."""
+        lost, self._lost = self._lost, []
         for executor in self._expiries.due(now):
             if self._executors.get(executor.description.executor_id) is not executor:
                 continue
             if executor.expires > now:
                 self._expiries.add(executor, executor.expires)
             elif self.leave(executor):
-                lost.append(executor.description.executor_id)
+                lost.append(Lost(executor.description.executor_id, "nothing came from it within its lease"))
         return lost
 
     def next_expiry(self) -> float | None:

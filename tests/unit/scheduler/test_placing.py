@@ -160,10 +160,43 @@ def test_request_for_a_full_executor_does_not_hold_up_others():
 def test_avoided_executor_is_used_only_where_it_is_the_only_one():
     world = World()
     world.join("a")
-    assert world.where(avoid=frozenset({"a"})) == "a"
     world.join("b", max_batch_size=1)
     assert world.where(avoid=frozenset({"a"})) == "b"
     assert world.outcome(avoid=frozenset({"a"})) is None
+    world.core.executors.leave(world.core.executors.get("b"))
+    assert [o.executor_id for o in world.core.step()] == ["a"]
+
+
+LOST_ON_A = {"avoid": frozenset({"a"}), "replacing": True}
+
+
+def test_request_lost_on_the_only_executor_waits_a_moment_for_its_end_to_be_noticed():
+    world = World(executor_wait_seconds=5.0)
+    dying = world.join("a")
+    waits = world.ask(**LOST_ON_A)
+    assert world.at(0.3) == []
+    world.core.executors.leave(dying)
+    assert world.at(1.0) == []
+    world.join("b")
+    assert [(o.request_id, o.executor_id) for o in world.core.step()] == [(waits, "b")]
+
+
+def test_request_lost_on_an_executor_that_lives_on_alone_is_given_to_it_again():
+    world = World(executor_wait_seconds=5.0)
+    world.join("a")
+    waits = world.ask(**LOST_ON_A)
+    assert world.at(0.3) == []
+    assert [(o.request_id, o.executor_id) for o in world.at(0.6)] == [(waits, "a")]
+
+
+def test_request_lost_on_the_last_executor_is_refused_when_none_comes():
+    world = World(executor_wait_seconds=5.0)
+    dying = world.join("a")
+    world.ask(**LOST_ON_A)
+    world.core.step()
+    world.core.executors.leave(dying)
+    assert world.at(4.9) == []
+    assert [o.reason for o in world.at(5.1)] == [Reason.NO_EXECUTOR]
 
 
 def test_other_tokenizer_is_never_chosen():
@@ -265,7 +298,7 @@ def test_silent_executor_is_lost_and_its_queue_waits_for_another():
     world.where()
     waits = world.ask()
     assert world.at(1.9) == []
-    assert world.at(2.02) == [Lost("a")]
+    assert world.at(2.02) == [Lost("a", "nothing came from it within its lease")]
     world.join("b")
     assert [(o.request_id, o.executor_id) for o in world.core.step()] == [(waits, "b")]
 

@@ -269,6 +269,7 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
         self.announced_any = asyncio.Event()
         self.leases, self.queued, self.announced, self.placings = {}, {}, [], []
         self.refusal = None
+        self.gateways = []
         self.context_length = 4096
 
     def describe(self, executor):
@@ -291,6 +292,7 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
 
     async def Place(self, requests, context):
         answers, leases = asyncio.Queue(), {}
+        self.gateways.append(answers)
         catalog = scheduler_pb2.Catalog(executors=[self.describe(e) for e in self.executors])
         await answers.put(scheduler_pb2.PlaceResponse(catalog=catalog))
 
@@ -337,6 +339,10 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
                 task.cancel()
             self.leases.clear()
             self.queued.clear()
+
+    async def tell_lost(self, executor):
+        for answers in self.gateways:
+            await answers.put(scheduler_pb2.PlaceResponse(lost_executor_ids=[executor.name]))
 
     async def ListExecutors(self, request, context):
         states = [

@@ -54,6 +54,30 @@ async def test_an_executor_that_dies_is_a_pause_and_no_more(suite):
     await suite.rest()
 
 
+@pytest.mark.parametrize("stage", ["prefilling", "decoding"])
+async def test_an_executor_that_stalls_is_left_when_the_scheduler_tells_and_heard_no_more(suite, stage):
+    stalled, other = suite.executors
+    if stage == "prefilling":
+        stalled.gate.clear()
+    call = suite.inference.Generate(request(n=2))
+    await stalled.started.wait()
+    first = [] if stage == "prefilling" else [await call.read()]
+    stalled.gate.clear()
+    await suite.scheduler.tell_lost(stalled)
+    answers = [*first, *await told(call)]
+    for index in (0, 1):
+        assert text_of(answers, index) == story(suite)
+        assert bytes(i for m in answers if m.index == index for i in m.token_ids) == suite.story.encode()[:60]
+    assert answers[-1].closing.replacements == 1
+    assert list(suite.scheduler.placings[1].avoid_executor_ids) == [stalled.name]
+    assert len(other.all_started) == 2
+    await suite.rest()  # while it stalls still: its stream was ended
+    stalled.gate.set()
+    assert text_of(await told(suite.inference.Generate(request()))) == story(suite)
+    assert len(stalled.all_started) == 3, "it serves again"
+    await suite.rest()
+
+
 async def test_a_refused_sequence_is_placed_again(suite):
     suite.executors[0].refuse = 1
     answers = await told(suite.inference.Generate(request()))
@@ -87,7 +111,7 @@ async def test_a_tokenizer_that_dies_loses_and_doubles_no_text(suite):
 
 
 async def test_a_scheduler_that_dies_is_told_of_leases_and_of_the_queue(suite):
-    running = suite.inference.Generate(request())
+    running = suite.inference.Generate(request(n=2))
     first = await running.read()
     suite.executors[0].gate.clear()
     suite.scheduler.gate.clear()
@@ -99,7 +123,7 @@ async def test_a_scheduler_that_dies_is_told_of_leases_and_of_the_queue(suite):
     await suite.scheduler.start()
     await suite.scheduler.announced_any.wait()
     await suite.scheduler.placed.wait()
-    assert [lease.executor_id for lease in suite.scheduler.announced] == ["executor-0"]
+    assert [(lease.executor_id, lease.choices) for lease in suite.scheduler.announced] == [("executor-0", 2)]
     suite.scheduler.gate.set()
     suite.executors[0].gate.set()
     answers = [first, *await told(running)]

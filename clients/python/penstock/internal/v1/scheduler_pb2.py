@@ -24,45 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$penstock/internal/v1/scheduler.proto\x12\x14penstock.internal.v1\"~\n\x0cPlaceRequest\x12,\n\x05place\x18\x01 \x03(\x0b\x32\x1d.penstock.internal.v1.Placing\x12\x10\n\x08released\x18\x02 \x03(\x04\x12.\n\tannounced\x18\x03 \x03(\x0b\x32\x1b.penstock.internal.v1.Lease\"\xc3\x02\n\x07Placing\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x07 \x01(\x0c\x12\x0e\n\x06\x66ields\x18\x08 \x03(\t\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x04\x12\x1a\n\x12\x61void_executor_ids\x18\x0c \x03(\t\x12\x11\n\treplacing\x18\r \x01(\x08\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x0f \x01(\t\"\xae\x01\n\rPlaceResponse\x12,\n\x07granted\x18\x01 \x03(\x0b\x32\x1b.penstock.internal.v1.Lease\x12.\n\x07refused\x18\x02 \x03(\x0b\x32\x1d.penstock.internal.v1.Refusal\x12\x33\n\x07\x63\x61talog\x18\x03 \x01(\x0b\x32\x1d.penstock.internal.v1.CatalogH\x00\x88\x01\x01\x42\n\n\x08_catalog\"\x95\x01\n\x05Lease\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x65xecutor_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x11\n\tqueued_us\x18\x05 \x01(\x04\x12\x1e\n\x16\x65xpected_cached_tokens\x18\x06 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x07 \x01(\r\"\x8a\x01\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.penstock.internal.v1.RefusalReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\x04\"G\n\x07\x43\x61talog\x12<\n\texecutors\x18\x01 \x03(\x0b\x32).penstock.internal.v1.ExecutorDescription\"\xd0\x03\n\x13\x45xecutorDescription\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x0b \x01(\r\x12\x15\n\rkv_block_size\x18\x0c \x01(\r\x12\x11\n\tkv_blocks\x18\r \x01(\x04\x12\x16\n\x0emax_batch_size\x18\x0e \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0f \x01(\r\x12\x0e\n\x06\x66ields\x18\x10 \x03(\t\x12\x14\n\x0cprefix_cache\x18\x11 \x01(\x08\x12\x15\n\reos_token_ids\x18\x12 \x03(\r\x12:\n\x08\x64\x65\x66\x61ults\x18\x13 \x01(\x0b\x32(.penstock.internal.v1.GenerationDefaults\"\xd0\x01\n\x12GenerationDefaults\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penalty\"\xc0\x01\n\x0fRegisterRequest\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32).penstock.internal.v1.ExecutorDescription\x12(\n\x04load\x18\x02 \x01(\x0b\x32\x1a.penstock.internal.v1.Load\x12\x31\n\tkv_events\x18\x03 \x01(\x0b\x32\x1e.penstock.internal.v1.KvEvents\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\x95\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x03 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x04 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x02\x12\x18\n\x10steps_per_second\x18\x06 \x01(\x02\"N\n\x08KvEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x04 \x01(\x08\"$\n\x10RegisterResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"\x16\n\x14ListExecutorsRequest\"_\n\x15ListExecutorsResponse\x12\x36\n\texecutors\x18\x01 \x03(\x0b\x32#.penstock.internal.v1.ExecutorState\x12\x0e\n\x06queued\x18\x02 \x01(\r\"\x9b\x01\n\rExecutorState\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32).penstock.internal.v1.ExecutorDescription\x12(\n\x04load\x18\x02 \x01(\x0b\x32\x1a.penstock.internal.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x0e\n\x06leases\x18\x04 \x01(\r*\xea\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19REFUSAL_REASON_QUEUE_FULL\x10\x01\x12\x1b\n\x17REFUSAL_REASON_DEADLINE\x10\x02\x12 \n\x1cREFUSAL_REASON_UNKNOWN_MODEL\x10\x03\x12\x1e\n\x1aREFUSAL_REASON_UNSUPPORTED\x10\x04\x12\x1e\n\x1aREFUSAL_REASON_NO_EXECUTOR\x10\x05\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x06\x32\xb1\x02\n\x10SchedulerService\x12T\n\x05Place\x12\".penstock.internal.v1.PlaceRequest\x1a#.penstock.internal.v1.PlaceResponse(\x01\x30\x01\x12]\n\x08Register\x12%.penstock.internal.v1.RegisterRequest\x1a&.penstock.internal.v1.RegisterResponse(\x01\x30\x01\x12h\n\rListExecutors\x12*.penstock.internal.v1.ListExecutorsRequest\x1a+.penstock.internal.v1.ListExecutorsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$penstock/internal/v1/scheduler.proto\x12\x14penstock.internal.v1\"~\n\x0cPlaceRequest\x12,\n\x05place\x18\x01 \x03(\x0b\x32\x1d.penstock.internal.v1.Placing\x12\x10\n\x08released\x18\x02 \x03(\x04\x12.\n\tannounced\x18\x03 \x03(\x0b\x32\x1b.penstock.internal.v1.Lease\"\xc3\x02\n\x07Placing\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x07 \x01(\x0c\x12\x0e\n\x06\x66ields\x18\x08 \x03(\t\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x04\x12\x1a\n\x12\x61void_executor_ids\x18\x0c \x03(\t\x12\x11\n\treplacing\x18\r \x01(\x08\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x0f \x01(\t\"\xc9\x01\n\rPlaceResponse\x12,\n\x07granted\x18\x01 \x03(\x0b\x32\x1b.penstock.internal.v1.Lease\x12.\n\x07refused\x18\x02 \x03(\x0b\x32\x1d.penstock.internal.v1.Refusal\x12\x33\n\x07\x63\x61talog\x18\x03 \x01(\x0b\x32\x1d.penstock.internal.v1.CatalogH\x00\x88\x01\x01\x12\x19\n\x11lost_executor_ids\x18\x04 \x03(\tB\n\n\x08_catalog\"\x95\x01\n\x05Lease\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x65xecutor_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x11\n\tqueued_us\x18\x05 \x01(\x04\x12\x1e\n\x16\x65xpected_cached_tokens\x18\x06 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x07 \x01(\r\"\x8a\x01\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.penstock.internal.v1.RefusalReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\x04\"G\n\x07\x43\x61talog\x12<\n\texecutors\x18\x01 \x03(\x0b\x32).penstock.internal.v1.ExecutorDescription\"\xd0\x03\n\x13\x45xecutorDescription\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x0b \x01(\r\x12\x15\n\rkv_block_size\x18\x0c \x01(\r\x12\x11\n\tkv_blocks\x18\r \x01(\x04\x12\x16\n\x0emax_batch_size\x18\x0e \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0f \x01(\r\x12\x0e\n\x06\x66ields\x18\x10 \x03(\t\x12\x14\n\x0cprefix_cache\x18\x11 \x01(\x08\x12\x15\n\reos_token_ids\x18\x12 \x03(\r\x12:\n\x08\x64\x65\x66\x61ults\x18\x13 \x01(\x0b\x32(.penstock.internal.v1.GenerationDefaults\"\xd0\x01\n\x12GenerationDefaults\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penalty\"\xd1\x01\n\x0fRegisterRequest\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32).penstock.internal.v1.ExecutorDescription\x12(\n\x04load\x18\x02 \x01(\x0b\x32\x1a.penstock.internal.v1.Load\x12\x31\n\tkv_events\x18\x03 \x01(\x0b\x32\x1e.penstock.internal.v1.KvEvents\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07stalled\x18\x05 \x01(\x08\"\x95\x01\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x03 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x04 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x02\x12\x18\n\x10steps_per_second\x18\x06 \x01(\x02\"N\n\x08KvEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63leared\x18\x04 \x01(\x08\"$\n\x10RegisterResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"\x16\n\x14ListExecutorsRequest\"_\n\x15ListExecutorsResponse\x12\x36\n\texecutors\x18\x01 \x03(\x0b\x32#.penstock.internal.v1.ExecutorState\x12\x0e\n\x06queued\x18\x02 \x01(\r\"\x9b\x01\n\rExecutorState\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32).penstock.internal.v1.ExecutorDescription\x12(\n\x04load\x18\x02 \x01(\x0b\x32\x1a.penstock.internal.v1.Load\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x0e\n\x06leases\x18\x04 \x01(\r*\xea\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19REFUSAL_REASON_QUEUE_FULL\x10\x01\x12\x1b\n\x17REFUSAL_REASON_DEADLINE\x10\x02\x12 \n\x1cREFUSAL_REASON_UNKNOWN_MODEL\x10\x03\x12\x1e\n\x1aREFUSAL_REASON_UNSUPPORTED\x10\x04\x12\x1e\n\x1aREFUSAL_REASON_NO_EXECUTOR\x10\x05\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x06\x32\xb1\x02\n\x10SchedulerService\x12T\n\x05Place\x12\".penstock.internal.v1.PlaceRequest\x1a#.penstock.internal.v1.PlaceResponse(\x01\x30\x01\x12]\n\x08Register\x12%.penstock.internal.v1.RegisterRequest\x1a&.penstock.internal.v1.RegisterResponse(\x01\x30\x01\x12h\n\rListExecutors\x12*.penstock.internal.v1.ListExecutorsRequest\x1a+.penstock.internal.v1.ListExecutorsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.internal.v1.scheduler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=2482
-  _globals['_REFUSALREASON']._serialized_end=2716
+  _globals['_REFUSALREASON']._serialized_start=2526
+  _globals['_REFUSALREASON']._serialized_end=2760
   _globals['_PLACEREQUEST']._serialized_start=62
   _globals['_PLACEREQUEST']._serialized_end=188
   _globals['_PLACING']._serialized_start=191
   _globals['_PLACING']._serialized_end=514
   _globals['_PLACERESPONSE']._serialized_start=517
-  _globals['_PLACERESPONSE']._serialized_end=691
-  _globals['_LEASE']._serialized_start=694
-  _globals['_LEASE']._serialized_end=843
-  _globals['_REFUSAL']._serialized_start=846
-  _globals['_REFUSAL']._serialized_end=984
-  _globals['_CATALOG']._serialized_start=986
-  _globals['_CATALOG']._serialized_end=1057
-  _globals['_EXECUTORDESCRIPTION']._serialized_start=1060
-  _globals['_EXECUTORDESCRIPTION']._serialized_end=1524
-  _globals['_GENERATIONDEFAULTS']._serialized_start=1527
-  _globals['_GENERATIONDEFAULTS']._serialized_end=1735
-  _globals['_REGISTERREQUEST']._serialized_start=1738
-  _globals['_REGISTERREQUEST']._serialized_end=1930
-  _globals['_LOAD']._serialized_start=1933
-  _globals['_LOAD']._serialized_end=2082
-  _globals['_KVEVENTS']._serialized_start=2084
-  _globals['_KVEVENTS']._serialized_end=2162
-  _globals['_REGISTERRESPONSE']._serialized_start=2164
-  _globals['_REGISTERRESPONSE']._serialized_end=2200
-  _globals['_LISTEXECUTORSREQUEST']._serialized_start=2202
-  _globals['_LISTEXECUTORSREQUEST']._serialized_end=2224
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=2226
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=2321
-  _globals['_EXECUTORSTATE']._serialized_start=2324
-  _globals['_EXECUTORSTATE']._serialized_end=2479
-  _globals['_SCHEDULERSERVICE']._serialized_start=2719
-  _globals['_SCHEDULERSERVICE']._serialized_end=3024
+  _globals['_PLACERESPONSE']._serialized_end=718
+  _globals['_LEASE']._serialized_start=721
+  _globals['_LEASE']._serialized_end=870
+  _globals['_REFUSAL']._serialized_start=873
+  _globals['_REFUSAL']._serialized_end=1011
+  _globals['_CATALOG']._serialized_start=1013
+  _globals['_CATALOG']._serialized_end=1084
+  _globals['_EXECUTORDESCRIPTION']._serialized_start=1087
+  _globals['_EXECUTORDESCRIPTION']._serialized_end=1551
+  _globals['_GENERATIONDEFAULTS']._serialized_start=1554
+  _globals['_GENERATIONDEFAULTS']._serialized_end=1762
+  _globals['_REGISTERREQUEST']._serialized_start=1765
+  _globals['_REGISTERREQUEST']._serialized_end=1974
+  _globals['_LOAD']._serialized_start=1977
+  _globals['_LOAD']._serialized_end=2126
+  _globals['_KVEVENTS']._serialized_start=2128
+  _globals['_KVEVENTS']._serialized_end=2206
+  _globals['_REGISTERRESPONSE']._serialized_start=2208
+  _globals['_REGISTERRESPONSE']._serialized_end=2244
+  _globals['_LISTEXECUTORSREQUEST']._serialized_start=2246
+  _globals['_LISTEXECUTORSREQUEST']._serialized_end=2268
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=2270
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=2365
+  _globals['_EXECUTORSTATE']._serialized_start=2368
+  _globals['_EXECUTORSTATE']._serialized_end=2523
+  _globals['_SCHEDULERSERVICE']._serialized_start=2763
+  _globals['_SCHEDULERSERVICE']._serialized_end=3068
 # @@protoc_insertion_point(module_scope)

@@ -168,6 +168,7 @@ class PlaceResponse(_message.Message):
     GRANTED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     CATALOG_FIELD_NUMBER: _builtins.int
+    LOST_EXECUTOR_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def granted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]: ...
     @_builtins.property
@@ -176,16 +177,23 @@ class PlaceResponse(_message.Message):
     def catalog(self) -> Global___Catalog:
         """The executors that live now: sent first on the stream, then whenever one joins, leaves or starts to drain."""
 
+    @_builtins.property
+    def lost_executor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Executors that were lost since: nothing came from one within its lease, or its engine has stopped. What runs there may never
+        go on; it is to be placed again, behind `granted`, without waiting for the executor's own stream to end.
+        """
+
     def __init__(
         self,
         *,
         granted: _abc.Iterable[Global___Lease] | None = ...,
         refused: _abc.Iterable[Global___Refusal] | None = ...,
         catalog: Global___Catalog | None = ...,
+        lost_executor_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_catalog", b"_catalog", "catalog", b"catalog"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_catalog", b"_catalog", "catalog", b"catalog", "granted", b"granted", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_catalog", b"_catalog", "catalog", b"catalog", "granted", b"granted", "lost_executor_ids", b"lost_executor_ids", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__catalog: _TypeAlias = _typing.Literal["catalog"]  # noqa: Y015
     _WhichOneofArgType__catalog: _TypeAlias = _typing.Literal["_catalog", b"_catalog"]  # noqa: Y015
@@ -430,7 +438,10 @@ class RegisterRequest(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     KV_EVENTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    STALLED_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
+    stalled: _builtins.bool
+    """The engine has stopped: the executor is to be taken for lost. Last on the stream."""
     @_builtins.property
     def description(self) -> Global___ExecutorDescription:
         """First on the stream."""
@@ -446,10 +457,11 @@ class RegisterRequest(_message.Message):
         load: Global___Load | None = ...,
         kv_events: Global___KvEvents | None = ...,
         draining: _builtins.bool = ...,
+        stalled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "kv_events", b"kv_events", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "kv_events", b"kv_events", "load", b"load"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "kv_events", b"kv_events", "load", b"load", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
