@@ -17,7 +17,6 @@ __all__ = [
     "TIME_TO_FIRST_TOKEN_SECONDS",
     "MetricsServer",
     "serve",
-    "token_buckets",
 ]
 
 TIME_TO_FIRST_TOKEN_SECONDS = (
@@ -34,16 +33,6 @@ E2E_SECONDS = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 STEP_TOKENS = tuple(float(n) for n in (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384))
-
-
-def token_buckets(most: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, 50 … up to `most`, for counts of a request's tokens."""
-    buckets: list[float] = []
-    decade = 1
-    while decade <= most:
-        buckets += [float(decade * step) for step in (1, 2, 5) if decade * step <= most]
-        decade *= 10
-    return tuple(buckets)
 
 
 class MetricsServer:

@@ -7,6 +7,7 @@ of a multiplexed stream's message, where one call serves many requests.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,15 +27,17 @@ __all__ = [
     "Span",
     "Traceparents",
     "configure",
-    "current_traceparent",
     "enabled",
     "metadata",
     "shutdown",
     "span",
     "start",
+    "traceparent_of",
 ]
 
 TRACEPARENT_KEY = "traceparent"
+# Version 00 of W3C's trace context: trace id and span id are never all zero.
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 Attributes = Mapping[str, str | bool | int | float]
 
@@ -163,9 +166,10 @@ def span(name: str, parent: str | None = None, attributes: Attributes | None = N
             _current.reset(token)
 
 
-def current_traceparent() -> str:
-    """Identity of the task's current span, or ``""``."""
-    return _current.get()
+def traceparent_of(told: str | bytes | None) -> str:
+    """A caller's traceparent; nothing where it is none. What a caller sends ends up in other calls' metadata."""
+    text = told.decode("latin-1") if isinstance(told, bytes) else told or ""
+    return text if _TRACEPARENT.fullmatch(text) else ""
 
 
 def metadata() -> tuple[tuple[str, str], ...]:
@@ -182,5 +186,5 @@ class Traceparents(grpc.aio.ServerInterceptor):
     ) -> Any:
         for key, value in handler_call_details.invocation_metadata or ():
             if key == TRACEPARENT_KEY:
-                _current.set(str(value)[:64])
+                _current.set(traceparent_of(value))
         return await continuation(handler_call_details)

@@ -119,10 +119,6 @@ class Models:
             return next(iter(self._models.values()))
         return self._models.get(name)
 
-    def all(self) -> list[Model]:
-        """Every model."""
-        return list(self._models.values())
-
     async def close(self) -> None:
         """Close every model."""
         for model in self._models.values():

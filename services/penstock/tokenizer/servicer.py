@@ -48,9 +48,6 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
         tokens = model.describe(ids) if request.tokens else []
         return pb.DetokenizeResponse(text=text, tokens=tokens, fingerprint=model.vocabulary.fingerprint)
 
-    async def ListTokenizers(self, request: pb.ListTokenizersRequest, context: object) -> pb.ListTokenizersResponse:
-        return pb.ListTokenizersResponse(tokenizers=[_description(model) for model in self._models.all()])
-
     async def Decode(self, request_iterator: AsyncIterator[pb.DecodeRequest], context: object) -> AsyncIterator[pb.DecodeResponse]:
         stream = _DecodeStream(self._models, self._metrics)
         frames: asyncio.Queue[pb.DecodeRequest | None] = asyncio.Queue(_QUEUED_FRAMES)
@@ -188,13 +185,3 @@ async def _read(source: AsyncIterator[pb.DecodeRequest], frames: asyncio.Queue[p
 def _message(message: pb.ChatMessage) -> dict[str, str]:
     told = {"role": message.role, "content": message.content}
     return told | {"name": message.name} if message.name else told
-
-
-def _description(model: Model) -> pb.TokenizerDescription:
-    vocabulary = model.vocabulary
-    return pb.TokenizerDescription(
-        model=model.name,
-        fingerprint=vocabulary.fingerprint,
-        vocabulary_size=vocabulary.size,
-        chat_template=vocabulary.chat_template is not None,
-    )

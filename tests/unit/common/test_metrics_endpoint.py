@@ -36,10 +36,6 @@ def test_taken_port_is_one_line_that_says_so():
         server.close()
 
 
-def test_token_buckets_end_at_the_most():
-    assert metrics.token_buckets(250) == (1, 2, 5, 10, 20, 50, 100, 200)
-
-
 @pytest.mark.parametrize(
     "buckets", [metrics.TIME_TO_FIRST_TOKEN_SECONDS, metrics.INTER_TOKEN_SECONDS, metrics.E2E_SECONDS, metrics.STEP_TOKENS]
 )

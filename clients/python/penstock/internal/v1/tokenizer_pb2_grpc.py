@@ -45,11 +45,6 @@ class TokenizerServiceStub:
                 request_serializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
-        self.ListTokenizers = channel.unary_unary(
-                '/penstock.internal.v1.TokenizerService/ListTokenizers',
-                request_serializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.ListTokenizersRequest.SerializeToString,
-                response_deserializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.ListTokenizersResponse.FromString,
-                _registered_method=True)
         self.Decode = channel.stream_stream(
                 '/penstock.internal.v1.TokenizerService/Decode',
                 request_serializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
@@ -75,12 +70,6 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListTokenizers(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Decode(self, request_iterator, context):
         """One stream per gateway, on which many decodings run. A decoding lives from `open` to its `close`, its last token or the end
         of the stream, whichever is first.
@@ -101,11 +90,6 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DetokenizeRequest.FromString,
                     response_serializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DetokenizeResponse.SerializeToString,
-            ),
-            'ListTokenizers': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListTokenizers,
-                    request_deserializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.ListTokenizersRequest.FromString,
-                    response_serializer=penstock_dot_internal_dot_v1_dot_tokenizer__pb2.ListTokenizersResponse.SerializeToString,
             ),
             'Decode': grpc.stream_stream_rpc_method_handler(
                     servicer.Decode,
@@ -168,33 +152,6 @@ class TokenizerService:
             '/penstock.internal.v1.TokenizerService/Detokenize',
             penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DetokenizeRequest.SerializeToString,
             penstock_dot_internal_dot_v1_dot_tokenizer__pb2.DetokenizeResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ListTokenizers(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/penstock.internal.v1.TokenizerService/ListTokenizers',
-            penstock_dot_internal_dot_v1_dot_tokenizer__pb2.ListTokenizersRequest.SerializeToString,
-            penstock_dot_internal_dot_v1_dot_tokenizer__pb2.ListTokenizersResponse.FromString,
             options,
             channel_credentials,
             insecure,

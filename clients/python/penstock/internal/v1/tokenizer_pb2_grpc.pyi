@@ -37,7 +37,6 @@ class TokenizerServiceStub:
     """Encodes prompts, or renders a conversation and encodes it."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.DetokenizeRequest, _tokenizer_pb2.DetokenizeResponse]
     """Decodes ids at once."""
-    ListTokenizers: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.ListTokenizersRequest, _tokenizer_pb2.ListTokenizersResponse]
     Decode: _grpc.StreamStreamMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]
     """One stream per gateway, on which many decodings run. A decoding lives from `open` to its `close`, its last token or the end
     of the stream, whichever is first.
@@ -52,7 +51,6 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     """Encodes prompts, or renders a conversation and encodes it."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.DetokenizeRequest, _tokenizer_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Decodes ids at once."""
-    ListTokenizers: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.ListTokenizersRequest, _tokenizer_pb2.ListTokenizersResponse]  # type: ignore[assignment]
     Decode: _aio.StreamStreamMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]  # type: ignore[assignment]
     """One stream per gateway, on which many decodings run. A decoding lives from `open` to its `close`, its last token or the end
     of the stream, whichever is first.
@@ -76,13 +74,6 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.DetokenizeResponse, _abc.Awaitable[_tokenizer_pb2.DetokenizeResponse]]:
         """Decodes ids at once."""
-
-    @_abc_1.abstractmethod
-    def ListTokenizers(
-        self,
-        request: _tokenizer_pb2.ListTokenizersRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_tokenizer_pb2.ListTokenizersResponse, _abc.Awaitable[_tokenizer_pb2.ListTokenizersResponse]]: ...
 
     @_abc_1.abstractmethod
     def Decode(
