@@ -18,7 +18,7 @@ help:
 	@echo 'make lint    style, types, import contracts, protos'
 	@echo 'make setup   .venv with everything for test, lint and protos'
 	@echo 'make protos  the Python messages and stubs from protos/'
-	@echo 'make bench   every scenario in this process and through the suite; MODEL=…'
+	@echo 'make bench   every scenario in this process and through the suite; MODEL=…, ARGS=… for penstock bench engine'
 	@echo 'make clean   removes .venv and caches'
 
 setup: .venv/.setup-developer
@@ -45,7 +45,7 @@ protos: .venv/.setup-developer
 	tools/generate_protos.sh
 
 bench: .venv/.setup
-	tools/bench.sh $(MODEL)
+	tools/bench.sh $(or $(MODEL),builtin) $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
