@@ -7,10 +7,12 @@ import sys
 from penstock.cli.bench.engine_target import EngineOptions, EngineTarget
 from penstock.cli.bench.options import DTypeName
 from penstock.cli.bench.scenarios import Request
+from penstock.cli.huge_pages import start_again_with_huge_pages
 from workload import serve
 
 
 def main() -> None:
+    start_again_with_huge_pages()
     folder: str = sys.argv[1]
     dtype: DTypeName = sys.argv[2]  # type: ignore[assignment]  # what engine_vs_genai.py accepts
     engine = EngineTarget(folder, EngineOptions(backend="openvino", dtype=dtype, kv_cache_gib=4, prefix_cache=False))

@@ -9,6 +9,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, env_var_split
 
+from penstock.cli.huge_pages import computes, start_again_with_huge_pages
 from penstock.cli.layers import CONFIG_LAYERS
 from penstock.common.config import ConfigError
 from penstock.common.service import StartError
@@ -49,6 +50,8 @@ app.command("penstock.cli.services:executor", name="executor", group=_SERVICES, 
 
 def main() -> None:
     """Run the command that the arguments name, and exit with its status."""
+    if computes(sys.argv[1:]):
+        start_again_with_huge_pages()
     sys.exit(_run())
 
 

@@ -137,16 +137,14 @@ def _only(tokens: int) -> StepBatch:
 def _compile(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[list[NDArray[np.generic]], ov.CompiledModel]:
     core = ov.Core()
     has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    usable = len(os.sched_getaffinity(0))
-    threads = config.threads or usable
+    threads = config.threads or len(os.sched_getaffinity(0))
     with Weights(spec) as weights:
         constants = Constants(weights, dtype, threads)
         try:
             graph = build(spec.decoder, constants)
         finally:
             constants.close()
-        whole_machine = threads == usable == os.cpu_count()
-        chosen = properties(spec.decoder, dtype, threads, has_bf16=has_bf16, whole_machine=whole_machine)
+        chosen = properties(spec.decoder, dtype, threads, has_bf16=has_bf16)
         if not set(core.get_property("CPU", "SUPPORTED_PROPERTIES")) >= OPTIONAL:
             chosen = {name: value for name, value in chosen.items() if name not in OPTIONAL}
         return constants.held, core.compile_model(graph, "CPU", chosen)

@@ -7,12 +7,12 @@
 - ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with int8 weights the inputs of a product are rounded to int8 as well, in groups that share a
   scale. The default of 32 spends much of a product on applying scales; a group is as long here as the model's dimensions allow, up
   to 128.
-- ``ENABLE_CPU_PINNING``: only where threads take every core of the machine. Otherwise threads that are pinned by their number land
-  on cores that belong to another container, or all services of a machine on the same ones. A bfloat16 step of one sequence is 5 %
-  faster with threads that stay in place.
+- ``ENABLE_CPU_PINNING`` off: threads that are pinned by their number land on cores that belong to another container, or all
+  executors of a machine on the same ones, and one that other services hold up can not move. It gains nothing where weights lie in
+  huge pages.
 - ``TBB_PARTITIONER``: int8 work is dealt out as threads become free, for the other services run on the same cores; dealing it out
   evenly beforehand leaves one thread waiting for the other. bfloat16 and float32 keep the plug-in's own, which deals evenly: those
-  steps wait for memory, and one of a single sequence is 3 to 5 % faster so. Releases that do not know the property go without.
+  steps wait for memory. Releases that do not know the property go without.
 - ``NUM_STREAMS`` 1 and ``PERFORMANCE_HINT`` latency: one step at a time uses all threads.
 """
 
@@ -32,9 +32,7 @@ OPTIONAL = frozenset({"TBB_PARTITIONER"})
 _GROUP_SIZES = (128, 64, 32)
 
 
-def properties(
-    decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bool, whole_machine: bool = False
-) -> Mapping[str, Any]:
+def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bool) -> Mapping[str, Any]:
     """Properties to compile a decoder's graph with.
 
     Args:
@@ -42,14 +40,13 @@ def properties(
         dtype: of its weights.
         threads: how many compute.
         has_bf16: whether the processor multiplies bfloat16.
-        whole_machine: whether there is a thread for every core of the machine, and all may be used.
     """
     compute = "bf16" if has_bf16 and dtype is not DType.F32 else "f32"
     chosen = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": whole_machine,
+        "ENABLE_CPU_PINNING": False,
         "INFERENCE_PRECISION_HINT": compute,
         "KV_CACHE_PRECISION": compute,
     }
