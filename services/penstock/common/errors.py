@@ -17,7 +17,7 @@ The text of every exception but InternalError is written for the client.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -28,6 +28,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 __all__ = [
     "HTTP_STATUS",
+    "MAX_VIOLATIONS",
     "STATUS",
     "Cancelled",
     "DeadlineExceeded",
@@ -46,6 +47,15 @@ __all__ = [
 ]
 
 
+# Violations that one error tells; of more, their number.
+MAX_VIOLATIONS = 8
+# A status travels in metadata, of which gRPC takes 8 KiB: the message there is percent-encoded, and stands once more, with the
+# violations, in details that are Base64.
+_MESSAGE_BYTES = 1000
+_FIELD_BYTES = 96
+_VIOLATIONS_BYTES = 2400
+
+
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
     """One wrong field: its public path, such as ``sampling.top_p``, and what would be right."""
@@ -59,11 +69,17 @@ class PenstockError(Exception):
 
 
 class InvalidRequest(PenstockError):
-    """One or more fields of a request are wrong."""
+    """One or more fields of a request are wrong. Of many, the first are kept; `more` counts the others."""
 
     def __init__(self, *violations: FieldViolation) -> None:
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
-        self.violations = violations
+        self.violations = violations[:MAX_VIOLATIONS]
+        self.more = len(violations) - len(self.violations)
+        super().__init__(self.message((v.field, v.description) for v in self.violations))
+
+    def message(self, named: Iterable[tuple[str, str]]) -> str:
+        """The violations as one text, under these names."""
+        told = "; ".join(f"{field}: {description}" for field, description in named)
+        return f"{told}; and {self.more} more" if self.more else told
 
     @classmethod
     def field(cls, field: str, description: str) -> InvalidRequest:
@@ -145,13 +161,13 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, status_pb2.Status]
     kind = next((k for k in type(error).__mro__ if k in STATUS), InternalError)
     code = STATUS[kind]
     message = _INTERNAL_MESSAGE if kind is InternalError else str(error)
-    status = status_pb2.Status(code=_CODE_NUMBER[code], message=message)
+    status = status_pb2.Status(code=_CODE_NUMBER[code], message=_clip(message, _MESSAGE_BYTES))
     details: Message | None = None
     if isinstance(error, InvalidRequest):
+        room = _VIOLATIONS_BYTES // max(1, len(error.violations)) - _FIELD_BYTES
+        told = [(_clip(v.field, _FIELD_BYTES), _clip(v.description, room)) for v in error.violations]
         details = error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description) for v in error.violations
-            ]
+            field_violations=[error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in told]
         )
     elif isinstance(error, Overloaded):
         delay = duration_pb2.Duration()
@@ -162,6 +178,12 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, status_pb2.Status]
         packed.Pack(details)
         status.details.append(packed)
     return code, status
+
+
+def _clip(text: str, most: int) -> str:
+    """As much of a text as fits into so many bytes of UTF-8."""
+    content = text.encode(errors="replace")
+    return content.decode() if len(content) <= most else content[: most - 3].decode(errors="ignore") + "…"
 
 
 def error_from_status(code: grpc.StatusCode, status: status_pb2.Status) -> PenstockError:

@@ -65,11 +65,11 @@ def note(model: str, requests: Sequence[Request]) -> None:
     if told is None or not requests:
         return
     choices = [(request, choice) for request in requests for choice in request.choices]
-    first = min((r.first_token_at - r.created for r in requests if r.first_token_at is not None), default=None)
+    first = min((r.first_token_at - r.arrived for r in requests if r.first_token_at is not None), default=None)
     told.facts |= {
         "model": model,
         "prompt_tokens": sum(len(r.plan.prompt_ids) for r in requests),
-        "cached_tokens": sum(c.start.cached_tokens for _, c in choices if c.start is not None),
+        "cached_tokens": sum(r.cached_tokens for r in requests),
         "completion_tokens": sum(c.told_tokens for _, c in choices),
         "finish": [_finish(r, c) for r, c in choices],
         "queue_seconds": round(max(r.queue_seconds for r in requests), 6),

@@ -18,6 +18,7 @@ from penstock.common.errors import (
     Unavailable,
 )
 from penstock.gateway import access
+from penstock.gateway.bounds import Bounds
 from penstock.gateway.catalog import Catalog, Model
 from penstock.gateway.machine import Request
 from penstock.gateway.output import OutputQueue
@@ -29,6 +30,9 @@ from penstock.gateway.traces import Trace
 from penstock.gateway.validation import Limits, validate
 
 __all__ = ["Admission", "Live"]
+
+# Of models that are not known yet.
+_LONGEST_CONTEXT = 1 << 17
 
 
 def _current_task() -> asyncio.Task[Any]:
@@ -58,6 +62,16 @@ class Live:
         for request in self.requests:
             request.cancel(error)
         self.queue.fail(error)
+
+    def break_off(self, error: PenstockError) -> None:
+        """End each request with what there is of its answer; one that has told nothing fails."""
+        for request in self.requests:
+            request.break_off(error)
+
+    @property
+    def failure(self) -> PenstockError | None:
+        """Why a request's answer was broken off, of a call that is complete."""
+        return next((r.error for r in self.requests if r.error is not None), None)
 
     def cut_off(self, error: PenstockError) -> None:
         """The same when the door itself is stuck in a write to a client that reads nothing."""
@@ -109,7 +123,7 @@ class Admission:
 
     @property
     def live(self) -> int:
-        """Calls in work, those that are still being encoded included."""
+        """Calls in work, those that are still being read or encoded included."""
         return self._coming
 
     def refuse_new(self) -> None:
@@ -120,21 +134,38 @@ class Admission:
         """Return when no call is in work."""
         await self._idle.wait()
 
-    def cancel_all(self, error: PenstockError) -> None:
-        """End every call."""
+    def break_off_all(self, error: PenstockError) -> None:
+        """End every call: with what there is of an answer, or with the error."""
         for call in list(self._calls):
-            call.cancel(error)
+            call.break_off(error)
+
+    def cancel_all(self, error: PenstockError) -> None:
+        """End what still does not: calls whose clients do not read."""
+        for call in list(self._calls):
+            call.cut_off(error)
 
     def sweep(self) -> None:
         """End calls whose reader has left output waiting for too long."""
         now = self.clock()
         for call in list(self._calls):
-            since = call.queue.waiting_since
+            since = call.queue.stuck_since
             if since is not None and now - since > self._slow_reader_seconds:
                 call.cut_off(Cancelled(f"the client took nothing for {self._slow_reader_seconds:g} seconds"))
 
+    @property
+    def bounds(self) -> Bounds:
+        """How much a call can hold of what is worth reading at all."""
+        longest = max((m.context_length for m in self.catalog.models().values()), default=_LONGEST_CONTEXT)
+        return Bounds(prompts=self.limits.max_prompts, ids=longest)
+
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def counted(self) -> Iterator[None]:
+        """Count a call for as long as the block lasts. A door begins it before it reads what may be large.
+
+        Raises:
+            Unavailable: the gateway drains.
+            Overloaded: as many calls as are taken are in work.
+        """
         if self._draining:
             raise Unavailable("this gateway is draining; connect again")
         if self._coming >= self._max_live:
@@ -150,12 +181,12 @@ class Admission:
 
     @contextlib.asynccontextmanager
     async def admit(self, generations: Sequence[Generation], caller: Caller) -> AsyncIterator[Live]:
-        """Run one call's generations, all of one model and with the same `n`, for as long as the block lasts.
+        """Run one counted call's generations, all of one model and with the same `n`, for as long as the block lasts.
 
         Raises:
             PenstockError: it can not be admitted.
         """
-        with self._counted(), Trace(caller) as trace:
+        with Trace(caller) as trace:
             model = self.catalog.model(generations[0].model)
             self._check(generations, model)
             plans = [await self._plan(g, model, caller) for g in generations]
@@ -191,14 +222,14 @@ class Admission:
             )
 
     async def _plan(self, generation: Generation, model: Model, caller: Caller) -> Plan:
-        ids, fingerprint = await self.encode(generation, model, caller.deadline)
+        ids, fingerprint = await self.encode(generation, model, caller.deadline, model.context_length - 1)
         echo = await self._echo(generation, model, ids, caller.deadline)
         if self.clock() >= caller.deadline:
             raise DeadlineExceeded("the deadline passed before the request was placed")
         return plan(generation, model, ids, fingerprint, caller.tenant, self.limits, echo=echo)
 
-    async def encode(self, generation: Generation, model: Model, deadline: float) -> tuple[Sequence[int], str]:
-        """A validated generation's prompt as ids, and the fingerprint of the tokenizer that they are of.
+    async def encode(self, generation: Generation, model: Model, deadline: float, most: int) -> tuple[Sequence[int], str]:
+        """A validated generation's prompt as ids, `most` at most, and the fingerprint of the tokenizer that they are of.
 
         Raises:
             PenstockError: the tokenizer refuses the prompt or is not there.
@@ -206,7 +237,7 @@ class Admission:
         if generation.token_ids is not None:
             return generation.token_ids, model.first.tokenizer_fingerprint
         with tracing.span("encode"):
-            return await self.tokenization.encode(model.name, generation, deadline, model.context_length)
+            return await self.tokenization.encode(model.name, generation, deadline, most)
 
     async def _echo(self, generation: Generation, model: Model, ids: Sequence[int], deadline: float) -> str:
         if not generation.reporting.echo:

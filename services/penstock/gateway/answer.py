@@ -16,6 +16,8 @@ class FinishReason(enum.Enum):
     STOP_SEQUENCE = "stop_sequence"
     LENGTH = "length"
     DEADLINE = "deadline"
+    CANCELLED = "cancelled"  # the gateway left before it was complete
+    ERROR = "error"  # it could not be gone on with anywhere
 
 
 @dataclass(frozen=True, slots=True)

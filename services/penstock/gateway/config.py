@@ -24,6 +24,7 @@ class GatewayConfig:
         max_prompts: Prompts of one HTTP request at most.
         max_live_requests: Requests in work at once; more are refused with a time to try again.
         max_body_bytes: Largest HTTP body and gRPC message that is taken.
+        body_seconds: Time in which an HTTP body has to come.
         default_deadline_seconds: Time for a request whose client set no deadline.
         sse_keepalive_seconds: A comment is sent on an event stream that has been silent for so long.
         slow_reader_seconds: A client that takes nothing of waiting output for so long is cut off.
@@ -45,6 +46,7 @@ class GatewayConfig:
     max_prompts: int = 256
     max_live_requests: int = 4_096
     max_body_bytes: int = 8 << 20
+    body_seconds: float = 30.0
     default_deadline_seconds: float = 600.0
     sse_keepalive_seconds: float = 10.0
     slow_reader_seconds: float = 60.0

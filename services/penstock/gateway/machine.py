@@ -78,7 +78,8 @@ class Request:
         self.error: PenstockError | None = None
         self.executor_ids: list[str] = []
         self.replacements = 0
-        self.created = clock()
+        self.begun = clock()
+        self.arrived = self.begun if caller.arrived is None else caller.arrived
         self.placed_at: float | None = None
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -140,6 +141,10 @@ class Request:
         """The answer is not wanted any more, or can not be had; `error` tells whoever still listens."""
         self._apply(Event.CANCEL, error)
 
+    def break_off(self, error: PenstockError) -> None:
+        """The answer can not be gone on with; what was told of it stands."""
+        self._apply(Event.BREAK_OFF, error)
+
     def deadline(self) -> None:
         self._apply(Event.DEADLINE)
 
@@ -160,7 +165,7 @@ class Request:
         """Those of the prompt's tokens."""
         if choice.prompt_reports is None:
             choice.prompt_reports = list(reports)
-            self._describe(choice, ids_of(reports))
+            self._describe(choice, self._prompt_ids_of(reports))
 
     def described(self, choice: Choice, tokens: Iterable[bytes]) -> None:
         """The bytes of the ids that were asked for first."""
@@ -197,7 +202,7 @@ class Request:
         if isinstance(refusal.error, DeadlineExceeded):
             self._expire()
         else:
-            self._fail(refusal.error)
+            self._end_early(refusal.error, FinishReason.ERROR)
 
     def _place_again(self) -> None:
         avoid = tuple(dict.fromkeys(self.executor_ids))
@@ -237,7 +242,9 @@ class Request:
         if not self._running():
             self._rest()
         elif self._attempts_left <= 1:
-            self._fail(Unavailable("the request was lost on every executor that it was placed on"), why)
+            error = Unavailable("the request was lost on every executor that it was placed on")
+            error.add_note(why)
+            self._end_early(error, FinishReason.ERROR)
         else:
             self._attempts_left -= 1
             self.replacements += 1
@@ -267,7 +274,8 @@ class Request:
 
     def _missing(self, choice: Choice, text: Text) -> bool:
         """Whether bytes of tokens that are told with a text are not known yet."""
-        if choice.prompt_reports and not choice.begun and not self._knows(choice.prompt_reports):
+        told = choice.prompt_reports if not choice.begun else None
+        if told is not None and not self._tokens.keys() >= self._prompt_ids_of(told):
             return True
         return bool(choice.reports) and not self._knows(choice.reports[choice.told_tokens : self._told_after(choice, text)])
 
@@ -323,8 +331,13 @@ class Request:
         self._decoding.open(choice)
         if choice.ended is not None:
             self._decoding.finish(choice.decoding_id)
-        waiting = choice.reports[choice.told_tokens :] + ([] if choice.begun else choice.prompt_reports or [])
-        self._describe(choice, ids_of(waiting))
+        self._describe(choice, ids_of(choice.reports[choice.told_tokens :]))
+        if choice.prompt_reports is not None and not choice.begun:
+            self._describe(choice, self._prompt_ids_of(choice.prompt_reports))
+
+    def _prompt_ids_of(self, reports: Iterable[TokenReport]) -> set[int]:
+        """Ids that reports of the prompt name, and its first one, of which nothing is known but its text."""
+        return {self.plan.prompt_ids[0]} | ids_of(reports)
 
     def _describe(self, choice: Choice, ids: set[int]) -> None:
         unknown = [i for i in ids if i not in self._tokens]
@@ -333,17 +346,28 @@ class Request:
             self._decoding.describe(choice, unknown)
 
     def _expire(self) -> None:
-        """The deadline is an error before the first text and a finish reason behind it."""
         if not self._told:
             self._fail(DeadlineExceeded("the deadline passed before the first token"))
-            return
+        else:
+            self._finish_all(FinishReason.DEADLINE)
+
+    def _break_off(self, error: PenstockError) -> None:
+        self._end_early(error, FinishReason.CANCELLED)
+
+    def _end_early(self, error: PenstockError, reason: FinishReason) -> None:
+        """What goes wrong is an error before the first text and a finish reason behind it."""
+        if not self._told:
+            self._fail(error)
+        else:
+            self.error = error
+            self._finish_all(reason)
+
+    def _finish_all(self, reason: FinishReason) -> None:
         for choice in self.choices:
             if choice.finish is None:
-                self._finish(choice, Finish(FinishReason.DEADLINE))
+                self._finish(choice, Finish(reason))
 
-    def _fail(self, error: PenstockError, why: str = "") -> None:
-        if why:
-            error.add_note(why)
+    def _fail(self, error: PenstockError) -> None:
         self.error = error
         self._done()
         self._output.fail(error)
@@ -377,6 +401,15 @@ class Request:
         """Time at the scheduler, and at the executor before the first step."""
         return self._queued_seconds + max((c.start.waited_seconds for c in self.choices if c.start is not None), default=0.0)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the first of its choices found in a prefix cache; the prompt counts once, too."""
+        return next((c.start.cached_tokens for c in self.choices if c.start is not None), 0)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token that was described; nothing of any other."""
+        return self._tokens.get(token_id, b"")
+
     def now(self) -> float:
         """The request's clock."""
         return self._clock()
@@ -388,12 +421,12 @@ class Request:
         return Closing(
             prompt_tokens=len(self.plan.prompt_ids),
             completion_tokens=sum(c.told_tokens for c in self.choices),
-            cached_tokens=sum(s.cached_tokens for s in starts),
+            cached_tokens=self.cached_tokens,
             executor_ids=tuple(self.executor_ids),
             queue_seconds=self.queue_seconds,
             prefill_seconds=max((s.prefill_seconds for s in starts), default=0.0),
             decode_seconds=max(0.0, last - first),
-            total_seconds=now - self.created,
+            total_seconds=now - self.arrived,
             replacements=self.replacements,
             preemptions=sum(c.preemptions for c in self.choices),
             seed=self.plan.sampling.seed,
@@ -410,6 +443,7 @@ class Request:
         Event.TEXT: (_on_text, _on_text, _on_text, _on_text, _ignore),
         Event.TOKENIZER_BACK: (_reopen, _reopen, _reopen, _reopen, _ignore),
         Event.CANCEL: (_fail, _fail, _fail, _fail, _ignore),
+        Event.BREAK_OFF: (_break_off, _break_off, _break_off, _break_off, _ignore),
         Event.DEADLINE: (_expire, _expire, _expire, _expire, _ignore),
     }
 

@@ -1,4 +1,8 @@
-"""What the gateway tells Prometheus, under vLLM's names where the meaning is the same."""
+"""What the gateway tells Prometheus, under vLLM's names where the meaning is the same.
+
+What an engine counts too, in sequences where the gateway counts requests, has the gateway's name: a sum over the suite counts
+nothing twice.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,9 @@ class GatewayMetrics:
         self._queue = self._histogram("request_queue_time_seconds", "Time before the first engine step", E2E_SECONDS)
         self._success = self._counter("request_success", "Choices by how they finished", "finished_reason")
         self._failed = self._counter("request_failed", "Requests that failed, by the error's name", "error")
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of completed requests")
-        self._generated = self._counter("generation_tokens", "Tokens told to clients")
-        self._cached = self._counter("prompt_tokens_cached", "Prompt tokens found in a prefix cache")
+        self._prompt = self._counter("gateway_prompt_tokens", "Prompt tokens of completed requests")
+        self._generated = self._counter("gateway_generation_tokens", "Tokens told to clients")
+        self._cached = self._counter("gateway_prompt_tokens_cached", "Prompt tokens found in a prefix cache")
         self._replacements = self._counter("request_replacements", "Placements after an executor was lost")
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
@@ -46,17 +50,17 @@ class GatewayMetrics:
         if request.replacements:
             self._replacements.labels(model).inc(request.replacements)
         if request.first_token_at is not None:
-            self._first.labels(model).observe(request.first_token_at - request.created)
+            self._first.labels(model).observe(request.first_token_at - request.arrived)
             longest = max(choice.told_tokens for choice in request.choices)
             if longest > 1 and request.last_token_at is not None:
                 self._between.labels(model).observe((request.last_token_at - request.first_token_at) / (longest - 1))
         if request.error is not None:
             self._failed.labels(model, type(request.error).__name__).inc()
             return
-        self._whole.labels(model).observe(now - request.created)
+        self._whole.labels(model).observe(now - request.arrived)
         self._queue.labels(model).observe(request.queue_seconds)
         self._prompt.labels(model).inc(len(request.plan.prompt_ids))
-        self._cached.labels(model).inc(sum(c.start.cached_tokens for c in request.choices if c.start is not None))
+        self._cached.labels(model).inc(request.cached_tokens)
         for choice in request.choices:
             reason = choice.finish.reason if choice.finish is not None else FinishReason.DEADLINE
             self._success.labels(model, reason.value).inc()
@@ -64,8 +68,10 @@ class GatewayMetrics:
     def watch(self, live: Mapping[int, Request]) -> None:
         """Tell how many requests run and wait."""
         waiting = (State.QUEUED, State.PREFILLING)
-        self.gauge("num_requests_running", "Requests that tell tokens", lambda: sum(r.state not in waiting for r in live.values()))
-        self.gauge("num_requests_waiting", "Requests before a token", lambda: sum(r.state in waiting for r in live.values()))
+        self.gauge(
+            "gateway_requests_running", "Requests that tell tokens", lambda: sum(r.state not in waiting for r in live.values())
+        )
+        self.gauge("gateway_requests_waiting", "Requests before a token", lambda: sum(r.state in waiting for r in live.values()))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"penstock_{name}", text, _MODEL, buckets=buckets, registry=self.registry)

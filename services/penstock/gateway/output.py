@@ -20,6 +20,7 @@ class OutputQueue:
     def __init__(self, requests: int, clock: Callable[[], float]) -> None:
         self.closings: list[Closing | None] = [None] * requests
         self.waiting_since: float | None = None
+        self._writing_since: float | None = None
         self._open = requests
         self._pending: dict[int, Delta] = {}
         self._error: PenstockError | None = None
@@ -30,6 +31,19 @@ class OutputQueue:
     def pending(self) -> bool:
         """Whether something waits for the reader."""
         return bool(self._pending) or self._error is not None or self._open == 0
+
+    @property
+    def stuck_since(self) -> float | None:
+        """Since when the reader takes nothing: neither what waits here, nor what its door writes."""
+        return self.waiting_since if self._writing_since is None else self._writing_since
+
+    def write_begins(self) -> None:
+        """The door writes to its client."""
+        self._writing_since = self._clock()
+
+    def write_ended(self) -> None:
+        """The client took it."""
+        self._writing_since = None
 
     def output(self, number: int, choices: int) -> RequestOutput:
         """Where the request of this number writes; its choices are counted on from those of the requests before it."""

@@ -13,6 +13,8 @@ from penstock.gateway.validation import Limits, fields_in_use
 
 __all__ = ["plan"]
 
+_LEAST_TEMPERATURE = 0.01
+
 
 def plan(
     generation: Generation, model: Model, ids: Sequence[int], fingerprint: str, tenant: str, limits: Limits, *, echo: str = ""
@@ -53,7 +55,9 @@ def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits
     left = context - prompt_tokens
     if left < 1:
         raise InvalidRequest.field(
-            "prompt", f"at most {context - 1} tokens fit into the context of {context}; these are {prompt_tokens}"
+            # As the tokenizer says it of a text.
+            "prompt",
+            f"{prompt_tokens} tokens; at most {context - 1} fit",
         )
     asked = generation.stopping.max_tokens
     if asked is None:
@@ -67,7 +71,7 @@ def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits
 
 def _sampling(asked: Sampling, defaults: GenerationDefaults) -> PlannedSampling:
     return PlannedSampling(
-        temperature=_first(asked.temperature, defaults.temperature, 1.0),
+        temperature=_temperature(_first(asked.temperature, defaults.temperature, 1.0)),
         top_p=_first(asked.top_p, defaults.top_p, 1.0),
         top_k=int(_first(asked.top_k, defaults.top_k, 0)),
         min_p=_first(asked.min_p, defaults.min_p, 0.0),
@@ -77,6 +81,11 @@ def _sampling(asked: Sampling, defaults: GenerationDefaults) -> PlannedSampling:
         logit_bias=asked.logit_bias,
         seed=asked.seed if asked.seed is not None else secrets.randbits(64),
     )
+
+
+def _temperature(asked: float) -> float:
+    """As in vLLM: logits that are divided by less overflow, and what is drawn is the same."""
+    return max(asked, _LEAST_TEMPERATURE) if asked else 0.0
 
 
 def _first(asked: float | None, default: float | None, neutral: float) -> float:

@@ -10,11 +10,19 @@ __all__ = ["Caller", "Generation", "Message", "Plan", "PlannedSampling", "Report
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks, and until when. `deadline` is a time of the monotonic clock; `request_id` is for logs and traces."""
+    """Who asks, since when and until when.
+
+    Attributes:
+        request_id: for logs and traces.
+        deadline: a time of the monotonic clock.
+        arrived: the same; None where nobody noted it.
+        traceparent: of the caller's span, or nothing.
+    """
 
     tenant: str
     request_id: str
     deadline: float
+    arrived: float | None = None
     traceparent: str = ""
 
 

@@ -39,6 +39,8 @@ from penstock.v1 import inference_pb2_grpc, models_pb2_grpc
 __all__ = ["GatewayServer"]
 
 _SWEEP_SECONDS = 1.0
+# Time to send what calls that are broken off end with.
+_LAST_WORDS_SECONDS = 1.0
 
 
 class GatewayServer:
@@ -120,6 +122,7 @@ class GatewayServer:
             admission=self.admission,
             keys=load_keys(config.api_keys),
             max_body_bytes=config.max_body_bytes,
+            body_seconds=config.body_seconds,
             default_deadline_seconds=config.default_deadline_seconds,
             keepalive_seconds=config.sse_keepalive_seconds,
         )
@@ -184,6 +187,10 @@ class GatewayServer:
             await self._grpc.set_serving(serving=False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.grace_seconds):
+                await self.admission.idle()
+        self.admission.break_off_all(Unavailable("the gateway is leaving; ask again"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await self.admission.idle()
         self.admission.cancel_all(Unavailable("the gateway is leaving; ask again"))
 

@@ -29,4 +29,5 @@ class Event(enum.Enum):
     TEXT = "text"
     TOKENIZER_BACK = "tokenizer back"  # a new stream to a tokenizer that knows nothing of this request
     CANCEL = "cancel"
+    BREAK_OFF = "break off"
     DEADLINE = "deadline"

@@ -39,7 +39,7 @@ class Trace:
             now, unix_ns = request.now(), time.time_ns()
             placed, first = request.placed_at or now, request.first_token_at or now
             last = request.last_token_at or now
-            for name, begin, end in (("place", request.created, placed), ("prefill", placed, first), ("decode", first, last)):
+            for name, begin, end in (("place", request.begun, placed), ("prefill", placed, first), ("decode", first, last)):
                 if end > begin:
                     span = tracing.start(name, self.caller.traceparent, at_ns=unix_ns - int((now - begin) * 1e9))
                     span.end(at_ns=unix_ns - int((now - end) * 1e9))

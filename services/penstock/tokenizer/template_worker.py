@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any, BinaryIO
 
 from jinja2 import Template
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 
 from penstock.tokenizer.chat_template import compile_template
 
@@ -31,7 +31,7 @@ class Kind(IntEnum):
     """What a frame of the worker holds."""
 
     RENDERED = 0
-    # The template itself refused (raise_exception, an undefined value); its text.
+    # The template itself refused, by raise_exception; its text.
     REFUSED = 1
     # The template could not be rendered for any other reason; for the log.
     FAILED = 2
@@ -73,7 +73,7 @@ def _render(template: Template, request: bytes, limit: int) -> tuple[Kind, str]:
         return Kind.RENDERED, "".join(parts)
     except MemoryError:
         return Kind.OUT_OF_MEMORY, ""
-    except SecurityError as error:
+    except (SecurityError, UndefinedError) as error:  # kinds of TemplateError, in the words of jinja
         return Kind.FAILED, str(error)
     except TemplateError as error:
         return Kind.REFUSED, str(error)

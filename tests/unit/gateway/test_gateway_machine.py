@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from penstock.common.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
 from penstock.gateway.answer import FinishReason
 from penstock.gateway.machine import TABLE
-from penstock.gateway.ports import Lease, Refusal, SequenceEnd, Text
+from penstock.gateway.ports import Lease, Refusal, SequenceEnd, SequenceStart, Text
 from penstock.gateway.states import Event, State
 
 LEASE = Lease("e0", "host:1")
@@ -43,6 +43,7 @@ def send(request, choice, event):
         Event.TEXT: lambda: request.text(choice, Text("b", choice.told_bytes, len(choice.ids))),
         Event.TOKENIZER_BACK: lambda: request.tokenizer_back(choice),
         Event.CANCEL: lambda: request.cancel(Cancelled("gone")),
+        Event.BREAK_OFF: lambda: request.break_off(Unavailable("leaving")),
         Event.DEADLINE: request.deadline,
     }[event]()
 
@@ -59,6 +60,7 @@ OUTCOMES = {
     Event.TEXT: (Q, P, D, F, X),
     Event.TOKENIZER_BACK: (Q, P, D, F, X),
     Event.CANCEL: (X, X, X, X, X),
+    Event.BREAK_OFF: (X, X, X, X, X),
     Event.DEADLINE: (X, X, X, X, X),
 }
 
@@ -95,6 +97,36 @@ def test_a_deadline_behind_it_is_a_finish_reason(build, state):
     case.request.deadline()
     assert case.told.finishes[0].reason is FinishReason.DEADLINE
     assert case.told.closing.completion_tokens == 1
+
+
+def test_an_answer_that_is_broken_off_keeps_its_text_and_tells_why(build):
+    for end, reason in (("break_off", FinishReason.CANCELLED), ("lose", FinishReason.ERROR)):
+        case = build(n=2)
+        choice = bring(case, State.DECODING)
+        if end == "break_off":
+            case.request.break_off(Unavailable("leaving"))
+        for _ in range(3 if end == "lose" else 0):
+            case.request.sequence_lost("gone")
+            case.request.granted(LEASE)
+        assert case.told.texts[choice.index] == "a"
+        assert [f.reason for f in case.told.finishes.values()] == [reason] * 2
+        assert isinstance(case.request.error, Unavailable)
+        assert case.told.closing is not None
+        assert case.ports.at_rest()
+    case = build()
+    case.request.break_off(Unavailable("leaving"))
+    assert isinstance(case.told.error, Unavailable)
+
+
+def test_cached_tokens_are_those_of_one_choice_since_the_prompt_counts_once(build):
+    case = build(n=2, max_tokens=1)
+    case.request.granted(LEASE)
+    for choice in case.request.choices:
+        case.request.sequence_started(choice, SequenceStart(3, 0.0, 0.0))
+        case.request.token(choice, 5, 0)
+        case.request.sequence_ended(choice, SequenceEnd.LENGTH, 0)
+        case.request.text(choice, Text("a", 0, 1, last=True))
+    assert (case.told.closing.prompt_tokens, case.told.closing.cached_tokens) == (3, 3)
 
 
 def test_attempts_are_bounded_while_no_token_comes_and_counted_anew_when_one_does(build):

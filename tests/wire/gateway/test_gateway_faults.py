@@ -251,11 +251,43 @@ async def test_a_drain_ends_what_does_not_finish_in_its_grace(suite_with):
         call = suite.inference.Generate(request(tokens=4000))
         await call.read()
         suite.executors[0].gate.clear()
-        await suite.gateway.drain()
+        suite.scheduler.gate.clear()
+        untold = suite.inference.Generate(request())
+        await suite.eventually(lambda: len(suite.scheduler.placings) == 2)
+        drained = asyncio.create_task(suite.gateway.drain())
+        answers = await told(call)
+        assert answers[-2].finish.reason == inference_pb2.FINISH_REASON_CANCELLED
+        assert answers[-1].closing.usage.prompt_tokens == 7
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await told(call)
+            await told(untold)
         assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        await drained
         await suite.rest()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_no_executor_can_go_on_with_ends_as_an_error(suite, stream):
+    gate = suite.executors[0].gate
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        body = {"model": "story", "prompt": "x", "max_tokens": 4000, "stream": stream}
+        over_http = asyncio.create_task(client.post("/v1/completions", json=body))
+        call = suite.inference.Generate(request(tokens=4000))
+        first = await call.read()
+        await suite.eventually(lambda: sum(r._told for r in suite.gateway.admission.requests.values()) == 2)
+        gate.clear()
+        for executor in suite.executors:
+            executor.refuse = 100
+        await suite.executors[0].kill()
+        answers = [first, *await told(call)]
+        assert answers[-2].finish.reason == inference_pb2.FINISH_REASON_ERROR
+        assert story(suite, 4000).startswith(text_of(answers))
+        reply = await over_http
+    if stream:
+        assert '"finish_reason":"error"' in reply.text
+        assert '"code":"unavailable"' in reply.text
+    else:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+    await suite.rest()
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off(suite_with):

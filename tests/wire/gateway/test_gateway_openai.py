@@ -96,7 +96,7 @@ async def test_echo_with_logprobs_covers_the_prompt(suite, client):
     assert choice.text == "Hey" + story(suite, 3)
     assert choice.logprobs.tokens[:3] == ["H", "e", "y"]
     assert choice.logprobs.token_logprobs == [None, -0.5, -0.5, -1.5, -1.5, -1.5]
-    assert choice.logprobs.text_offset == [0, 1, 2, 3, 4, 5]
+    assert choice.logprobs.text_offset == [0, 1, 2, 3, 3, 3]  # three bytes of one character
     await suite.rest()
 
 
@@ -165,8 +165,8 @@ async def test_metrics_count_what_ran(suite, client):
     await asyncio.gather(*(client.completions.create(model="story", prompt="x", max_tokens=10) for _ in range(3)))
     async with httpx.AsyncClient(base_url=suite.http) as http:
         text = (await http.get("/metrics")).text
-    assert 'penstock_generation_tokens_total{model_name="story"} 30.0' in text
+    assert 'penstock_gateway_generation_tokens_total{model_name="story"} 30.0' in text
     assert 'penstock_request_success_total{finished_reason="length",model_name="story"} 3.0' in text
     assert 'penstock_time_to_first_token_seconds_count{model_name="story"} 3.0' in text
-    assert "penstock_num_requests_running 0.0" in text
+    assert "penstock_gateway_requests_running 0.0" in text
     assert "penstock_gateway_sequences 0.0" in text

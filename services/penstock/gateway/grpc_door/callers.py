@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 
 from penstock.common.interceptors import bound_request_id
-from penstock.common.tracing import TRACEPARENT_KEY
+from penstock.common.tracing import TRACEPARENT_KEY, traceparent_of
 from penstock.gateway.auth import Keys
 from penstock.gateway.request import Caller
 
@@ -21,14 +21,16 @@ def caller_of(context: grpc.aio.ServicerContext[Any, Any], keys: Keys, default_d
     Raises:
         Unauthenticated: keys are set up, and the call bears none of them.
     """
+    now = time.monotonic()
     metadata = dict(context.invocation_metadata() or ())
     # None without a deadline, whatever the published types say.
     left: float | None = context.time_remaining()
     return Caller(
         tenant=keys.tenant(_text(metadata.get("authorization"))),
         request_id=bound_request_id(),
-        deadline=time.monotonic() + (default_deadline_seconds if left is None else left),
-        traceparent=(_text(metadata.get(TRACEPARENT_KEY)) or "")[:64],
+        deadline=now + (default_deadline_seconds if left is None else left),
+        arrived=now,
+        traceparent=traceparent_of(metadata.get(TRACEPARENT_KEY)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 
 from penstock.common.errors import InvalidRequest
-from penstock.gateway.admission import Admission
+from penstock.gateway.admission import Admission, Live
 from penstock.gateway.auth import Keys
 from penstock.gateway.grpc_door.callers import caller_of
 from penstock.gateway.grpc_door.messages import (
@@ -20,7 +20,7 @@ from penstock.gateway.grpc_door.messages import (
     prompt_input,
     response,
 )
-from penstock.gateway.request import Generation
+from penstock.gateway.request import Caller, Generation
 from penstock.gateway.validation import validate_input
 from penstock.v1 import inference_pb2, inference_pb2_grpc
 
@@ -38,16 +38,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._default_deadline_seconds = default_deadline_seconds
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # it writes
-        await self._run(generate_generation(request), inference_pb2.GenerateResponse, context)
+        caller = self._caller(context)
+        generation = generate_generation(request, self._admission.bounds)
+        await self._run(generation, caller, inference_pb2.GenerateResponse, context)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:  # type: ignore[override]  # it writes
-        await self._run(chat_generation(request), inference_pb2.ChatResponse, context)
+        caller = self._caller(context)
+        await self._run(chat_generation(request), caller, inference_pb2.ChatResponse, context)
 
     async def CountTokens(self, request: inference_pb2.CountTokensRequest, context: Context) -> inference_pb2.CountTokensResponse:
-        caller = caller_of(context, self._keys, self._default_deadline_seconds)
+        caller = self._caller(context)
         match request.WhichOneof("input"):
             case "prompt":
-                given = prompt_input(request.prompt)
+                given = prompt_input(request.prompt, self._admission.bounds)
             case "conversation":
                 given = conversation_input(request.conversation)
             case _:
@@ -55,18 +58,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         model = self._admission.catalog.model(request.model)
         generation = Generation(model=request.model, **given)
         validate_input(generation, model)
-        ids, _ = await self._admission.encode(generation, model, caller.deadline)
+        with self._admission.counted():
+            ids, _ = await self._admission.encode(generation, model, caller.deadline, model.context_length)
         return inference_pb2.CountTokensResponse(
             count=len(ids), token_ids=ids if request.token_ids else (), context_length=model.context_length
         )
 
-    async def _run(self, generation: Generation, kind: Callable[..., Response], context: Context) -> None:
-        caller = caller_of(context, self._keys, self._default_deadline_seconds)
-        async with self._admission.admit([generation], caller) as call:
-            queue, write = call.queue, context.write
-            while deltas := await queue.take():
-                for delta in deltas:
-                    await write(response(delta, kind))
-            told = queue.closings[0]
-            if told is not None:
-                await write(kind(closing=closing(call, told, caller.request_id, self._admission.catalog)))
+    def _caller(self, context: Context) -> Caller:
+        return caller_of(context, self._keys, self._default_deadline_seconds)
+
+    async def _run(self, generation: Generation, caller: Caller, kind: Callable[..., Response], context: Context) -> None:
+        with self._admission.counted():
+            async with self._admission.admit([generation], caller) as call:
+                await self._relay(call, caller, kind, context.write)
+
+    async def _relay(self, call: Live, caller: Caller, kind: Callable[..., Response], write: Callable[[Response], Any]) -> None:
+        queue = call.queue
+        while deltas := await queue.take():
+            queue.write_begins()
+            for delta in deltas:
+                await write(response(delta, kind))
+            queue.write_ended()
+        told = queue.closings[0]
+        if told is not None:
+            queue.write_begins()
+            await write(kind(closing=closing(call, told, caller.request_id, self._admission.catalog)))

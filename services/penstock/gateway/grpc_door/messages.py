@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from penstock.common.errors import InvalidRequest
 from penstock.gateway.admission import Live
 from penstock.gateway.answer import Closing, Delta, Finish, FinishReason, Logprob
+from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS, Bounds, at_most
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.request import Generation, Message, Reporting, Sampling, Stopping
 from penstock.v1 import inference_pb2
@@ -21,14 +22,16 @@ _REASONS = {
     FinishReason.STOP_SEQUENCE: inference_pb2.FINISH_REASON_STOP_SEQUENCE,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
     FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
+    FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
 }
 
 Response = TypeVar("Response", inference_pb2.GenerateResponse, inference_pb2.ChatResponse)
 
 
-def generate_generation(request: inference_pb2.GenerateRequest) -> Generation:
-    """What `Generate` asks for."""
-    return Generation(**_shared(request), **prompt_input(request.prompt))
+def generate_generation(request: inference_pb2.GenerateRequest, bounds: Bounds) -> Generation:
+    """What `Generate` asks for. Lengths are checked before anything is converted, in all of these."""
+    return Generation(**_shared(request), **prompt_input(request.prompt, bounds))
 
 
 def chat_generation(request: inference_pb2.ChatRequest) -> Generation:
@@ -36,16 +39,17 @@ def chat_generation(request: inference_pb2.ChatRequest) -> Generation:
     return Generation(**_shared(request), **conversation_input(request.conversation))
 
 
-def prompt_input(prompt: inference_pb2.Prompt) -> dict[str, Any]:
+def prompt_input(prompt: inference_pb2.Prompt, bounds: Bounds) -> dict[str, Any]:
     """The input fields of a `Generation`.
 
     Raises:
-        InvalidRequest: there is no prompt.
+        InvalidRequest: there is no prompt, or too much of it.
     """
     match prompt.WhichOneof("kind"):
         case "text":
             return {"text": prompt.text}
         case "token_ids":
+            at_most("prompt", len(prompt.token_ids.ids), bounds.ids, "token ids")
             return {"token_ids": list(prompt.token_ids.ids)}
         case _:
             raise InvalidRequest.field("prompt", "is empty; give a text or token ids")
@@ -53,6 +57,7 @@ def prompt_input(prompt: inference_pb2.Prompt) -> dict[str, Any]:
 
 def conversation_input(conversation: inference_pb2.Conversation) -> dict[str, Any]:
     """The same of a conversation."""
+    at_most("conversation.messages", len(conversation.messages), MAX_MESSAGES, "messages")
     return {
         "messages": [Message(m.role, m.content, m.name) for m in conversation.messages],
         "add_generation_prompt": conversation.add_generation_prompt if conversation.HasField("add_generation_prompt") else True,
@@ -61,6 +66,9 @@ def conversation_input(conversation: inference_pb2.Conversation) -> dict[str, An
 
 def _shared(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> dict[str, Any]:
     sampling, stopping, reporting = request.sampling, request.stopping, request.reporting
+    at_most("sampling.logit_bias", len(sampling.logit_bias), MAX_BIASES, "token ids")
+    at_most("stopping.stop", len(stopping.stop), MAX_STOPS, "texts")
+    at_most("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_IDS, "ids")
     return {
         "model": request.model,
         "sampling": Sampling(

@@ -6,6 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.common.interceptors import REQUEST_ID_KEY, bind_request_id
+from penstock.common.logs import logger
 from penstock.gateway.access import line
 
 __all__ = ["AccessLog"]
@@ -33,4 +34,7 @@ class AccessLog:
                     message["headers"] = [*message["headers"], (REQUEST_ID_KEY.encode(), request_id.encode())]
                 await send(message)
 
-            await self._app(scope, receive, answer)
+            try:
+                await self._app(scope, receive, answer)
+            except Exception as error:  # noqa: BLE001 - it is answered by now, or the connection ends without an answer's end
+                logger().error("request failed", method=method, exc_info=error)

@@ -9,19 +9,24 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from penstock.common.errors import InvalidRequest, RequestTooLarge
+from penstock.common.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 
-__all__ = ["answer_and_discard", "read_body"]
+__all__ = ["SlowBody", "UnreadResponse", "read_body"]
 
 # What is thrown away, part by part, so that a client which sends on before it reads still sees the answer.
 _DISCARDED_BYTES = 256 << 20
 _DISCARD_SECONDS = 5.0
 
 
-async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
-    """The body, of at most so many bytes.
+class SlowBody(DeadlineExceeded):
+    """The body did not come in time."""
+
+
+async def read_body(scope: Scope, receive: Receive, most: int, seconds: float) -> bytes:
+    """The body, of at most so many bytes and within so many seconds.
 
     Raises:
+        SlowBody: it came too slowly.
         RequestTooLarge: it is larger, by its header or by what came; the rest is not read.
         InvalidRequest: its length is no number.
         ClientDisconnect: the client left.
@@ -32,6 +37,14 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
             raise InvalidRequest.field("Content-Length", "must be a number")
         if int(declared) > most:
             raise RequestTooLarge(f"the body has {int(declared)} bytes; at most {most} are taken")
+    try:
+        async with asyncio.timeout(seconds):
+            return await _receive_all(receive, most)
+    except TimeoutError:
+        raise SlowBody(f"the body did not come within {seconds:g} seconds") from None
+
+
+async def _receive_all(receive: Receive, most: int) -> bytes:
     parts, size = [], 0
     while True:
         message = await receive()
@@ -46,16 +59,22 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
             return b"".join(parts)
 
 
-async def answer_and_discard(response: Response, receive: Receive, send: Send) -> None:
-    """Answer a request whose body is not wanted: closing on unsent data would tear the answer away from the client."""
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+class UnreadResponse(Response):
+    """Answers a request whose body was not read: closing on unsent data would tear the answer away from the client."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as Starlette calls it
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                await _discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
     discarded = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD_SECONDS):
-            while discarded < _DISCARDED_BYTES:
-                message = await receive()
-                discarded += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    break
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    while discarded < _DISCARDED_BYTES:
+        message = await receive()
+        discarded += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return

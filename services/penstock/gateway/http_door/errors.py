@@ -22,6 +22,7 @@ from penstock.common.errors import (
     status_of,
 )
 from penstock.gateway.access import failed
+from penstock.gateway.http_door.body import SlowBody, UnreadResponse
 
 __all__ = ["error_body", "error_response", "public_field"]
 
@@ -36,6 +37,8 @@ _KINDS: tuple[tuple[type[PenstockError], str, str], ...] = (
     (Cancelled, "server_error", "cancelled"),
     (Unavailable, "server_error", "unavailable"),
 )
+# Of a field's name, and of what is said about it.
+_MOST_CHARACTERS = 1000
 _RENAMED = {
     "stopping.include_stop_text": "include_stop_str_in_output",
     "reporting.token_ids": "return_token_ids",
@@ -63,8 +66,8 @@ def error_body(error: BaseException, *, chat: bool = False) -> tuple[int, dict[s
     message, param = status.message, None
     if isinstance(error, InvalidRequest):
         fields = [(public_field(v.field, chat=chat), v.description) for v in error.violations]
-        message = "; ".join(f"{field}: {text}" for field, text in fields)
-        param = fields[0][0]
+        message = error.message((field[:_MOST_CHARACTERS], text[:_MOST_CHARACTERS]) for field, text in fields)
+        param = fields[0][0][:_MOST_CHARACTERS]
     elif isinstance(error, UnknownModel):
         param = "model"
     return int(HTTP_STATUS[code]), {"error": {"message": message, "type": kind, "param": param, "code": name}}
@@ -76,8 +79,9 @@ def error_response(error: BaseException, *, chat: bool = False) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
-    if isinstance(error, RequestTooLarge):
+    if isinstance(error, RequestTooLarge | SlowBody):
         headers["Connection"] = "close"  # the rest of the body is not read
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(json.dumps(body, ensure_ascii=False), status, headers, media_type="application/json")
+    kind = UnreadResponse if isinstance(error, RequestTooLarge) else Response
+    return kind(json.dumps(body, ensure_ascii=False), status, headers, media_type="application/json")

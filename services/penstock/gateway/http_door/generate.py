@@ -6,27 +6,33 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from penstock.common.errors import PenstockError, RequestTooLarge
+from penstock.common.errors import PenstockError
 from penstock.common.interceptors import bound_request_id
 from penstock.common.logs import logger
+from penstock.common.tracing import TRACEPARENT_KEY, traceparent_of
 from penstock.gateway.admission import Admission, Live
 from penstock.gateway.auth import Keys
 from penstock.gateway.http_door import generations
-from penstock.gateway.http_door.body import answer_and_discard, read_body
+from penstock.gateway.http_door.body import read_body
 from penstock.gateway.http_door.errors import error_response
 from penstock.gateway.http_door.rendering import ChatRendering, CompletionRendering, Rendering
 from penstock.gateway.http_door.schemas import ChatBody, CompletionBody, SharedBody, parse
 from penstock.gateway.http_door.streaming import closings_of, collect, stream, while_connected
+from penstock.gateway.output import OutputQueue
 from penstock.gateway.request import Caller, Generation
 
 __all__ = ["Door", "GenerateEndpoint", "chat_endpoint", "completions_endpoint"]
+
+
+B = TypeVar("B", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,7 @@ class Door:
     admission: Admission
     keys: Keys
     max_body_bytes: int
+    body_seconds: float
     default_deadline_seconds: float
     keepalive_seconds: float
 
@@ -45,12 +52,24 @@ class Door:
         Raises:
             Unauthenticated: keys are set up, and the request bears none of them.
         """
+        now = time.monotonic()
         return Caller(
             tenant=self.keys.tenant(headers.get("authorization")),
             request_id=bound_request_id(),
-            deadline=time.monotonic() + self.default_deadline_seconds,
-            traceparent=headers.get("traceparent", "")[:64],
+            deadline=now + self.default_deadline_seconds,
+            arrived=now,
+            traceparent=traceparent_of(headers.get(TRACEPARENT_KEY)),
         )
+
+    async def read(self, kind: type[B], scope: Scope, receive: Receive) -> B:
+        """The body of a counted call, checked.
+
+        Raises:
+            PenstockError: it is too large or wrong, or does not come in time.
+            ClientDisconnect: the client left.
+        """
+        body = await read_body(scope, receive, self.max_body_bytes, self.body_seconds)
+        return parse(kind, body, self.admission.bounds)
 
 
 class GenerateEndpoint:
@@ -72,20 +91,16 @@ class GenerateEndpoint:
         self._chat = body is ChatBody
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
         try:
-            caller = self._door.caller(headers)
-            body = parse(self._body, await read_body(scope, receive, self._door.max_body_bytes))
-            wanted = self._to_generations(body)
+            caller = self._door.caller(Headers(scope=scope))
+            with self._door.admission.counted():
+                body = await self._door.read(self._body, scope, receive)
+                wanted = self._to_generations(body)
+                await while_connected(self._answer(body, wanted, caller, scope, receive, send), receive)
         except ClientDisconnect:
             return
-        except RequestTooLarge as error:
-            await answer_and_discard(error_response(error, chat=self._chat), receive, send)
-            return
-        except PenstockError as error:
+        except PenstockError as error:  # before there was an answer
             await error_response(error, chat=self._chat)(scope, receive, send)
-            return
-        await while_connected(self._answer(body, wanted, caller, scope, receive, send), receive)
 
     async def _answer(
         self, body: SharedBody, wanted: Sequence[Generation], caller: Caller, scope: Scope, receive: Receive, send: Send
@@ -110,6 +125,7 @@ class GenerateEndpoint:
 
     async def _relay(self, call: Live, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        send = _watched(send, call.queue)
         rendering = self._rendering(call, self._id_prefix + caller.request_id, include_usage=include_usage)
         if body.stream:
             headers = [
@@ -122,6 +138,17 @@ class GenerateEndpoint:
         deltas = await collect(call)
         told = json.dumps(rendering.whole(deltas, closings_of(call)), ensure_ascii=False, separators=(",", ":"))
         await Response(told, media_type="application/json")(scope, receive, send)
+
+
+def _watched(send: Send, queue: OutputQueue) -> Send:
+    """A client that stops to read holds up a write: so long is counted too."""
+
+    async def watched(message: Message) -> None:
+        queue.write_begins()
+        await send(message)
+        queue.write_ended()
+
+    return watched
 
 
 def completions_endpoint(door: Door) -> GenerateEndpoint:

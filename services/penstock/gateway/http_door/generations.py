@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ __all__ = ["chat", "completions", "messages"]
 
 # OpenAI's own default for completions; a chat goes on to the end of the context.
 _COMPLETION_TOKENS = 16
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def completions(body: CompletionBody) -> list[Generation]:
@@ -122,7 +124,7 @@ def _reporting(body: SharedBody, logprobs: int | None, prompt_logprobs: int | No
 def _logit_bias(told: Mapping[str, float]) -> dict[int, float]:
     biases = {}
     for key, bias in told.items():
-        if not (key.isascii() and key.isdecimal()):
-            raise InvalidRequest.field("logit_bias", f"keys are token ids; {key[:24]!r} is none")
-        biases[int(key[:12])] = bias
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidRequest.field("logit_bias", f"keys are token ids in plain decimal; {key[:24]!r} is none")
+        biases[int(key)] = bias
     return biases

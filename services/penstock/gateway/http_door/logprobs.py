@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
 from penstock.gateway.answer import Logprob
 
 __all__ = ["CompletionLogprobs", "chat_logprobs", "prompt_logprobs"]
+
+_DECODER = codecs.getincrementaldecoder("utf-8")
 
 
 def token_text(token: bytes) -> str:
@@ -46,36 +49,44 @@ class CompletionLogprobs:
     """``choices[].logprobs`` of a completion's choice, whose offsets go on from chunk to chunk."""
 
     def __init__(self) -> None:
+        # Characters of the text so far, and the one that tokens have begun: an offset is where a token's first character begins.
         self._offset = 0
+        self._decoder = _DECODER(errors="replace")
 
-    def prompt(self, text: str, told: Sequence[Logprob]) -> dict[str, Any]:
-        """Those of an echoed prompt; nothing is known of its first token."""
-        rest = sum(len(token_text(p.token)) for p in told)
-        form = _columns()
-        self._add(form, text[: max(0, len(text) - rest)], None, None)
-        for p in told:
-            self._add_logprob(form, p)
+    def prompt(self, text: str, first: bytes, told: Sequence[Logprob]) -> dict[str, Any]:
+        """Those of an echoed prompt; of its `first` token only the bytes are known.
+
+        Tokens are found in the text by their bytes. One that does not stand there, such as a special token, takes up none of it.
+        """
+        form, content, at = _columns(), text.encode(), 0
+        for token, known in ((first, None), *((p.token, p) for p in told)):
+            fits = next((t for t in (token, token.removeprefix(b" ")) if content.startswith(t, at)), b"")
+            self._add(form, token, known)
+            self._advance(fits)
+            at += len(fits)
+        self._offset, self._decoder = len(text), _DECODER(errors="replace")
         return form
 
     def output(self, told: Sequence[Logprob], form: dict[str, Any] | None = None) -> dict[str, Any]:
         """Those of output tokens, behind those of a form that was begun."""
         form = form if form is not None else _columns()
         for p in told:
-            self._add_logprob(form, p)
+            self._add(form, p.token, p)
+            self._advance(p.token)
         return form
 
-    def _add_logprob(self, form: dict[str, Any], told: Logprob) -> None:
-        top = {token_text(a.token): a.logprob for a in told.alternatives}
-        text = token_text(told.token)
-        top.setdefault(text, told.logprob)
-        self._add(form, text, told.logprob, top)
-
-    def _add(self, form: dict[str, Any], text: str, logprob: float | None, top: dict[str, float] | None) -> None:
+    def _add(self, form: dict[str, Any], token: bytes, told: Logprob | None) -> None:
+        text, top = token_text(token), None
+        if told is not None:
+            top = {token_text(a.token): a.logprob for a in told.alternatives}
+            top.setdefault(text, told.logprob)
         form["tokens"].append(text)
-        form["token_logprobs"].append(logprob)
+        form["token_logprobs"].append(told.logprob if told is not None else None)
         form["top_logprobs"].append(top)
         form["text_offset"].append(self._offset)
-        self._offset += len(text)
+
+    def _advance(self, token: bytes) -> None:
+        self._offset += len(self._decoder.decode(token))
 
 
 def _columns() -> dict[str, Any]:

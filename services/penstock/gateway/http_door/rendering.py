@@ -12,12 +12,14 @@ from penstock.gateway.http_door.logprobs import CompletionLogprobs, chat_logprob
 
 __all__ = ["ChatRendering", "CompletionRendering", "Rendering", "usage"]
 
-# "deadline" is an extension: an answer that was cut off by its deadline is not one that reached its length.
+# The last three are extensions: an answer that was cut off is not one that reached its length.
 _REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.STOP_SEQUENCE: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.DEADLINE: "deadline",
+    FinishReason.CANCELLED: "cancelled",
+    FinishReason.ERROR: "error",
 }
 
 
@@ -128,7 +130,10 @@ class CompletionRendering(_Base):
         if plan.reporting.logprobs is None:
             return None
         columns = self._logprobs.setdefault(delta.index, CompletionLogprobs())
-        begun = columns.prompt(plan.echo, delta.prompt_logprobs) if plan.echo and delta.index not in self._begun else None
+        begun = None
+        if plan.echo and delta.index not in self._begun:
+            request = self._call.requests[delta.index // self._choices_per_prompt]
+            begun = columns.prompt(plan.echo, request.token_bytes(plan.prompt_ids[0]), delta.prompt_logprobs)
         return columns.output(delta.logprobs, begun)
 
 

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, PlainValidator, ValidationError
+from pydantic_core import from_json
 
-from penstock.common.errors import FieldViolation, InvalidRequest
+from penstock.common.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest
+from penstock.gateway.bounds import Bounds, check_body
 
 __all__ = ["ChatBody", "ChatTurn", "CompletionBody", "DetokenizeBody", "SharedBody", "TokenizeBody", "parse"]
+
+
+def _prompt(told: Any) -> Any:
+    """Told apart by its first element; checking a union would try each of its members on each element."""
+    if isinstance(told, str):
+        return told
+    kinds: set[type] = set(map(type, told)) if isinstance(told, list) else {object}
+    if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in told):
+        kinds = {int}
+    if kinds not in ({int}, {str}, set()):
+        raise ValueError("no prompt")
+    return told
+
+
+def _content(told: Any) -> Any:
+    if told is not None and not isinstance(told, str) and not (isinstance(told, list) and set(map(type, told)) <= {dict}):
+        raise ValueError("no content")
+    return told
 
 
 class _Body(BaseModel):
@@ -56,7 +76,7 @@ class SharedBody(_Body):
 class CompletionBody(SharedBody):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -65,14 +85,14 @@ class ChatTurn(_Body):
     """One message. `content` is a text, or parts of ``{"type": "text", "text": …}``."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: Annotated[str | list[dict[str, Any]] | None, PlainValidator(_content)] = None
     name: str | None = None
 
 
 class ChatBody(SharedBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatTurn]
+    messages: Annotated[list[ChatTurn], FailFast()]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -96,7 +116,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
 
 # Fields of OpenAI's that change nothing here.
@@ -139,36 +159,44 @@ _EXPECTED = {
 B = TypeVar("B", bound=BaseModel)
 
 
-def parse(kind: type[B], body: bytes) -> B:
-    """A body as a message of this kind.
+def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
+    """A body as a message of this kind. Lengths are checked first, so that a wrong body costs no more than its reading.
 
     Raises:
-        InvalidRequest: it is no JSON object, a type is wrong, or a field is unknown or not supported.
+        InvalidRequest: it is no JSON object, something is too many, a type is wrong, or a field is unknown or not supported.
     """
     try:
-        told = kind.model_validate_json(body)
+        raw = from_json(body)
+    except ValueError as error:
+        raise _no_object(str(error)) from error
+    if not isinstance(raw, dict):
+        raise _no_object(f"this is {type(raw).__name__}")
+    check_body(raw, bounds)
+    try:
+        told = kind.model_validate(raw)
     except ValidationError as error:
         raise InvalidRequest(*_violations(error, kind)) from error
-    violations = list(_extras(told, ""))
-    for i, turn in enumerate(getattr(told, "messages", None) or ()):
-        violations += _extras(turn, f"messages[{i}].")
-    if violations:
-        raise InvalidRequest(*violations)
+    for prefix, part in _parts(told):
+        violations = list(_extras(part, prefix))
+        if violations:
+            raise InvalidRequest(*violations)
     return told
+
+
+def _no_object(why: str) -> InvalidRequest:
+    return InvalidRequest.field("body", f"must be one JSON object in valid UTF-8: {why}")
 
 
 def _violations(error: ValidationError, kind: type[BaseModel]) -> list[FieldViolation]:
     found: dict[str, str] = {}
     for told in error.errors(include_url=False, include_context=False, include_input=False):
         location = told["loc"]
-        if told["type"] == "json_invalid" or not location:
-            return [FieldViolation("body", f"must be one JSON object in valid UTF-8: {told['msg']}")]
         field = _path(location)
         known = _EXPECTED.get(str(location[0]) if len(location) < 3 else str(location[2])) or _EXPECTED.get(str(location[0]))
         if told["type"] == "missing":
             found[field] = "is required"
         elif told["type"] == "extra_forbidden":
-            found[field] = _unknown(str(location[-1]), kind.model_fields)
+            found[field] = _UNKNOWN if len(found) >= MAX_VIOLATIONS else _unknown(str(location[-1]), kind.model_fields)
         else:
             found.setdefault(field, f"must be {known}" if known else told["msg"])
     return [FieldViolation(field, text) for field, text in found.items()]
@@ -176,27 +204,39 @@ def _violations(error: ValidationError, kind: type[BaseModel]) -> list[FieldViol
 
 def _path(location: tuple[int | str, ...]) -> str:
     """``messages[3].content`` for a location; of a union's members only the field itself is told."""
-    path = str(location[0])
+    path = str(location[0])[:64]
     for part in location[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part not in {"str", "int", "float", "bool", "dict"}:
+        elif len(part) <= 64 and part.isidentifier() and part not in {"str", "int", "float", "bool", "dict"}:
             path += f".{part}"
         else:
             break
     return path.partition("[")[0] if str(location[0]) in {"prompt", "stop"} else path
 
 
-def _extras(told: BaseModel, prefix: str) -> list[FieldViolation]:
-    violations = []
+def _parts(told: BaseModel) -> Iterator[tuple[str, BaseModel]]:
+    """What may have fields that are not known, with what stands before their names."""
+    yield "", told
+    for i, turn in enumerate(getattr(told, "messages", None) or ()):
+        yield f"messages[{i}].", turn
+
+
+def _extras(told: BaseModel, prefix: str) -> Iterator[FieldViolation]:
+    count = 0
     for name, value in (told.model_extra or {}).items():
         if name in _HARMLESS or value is None or value in _NEUTRAL.get(name, ()):
             continue
-        why = "is not supported here; leave it out" if name in _NEUTRAL else _unknown(name, type(told).model_fields)
-        violations.append(FieldViolation(prefix + name[:64], why))
-    return violations
+        why = "is not supported here; leave it out"
+        if name not in _NEUTRAL:
+            why = _unknown(name, type(told).model_fields) if count < MAX_VIOLATIONS else _UNKNOWN
+        count += 1
+        yield FieldViolation(prefix + name[:64], why)
+
+
+_UNKNOWN = "is no field of this request; leave it out"
 
 
 def _unknown(name: str, fields: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, fields, n=1)
-    return f"is no field of this request; did you mean {near[0]!r}?" if near else "is no field of this request; leave it out"
+    near = difflib.get_close_matches(name[:64], fields, n=1)
+    return f"is no field of this request; did you mean {near[0]!r}?" if near else _UNKNOWN

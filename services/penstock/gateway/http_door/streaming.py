@@ -62,6 +62,8 @@ async def collect(call: Live) -> list[Delta]:
                 known.logprobs += delta.logprobs
                 known.prompt_logprobs += delta.prompt_logprobs
                 known.finish = delta.finish
+    if call.failure is not None:
+        raise call.failure  # nothing was sent yet
     return list(whole.values())
 
 
@@ -93,6 +95,8 @@ async def stream(
         ending = _event(error_body(error, chat=chat)[1])
     else:
         ending = _event(rendering.last(closings_of(call))) if include_usage else b""
+        if call.failure is not None:
+            ending += _event(error_body(call.failure, chat=chat)[1])
     await _send(send, ending + _DONE, more=False)
 
 

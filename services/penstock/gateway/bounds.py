@@ -1,0 +1,85 @@
+"""How many of anything a request may hold, checked on what came before any of it is converted: the work is that of a length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.common.errors import InvalidRequest
+
+__all__ = ["MAX_BIASES", "MAX_MESSAGES", "MAX_STOPS", "MAX_STOP_IDS", "Bounds", "at_most", "check_body"]
+
+MAX_STOPS = 16
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_MESSAGES = 4096
+# Over all messages of a body.
+_MAX_PARTS = 4096
+# Of one object; OpenAI's largest has about 40.
+_MAX_FIELDS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What the models that are served allow: prompts of one call, and token ids of one prompt."""
+
+    prompts: int
+    ids: int
+
+
+def at_most(field: str, count: int, most: int, what: str) -> None:
+    """Check one length.
+
+    Raises:
+        InvalidRequest: there are more.
+    """
+    if count > most:
+        raise InvalidRequest.field(field, f"at most {most} {what}; these are {count}")
+
+
+def check_body(body: Mapping[str, Any], bounds: Bounds) -> None:
+    """Check the lengths of all that an HTTP body may hold many of. Types are left to whoever reads it.
+
+    Raises:
+        InvalidRequest: something is too many.
+    """
+    at_most("body", len(body), _MAX_FIELDS, "fields")
+    for field, most, what in (("stop", MAX_STOPS, "texts"), ("stop_token_ids", MAX_STOP_IDS, "ids"), ("tokens", bounds.ids, "ids")):
+        _at_most(body, field, list, most, what)
+    _at_most(body, "logit_bias", dict, MAX_BIASES, "token ids")
+    _at_most(body, "stream_options", dict, _MAX_FIELDS, "fields")
+    _check_prompt(body.get("prompt"), bounds)
+    _check_messages(body.get("messages"))
+
+
+def _at_most(body: Mapping[str, Any], field: str, kind: type[list[Any] | dict[str, Any]], most: int, what: str) -> None:
+    value = body.get(field)
+    if isinstance(value, kind):
+        at_most(field, len(value), most, what)
+
+
+def _check_prompt(prompt: Any, bounds: Bounds) -> None:
+    if not isinstance(prompt, list) or not prompt:
+        return
+    if isinstance(prompt[0], int):
+        at_most("prompt", len(prompt), bounds.ids, "token ids")
+        return
+    at_most("prompt", len(prompt), bounds.prompts, "prompts")
+    for one in prompt:
+        if isinstance(one, list):
+            at_most("prompt", len(one), bounds.ids, "token ids")
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list):
+        return
+    at_most("messages", len(messages), MAX_MESSAGES, "messages")
+    parts = 0
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return
+        at_most(f"messages[{i}]", len(message), _MAX_FIELDS, "fields")
+        content = message.get("content")
+        parts += len(content) if isinstance(content, list) else 0
+    at_most("messages", parts, _MAX_PARTS, "parts of content")
