@@ -66,6 +66,7 @@ def test_a_conversation_line_by_line(up):
         (["generate", "x", "--model", "other"], "other"),
         (["generate", "x", "--target", "127.0.0.1:1"], "127.0.0.1:1"),
         (["generate", "x", "--target", "http://127.0.0.1:1"], "--target"),
+        (["generate", "x", "--target", "nonsense"], "--target: must be HOST:PORT"),
     ],
 )
 def test_a_refusal_is_one_line(up, arguments, why):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from penstock.client import Client, PenstockError, Unavailable
+from penstock.common.addresses import host_and_port
 from penstock.common.config import ConfigError
 
 __all__ = ["Connection", "connected"]
@@ -30,6 +31,10 @@ class Connection:
     def address(self) -> str:
         """HOST:PORT."""
         scheme, _, rest = self.target.rpartition("://")
+        try:
+            host_and_port(rest)
+        except ValueError:
+            scheme = "none"
         if scheme not in {"", "grpc"}:
             raise ConfigError(f"--target: must be HOST:PORT of a gRPC door, and is {self.target}")
         return rest

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.cli.bench.measure import Result
+from penstock.cli.tables import print_table
 
 __all__ = ["Report", "progress"]
 
@@ -51,17 +52,10 @@ class Report:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     first = rows[0]
-    table = Table(box=None, pad_edge=False, title=f"{first['engine']} {first['version']}, {first['backend']}, {first['dtype']}")
     columns = {**_COLUMNS, **(_OPEN_LOOP_COLUMNS if "goodput_req_s" in first else {})}
-    for name in columns:
-        table.add_column(name, justify="left" if name == "scenario" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    Console(soft_wrap=True).print(table)
+    print(f"{first['engine']} {first['version']}, {first['backend']}, {first['dtype']}", flush=True)
+    print_table(list(columns), ([cell(row) for cell in columns.values()] for row in rows), figures=True)
 
 
 def _middle(figures: Mapping[str, float] | None) -> str:
