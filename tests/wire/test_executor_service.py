@@ -171,15 +171,17 @@ async def test_the_end_of_a_stream_ends_its_sequences(ending):
 
 async def test_a_gateway_that_does_not_read_loses_its_stream_alone(monkeypatch):
     monkeypatch.setattr("penstock.executor.servicer._MOST_WAITING", 16)
-    async with serving() as (_, _, stub, described):
+    async with serving() as (server, _, stub, described):
         slow, quick = stub.Run(), stub.Run()
-        # More than HTTP/2's window holds, in answers that are never read.
+        # More than HTTP/2's window holds, in answers that are not read until the executor has given them up.
         hungry = [start(described, i, [i], described.context_length - 1, logprobs=20) for i in range(24)]
         await slow.write(pb.RunRequest(start=hungry))
-        await slow.read()
+        while not server._loaded.engine.meter.generated:
+            await stub.GetExecutor(pb.GetExecutorRequest())
         await free_again(stub)
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-            await collect(slow, range(24))
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for response in responses_of(slow):
+                assert not response.finished, "it was to be cut off, not to be waited for"
         assert await slow.code() is not grpc.StatusCode.OK
         await quick.write(pb.RunRequest(start=[start(described)]))
         tokens, _ = await collect(quick, [1])
