@@ -16,8 +16,8 @@ from penstock.common.config import ConfigError
 
 __all__ = ["check"]
 
-_POSITIVE = ("workers", "kv_cache_gib", "max_batch_tokens", "max_batch_size", "healthy_seconds")
-_NOT_NEGATIVE = ("max_restarts", "grace_seconds")
+_POSITIVE = ("workers", "kv_cache_gib", "max_batch_tokens", "max_batch_size")
+_NOT_NEGATIVE = ("max_restarts", "healthy_seconds", "grace_seconds")
 
 
 def check(settings: UpConfig, config: Path | None) -> None:
