@@ -194,22 +194,22 @@ def test_metrics_add_up(suite):
     prompts = sum(r.usage.prompt_tokens for r in results)
     told = sum(r.usage.completion_tokens for r in results)
     assert hit.usage.cached_tokens > 100
-    assert running["penstock_num_requests_running"] == 1
-    for service in ("gateway", "executor"):
-        assert after[service]["penstock_num_requests_running",] == 0
-        assert after[service]["penstock_num_requests_waiting",] == 0
+    assert running["penstock_gateway_requests_running"] == 1
+    for service, prefix in (("gateway", "penstock_gateway_requests"), ("executor", "penstock_num_requests")):
+        assert after[service][f"{prefix}_running",] == 0
+        assert after[service][f"{prefix}_waiting",] == 0
     assert after["executor"]["penstock_kv_cache_usage_perc",] == 0
     assert grown("gateway", "penstock_request_success_total", "length") == 2
     assert grown("gateway", "penstock_request_success_total", "stop_sequence") == 1
     assert grown("gateway", "penstock_request_failed_total", "Cancelled") == 1
-    assert grown("gateway", "penstock_prompt_tokens_total") == prompts
-    assert grown("gateway", "penstock_prompt_tokens_cached_total") == hit.usage.cached_tokens
-    assert grown("gateway", "penstock_generation_tokens_total") > told
+    assert grown("gateway", "penstock_gateway_prompt_tokens_total") == prompts
+    assert grown("gateway", "penstock_gateway_prompt_tokens_cached_total") == hit.usage.cached_tokens
+    assert grown("gateway", "penstock_gateway_generation_tokens_total") > told
     assert grown("gateway", "penstock_time_to_first_token_seconds_count") == 4
     assert grown("gateway", "penstock_e2e_request_latency_seconds_count") == 3
     assert grown("executor", "penstock_prefix_cache_hits_total") == hit.usage.cached_tokens
     assert grown("executor", "penstock_prefix_cache_queries_total") >= prompts
-    assert grown("executor", "penstock_generation_tokens_total") >= grown("gateway", "penstock_generation_tokens_total")
+    assert grown("executor", "penstock_generation_tokens_total") >= grown("gateway", "penstock_gateway_generation_tokens_total")
     # Every token but each sequence's first has one before it.
     assert grown("executor", "penstock_inter_token_latency_seconds_count") == (
         grown("executor", "penstock_generation_tokens_total") - 4

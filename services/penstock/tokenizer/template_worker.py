@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any, BinaryIO
 
 from jinja2 import Template
-from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
+from jinja2.exceptions import TemplateError
 
 from penstock.tokenizer.chat_template import compile_template
 
@@ -73,10 +73,9 @@ def _render(template: Template, request: bytes, limit: int) -> tuple[Kind, str]:
         return Kind.RENDERED, "".join(parts)
     except MemoryError:
         return Kind.OUT_OF_MEMORY, ""
-    except (SecurityError, UndefinedError) as error:  # kinds of TemplateError, in the words of jinja
-        return Kind.FAILED, str(error)
     except TemplateError as error:
-        return Kind.REFUSED, str(error)
+        # The kinds of it speak of jinja's own; the plain one is the template's raise_exception.
+        return Kind.REFUSED if type(error) is TemplateError else Kind.FAILED, str(error)
     except Exception as error:  # noqa: BLE001 - a template may raise anything
         return Kind.FAILED, f"{type(error).__name__}: {error}"
 

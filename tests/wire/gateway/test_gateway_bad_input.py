@@ -44,6 +44,12 @@ TABLE = {
         "sampling.repetition_penalty",
         "repetition_penalty",
     ),
+    "tiny repetition": (
+        {"sampling": {"repetition_penalty": 1e-40}},
+        {"repetition_penalty": 1e-40},
+        "sampling.repetition_penalty",
+        "repetition_penalty",
+    ),
     "bias": ({"sampling": {"logit_bias": {5: 101}}}, {"logit_bias": {"5": 101}}, "sampling.logit_bias[5]", "logit_bias[5]"),
     "bias of no token": ({"sampling": {"logit_bias": {999: 1}}}, {"logit_bias": {"999": 1}}, "sampling.logit_bias", "logit_bias"),
     "many stops": ({"stopping": {"stop": ["a"] * 17}}, {"stop": ["a"] * 17}, "stopping.stop", "stop"),

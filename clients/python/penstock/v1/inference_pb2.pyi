@@ -34,10 +34,14 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 3
     """max_tokens, or the end of the context."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
+    """The server had to leave before the answer was complete."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 5
+    """The deadline passed."""
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 6
+    """The answer was lost on every executor that it was tried on."""
 
-class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """The last three are told of answers that have begun; before the first text the call ends with a status instead."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
@@ -47,8 +51,11 @@ FINISH_REASON_STOP_SEQUENCE: FinishReason.ValueType  # 2
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
 """max_tokens, or the end of the context."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
+"""The server had to leave before the answer was complete."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 5
+"""The deadline passed."""
 FINISH_REASON_ERROR: FinishReason.ValueType  # 6
+"""The answer was lost on every executor that it was tried on."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -190,7 +197,7 @@ class Sampling(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy; at most 100. Neutral: 1."""
+    """0 is greedy; at most 100. What is above 0 and below 0.01 is taken as 0.01. Neutral: 1."""
     top_p: _builtins.float
     """Keep the smallest set of most likely tokens whose probability reaches this; in (0, 1]. Neutral: 1."""
     top_k: _builtins.int
@@ -202,7 +209,7 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted from a token's logit for each time it stands in the output; in [-2, 2]. Neutral: 0."""
     repetition_penalty: _builtins.float
-    """Divides the positive and multiplies the negative logits of tokens in prompt or output; in (0, 10]. Neutral: 1."""
+    """Divides the positive and multiplies the negative logits of tokens in prompt or output; in [0.01, 10]. Neutral: 1."""
     seed: _builtins.int
     """The same seed, model and request give the same tokens. Drawn by the server where absent."""
     @_builtins.property
@@ -642,7 +649,7 @@ class Usage(_message.Message):
     completion_tokens: _builtins.int
     """Over all choices."""
     cached_tokens: _builtins.int
-    """Prompt tokens whose KV was found in the prefix cache, over all choices."""
+    """Prompt tokens whose KV the first choice found in the prefix cache; never more than prompt_tokens."""
     def __init__(
         self,
         *,
