@@ -1,15 +1,15 @@
 """Cancel, deadline and a client that is gone, at every stage of a request: all that was taken for it comes back."""
 
+import contextlib
 import http.client
 import json
 import signal
 import threading
-from contextlib import contextmanager
 
 import pytest
 from suite import Suite, wait_for
 
-from penstock.client import DeadlineExceeded, FinishReason
+from penstock.client import DeadlineExceeded
 
 PROMPT = "Count from 7: 7 8 9"
 LONG = {"max_tokens": 1900, "ignore_eos": True}
@@ -18,7 +18,7 @@ LONG = {"max_tokens": 1900, "ignore_eos": True}
 STAGES = {"encoding": "tokenizer", "queued": "scheduler", "placed, no token yet": "executor"}
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopped(suite: Suite, name: str):
     victims = suite.services(name)
     for victim in victims:
@@ -86,24 +86,37 @@ def test_cancel_behind_a_full_batch(suite):
             stream.close()
 
 
-def test_deadline_while_decoding_ends_with_a_reason_of_its_own(suite):
-    with suite.client() as client:
-        streams = [client.generate(PROMPT, timeout=1.0, n=8, **LONG) for _ in range(3)]
-        outcomes = []
+def test_deadline_while_decoding_is_a_finish_reason_behind_the_text(hasty):
+    # The gateway's own deadline: a client's would have it cancel the call by itself. The executor is stopped so that it is no race.
+    with contextlib.closing(post(hasty, {"prompt": PROMPT, "n": 4, "stream": True, **LONG})) as connection:
+        events = told_events(connection)
+        text = next(choice["text"] for event in events for choice in event["choices"] if choice["text"])
+        with stopped(hasty, "executor"):
+            choices = [choice for event in events for choice in event["choices"]]
+    assert text
+    reasons = {choice["index"]: choice["finish_reason"] for choice in choices if choice["finish_reason"] is not None}
+    assert reasons == dict.fromkeys(range(4), "deadline")
+    assert wait_for(hasty.executors), "the executor does not come back"
+    hasty.assert_idle()
 
-        def read(stream):
-            try:
-                outcomes.append({choice.finish.reason for choice in stream.result().choices})
-            except DeadlineExceeded:
-                outcomes.append({FinishReason.DEADLINE})
 
-        readers = [threading.Thread(target=read, args=(stream,)) for stream in streams]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-    assert len(outcomes) == 3
-    assert any(FinishReason.DEADLINE in reasons for reasons in outcomes)
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    """A suite whose gateway gives an answer a few seconds."""
+    settings = tmp_path_factory.mktemp("hasty") / "penstock.yaml"
+    settings.write_text("gateway:\n  default_deadline_seconds: 5.0\n")
+    with Suite("builtin", "--dtype", "f32", "--max-batch-size", "8", "--config", str(settings)) as running:
+        yield running
+        assert running.stop() == 0
+
+
+def told_events(connection):
+    """The events of a server-sent stream as they come, none of them an error."""
+    for line in connection.getresponse():
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            assert "error" not in event
+            yield event
 
 
 def test_http_client_gone_while_decoding(suite):
