@@ -354,6 +354,21 @@ async def test_the_scheduler_hears_at_once_that_an_executor_drains():
         await pool.hear(lambda r: r.draining)
 
 
+async def test_the_scheduler_hears_that_the_engine_has_stopped_and_that_it_is_back():
+    pool, release = Pool(), threading.Event()
+    async with pooling(pool) as address, serving(scheduler=address, stall_seconds=0.1) as (server, _, stub, described):
+        await pool.hear(lambda r: r.HasField("description"))
+        schedule = server._loaded.engine.scheduler.schedule
+        server._loaded.engine.scheduler.schedule = lambda: release.wait() and schedule()
+        try:
+            call = stub.Run()
+            await call.write(pb.RunRequest(start=[start(described)]))
+            await pool.hear(lambda r: r.stalled)
+        finally:
+            release.set()
+        assert (await pool.hear(lambda r: r.HasField("description"))).description == described
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
