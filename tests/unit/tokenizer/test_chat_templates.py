@@ -117,6 +117,14 @@ async def test_a_template_without_end_or_measure_is_ended_and_harms_no_other_ren
         assert await templates.render([{"role": "user", "content": "fine"}], add_generation_prompt=False) == "ok"
 
 
+@pytest.mark.parametrize("source", ["{{ messages.nothing.at_all }}", "{{ 1 / 0 }}"])
+async def test_what_jinja_says_is_for_the_log_alone(source):
+    async with _templates(source) as templates:
+        with pytest.raises(InvalidRequest) as failure:
+            await templates.render(CONVERSATIONS[0], add_generation_prompt=True)
+        assert failure.value.violations[0].description == "the model's chat template can not render them"
+
+
 @pytest.mark.parametrize(
     ("source", "reason"), [("{% for %}", "is wrong: TemplateSyntaxError"), ("{{ 10 ** (10 ** 9) }}", "within its limits")]
 )

@@ -1,5 +1,7 @@
 """A request through both doors, with the other services played by small servicers."""
 
+import time
+
 import httpx
 
 from penstock.v1 import inference_pb2, models_pb2
@@ -44,3 +46,26 @@ async def test_models_tell_what_is_served(suite):
     listed = await suite.models.ListModels(models_pb2.ListModelsRequest())
     assert [(m.name, m.context_length, len(m.executors)) for m in listed.models] == [("story", 4096, 2)]
     assert listed.models[0].executors[0].kv_blocks_free == 99
+
+
+async def test_times_begin_when_a_request_arrives(suite):
+    suite.tokenizer.encode_gate.clear()
+    call = suite.inference.Generate(inference_pb2.GenerateRequest(prompt={"text": "x"}, stopping={"max_tokens": 4}))
+    await suite.tokenizer.encoding.wait()
+    begun = time.monotonic()
+    await suite.eventually(lambda: time.monotonic() - begun > 0.05)
+    suite.tokenizer.encode_gate.set()
+    *_, last = [m async for m in call]
+    assert last.closing.total_time.ToTimedelta().total_seconds() > 0.05
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        told = (await client.get("/metrics")).text
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
+        (line,) = [li for li in told.splitlines() if li.startswith(f"penstock_{name}_sum")]
+        assert float(line.split()[-1]) > 0.05
+
+
+async def test_what_is_colder_than_a_hundredth_is_taken_as_that(suite):
+    for asked in (0, 1e-30, 0.5):
+        await generate(suite, prompt=inference_pb2.Prompt(text="x"), sampling=inference_pb2.Sampling(temperature=asked))
+    temperatures = [round(s.sampling.temperature, 6) for s in suite.executors[0].all_started]
+    assert temperatures == [0, 0.01, 0.5]
