@@ -329,34 +329,40 @@ async def test_ready_and_health_follow_the_other_services(suite):
         assert (await client.get("/ready")).json()["reason"] == "draining"
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_write_that_a_client_does_not_take_is_cut_off(suite_with, stream):
+def at_once(suite):
+    """All of an answer comes together, so that nothing waits in the queue while the door writes."""
+    for executor in suite.executors:
+        executor.frame = 1000
+
+
+async def test_a_write_that_a_client_does_not_take_is_cut_off(suite_with):
     """The client sends its request and reads no byte of the answer, which is larger than what lies between the two."""
-    async with suite_with(slow_reader_seconds=0.2) as suite:
+    async with suite_with(slow_reader_seconds=0.2, default_deadline_seconds=600.0) as suite:
+        at_once(suite)
+        suite.gateway._http._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what it accepts has the same
         host, port = suite.http.removeprefix("http://").split(":")
-        client = socket.socket()
+        client, loop = socket.socket(), asyncio.get_running_loop()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
-        body = {"model": "story", "prompt": "x", "max_tokens": 4000, "n": 16, "ignore_eos": True, "logprobs": 2, "stream": stream}
+        await loop.sock_connect(client, (host, int(port)))
+        body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "logprobs": 5, "stream": True}
         content = json.dumps(body).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-        await asyncio.get_running_loop().sock_sendall(client, head + content)
-        await suite.eventually(lambda: suite.gateway.counts()["calls"] == 1)
-        await suite.eventually(lambda: not suite.gateway.admission.requests)  # all is computed: only the client is awaited
+        await loop.sock_sendall(client, head + content)
+        await suite.scheduler.placed.wait()
         await suite.rest()
         client.close()
 
 
 async def test_a_last_message_that_a_client_does_not_take_is_cut_off_over_grpc(suite_with):
-    async with suite_with(slow_reader_seconds=0.2) as suite:
-        window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 1 << 30)]
+    async with suite_with(slow_reader_seconds=0.2, default_deadline_seconds=600.0) as suite:
+        at_once(suite)
+        window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
         async with grpc.aio.insecure_channel(suite.grpc, options=window) as channel:
-            ask = request(tokens=4000, n=16)
+            ask = request(tokens=1000, n=4)
             ask.stopping.ignore_eos = True
-            ask.reporting.logprobs = 2
+            ask.reporting.logprobs = 5
             call = inference_pb2_grpc.InferenceStub(channel).Generate(ask)
-            await suite.eventually(lambda: suite.gateway.counts()["calls"] == 1)
-            await suite.eventually(lambda: not suite.gateway.admission.requests)
+            await suite.scheduler.placed.wait()
             await suite.rest()
             call.cancel()
