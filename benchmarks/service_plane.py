@@ -20,6 +20,7 @@ from penstock.cli.bench.measure import warm
 from penstock.cli.bench.scenarios import Request, Scenario, named, prompts
 from penstock.cli.bench.target import Target
 from penstock.cli.bench.timeline import Timeline
+from penstock.cli.huge_pages import start_again_with_huge_pages
 
 SCENARIOS = ("decode-b1", "decode-b8", "decode-b32")
 FIRST_TOKENS = 30
@@ -80,12 +81,14 @@ def first_token(engine: Target, through: Target) -> dict[str, object]:
 
 
 def main() -> None:
+    start_again_with_huge_pages()  # as the suite's executor does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kv-cache-gib", type=float, default=1.0)
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="which; all without it")
     arguments = parser.parse_args()
     options = {"--dtype": arguments.dtype, "--backend": arguments.backend, "--kv-cache-gib": str(arguments.kv_cache_gib)}
     with suite(arguments.model, *itertools.chain(*options.items()), "--no-prefix-cache") as served:
@@ -98,7 +101,9 @@ def main() -> None:
         )
         for target in (engine, through):
             warm(target)
-        figures: dict[str, object] = {s.name: compare(engine, through, s, arguments.rounds) for s in named(SCENARIOS)}
+        figures: dict[str, object] = {
+            s.name: compare(engine, through, s, arguments.rounds) for s in named(tuple(arguments.scenario or SCENARIOS))
+        }
         figures["first_token"] = first_token(engine, through)
         told = engine.description
         engine.close()
