@@ -332,7 +332,7 @@ async def test_ready_and_health_follow_the_other_services(suite):
 def at_once(suite):
     """All of an answer comes together, so that nothing waits in the queue while the door writes."""
     for executor in suite.executors:
-        executor.frame = 1000
+        executor.frame, executor.story = 3000, list(b"a" * 3001)
 
 
 async def test_a_write_that_a_client_does_not_take_is_cut_off(suite_with):
@@ -345,7 +345,7 @@ async def test_a_write_that_a_client_does_not_take_is_cut_off(suite_with):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
         await loop.sock_connect(client, (host, int(port)))
-        body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "logprobs": 5, "stream": True}
+        body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "logprobs": 5, "stream": True}
         content = json.dumps(body).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
         await loop.sock_sendall(client, head + content)
@@ -359,7 +359,7 @@ async def test_a_last_message_that_a_client_does_not_take_is_cut_off_over_grpc(s
         at_once(suite)
         window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
         async with grpc.aio.insecure_channel(suite.grpc, options=window) as channel:
-            ask = request(tokens=1000, n=4)
+            ask = request(tokens=3000, n=4)
             ask.stopping.ignore_eos = True
             ask.reporting.logprobs = 5
             call = inference_pb2_grpc.InferenceStub(channel).Generate(ask)
