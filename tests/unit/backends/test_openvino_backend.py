@@ -1,6 +1,8 @@
 """What a user of the OpenVINO backend would miss: fused operations, faithful rounding, small memory, a free interpreter."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -150,3 +152,11 @@ def test_a_closed_model_says_so(spec):
     model.close()
     with pytest.raises(RuntimeError, match="closed"):
         model.step(prompt_batch([1]))
+
+
+def test_nothing_is_told_to_anybody_and_nothing_is_written_into_the_home(tmp_path):
+    program = "import socket; socket.create_connection = lambda *a, **k: print('calls', a); import penstock.backends.openvino.model, time; time.sleep(0.2)"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ owns; logits are computed for the rows asked for alone.
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -25,6 +26,9 @@ from penstock.backends.contract import (
 )
 
 __all__ = ["REGISTRATION"]
+
+# OpenVINO tells a statistics service of each import, and keeps an id in the user's home, unless its telemetry can not be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # how an import is forbidden
 
 
 def _probe() -> Availability:
