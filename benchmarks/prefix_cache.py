@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
+    parser.add_argument("--scenario", action="append", help="of work without hits; prefill-512 and mixed-b16 without it")
     arguments = parser.parse_args()
     caching, plain = (
         EngineTarget(
@@ -88,7 +89,9 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "cached_share": CACHED / PROMPT,
         "gain": gain(caching, arguments.rounds),
-        "cost_without_hits": {name: cost(caching, plain, name, arguments.rounds) for name in ("prefill-512", "mixed-b16")},
+        "cost_without_hits": {
+            name: cost(caching, plain, name, arguments.rounds) for name in arguments.scenario or ("prefill-512", "mixed-b16")
+        },
     }
     caching.close()
     plain.close()

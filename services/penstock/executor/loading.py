@@ -61,6 +61,8 @@ def load(config: ExecutorConfig) -> Loaded:
     )
     try:
         model = registration.create(spec, device)
+    except StartError:
+        raise
     except Exception as error:
         raise StartError(f"{registration.name} can not load {name}: {type(error).__name__}: {error}") from error
     try:

@@ -62,8 +62,7 @@ def test_the_plugin_recognises_every_pattern(spec, dtype):
     assert found["RoPE"] == 2 * layers
     assert found["RMS"] == 4 * layers + 1
     assert found["PagedAttention"] == layers
-    joined = dtype is DType.INT8  # query, key and value; gate and up
-    assert found["FullyConnected"] == (4 if joined else 7) * layers + 1
+    assert found["FullyConnected"] == 4 * layers + 1  # query, key and value are one; so are gate and up
 
 
 @given(arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(-1e6, 1e6, width=32)))

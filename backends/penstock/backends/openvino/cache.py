@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import openvino as ov
 from penstock.backends.contract import KvChunk
 from penstock.backends.openvino.weights import shared_tensor
+from penstock.common.service import StartError
 
 __all__ = ["BLOCK_SIZE", "PagedCache"]
 
@@ -23,8 +24,16 @@ _TYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "bf16": np.dtyp
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array in memory of its own, of huge pages where the system has them on request."""
-    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
+    """An array in memory of its own, of huge pages where the system has them on request.
+
+    Raises:
+        StartError: the system has not so much.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:
+        raise StartError(f"the KV cache does not fit into memory ({size >> 20} MiB of it for one layer); ask for less") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)

