@@ -98,6 +98,7 @@ def read_file(path: Path, section: str, sections: Collection[str], known: Collec
         _mapping(values[name], f"{path}: {name}")
     if not found:
         own, where = values, str(path)
+        known = {*known, *sections}  # none stands there, but one may be misspelt
     elif section in sections:
         own, where = dict(values.get(section) or {}), f"{path}: {section}"
     else:

@@ -7,7 +7,7 @@ import pytest
 from cyclopts import CycloptsError
 
 from penstock.cli.app import app
-from penstock.common.config import ConfigError
+from penstock.common.config import ConfigError, read_file
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +163,9 @@ def test_a_refusal_is_one_line_on_stderr():
 def test_help_imports_no_numpy():
     code = "import sys; from penstock.cli.app import app; app(['--help'], result_action='return_value'); sys.exit('numpy' in sys.modules or 'grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_misspelt_section_is_told_with_the_right_one(tmp_path):
+    (file := tmp_path / "penstock.yaml").write_text("schedulr:\n  look_ahead: 3\n")
+    with pytest.raises(ConfigError, match="unknown setting schedulr; did you mean scheduler"):
+        read_file(file, "up", {"scheduler", "gateway"}, {"workers", "decode"})
