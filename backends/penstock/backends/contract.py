@@ -115,7 +115,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend does for one model. The executor enforces each of these; none is advice.
+    """What a backend does for one model. None is advice: the executor keeps to each, and conformance holds the backend to it.
 
     Attributes:
         dtypes: in order of preference; the first is what ``dtype=None`` takes.

@@ -44,8 +44,8 @@ class PagedCache:
     """Blocks of keys and values, [block, kv head, slot, head dim] for each layer and kind.
 
     The arrays are not written when they are made, so memory is taken as blocks are first used: in pages of 2 MiB where the system
-    gives them. Blocks that nothing has used yet are what a prompt takes while the prefix cache keeps all others, and in pages of
-    4 KiB their first writes made a prefill of 512 tokens 2 to 19 % slower.
+    gives them. Blocks that nothing has used yet are what a prompt takes while the prefix cache keeps all others; a
+    prefill of 512 tokens would first touch some 14,000 pages of 4 KiB.
 
     Attributes:
         tensors: by the name of the graph's input.
