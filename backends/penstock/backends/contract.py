@@ -7,7 +7,7 @@ A backend is a `Registration`. Built-in ones are modules of this package; others
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -32,6 +32,7 @@ __all__ = [
     "Registration",
     "StepBatch",
     "StepOutput",
+    "Task",
     "Unavailable",
     "Unsupported",
 ]
@@ -44,6 +45,18 @@ class DType(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are rounded to fewer bits than they are computed with."""
+        return self in {DType.INT8, DType.INT4}
+
+
+class Task(StrEnum):
+    """What a backend does with a model: continue token ids, or turn named tensors into others."""
+
+    GENERATE = "generate"
+    TENSORS = "tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,11 @@ class Capabilities:
         prefix_cache: whether blocks may be shared between sequences.
         prompt_logits: whether logits of every prompt token can be asked for.
         batch_invariant: whether a sequence's logits are the same bits whatever runs beside it.
+        tasks: what it can do with the model.
+        kv_layouts: in which its cache may lie, as `KvSpec.layout` names them; one that it is created with is among them.
+        max_context: tokens that one sequence may hold; None: as many as the model's own.
+        max_batch_size: sequences that one step may hold; None: as many as asked.
+        weight_bytes: memory that the weights take, by dtype; absent ones are estimated from their shapes.
     """
 
     dtypes: tuple[DType, ...]
@@ -132,6 +150,17 @@ class Capabilities:
     batch_invariant: bool = False
     export_kv: bool = False
     import_kv: bool = False
+    tasks: tuple[Task, ...] = (Task.GENERATE,)
+    kv_layouts: tuple[str, ...] = ()
+    max_context: int | None = None
+    max_batch_size: int | None = None
+    weight_bytes: Mapping[DType, int] = field(default_factory=dict)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of what it can do beyond computing a batch: those of the fields above that say yes."""
+        names = ("chunked_prefill", "prefix_cache", "prompt_logits", "batch_invariant", "export_kv", "import_kv")
+        return tuple(name for name in names if getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ BLOCK_SIZE = 16
 
 _DEFAULT_CACHE_BYTES = 8 << 20
 _BYTES_PER_TOKEN = 8
+_LAYOUT = "token-ids"
 _LIKELIEST, _SECOND = 12.0, 10.0
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -60,7 +61,7 @@ class FakeModel:
             raise ValueError(
                 f"kv_cache_bytes: {config.kv_cache_bytes} holds not one block of {BLOCK_SIZE * _BYTES_PER_TOKEN} bytes"
             )
-        self.kv = KvSpec(BLOCK_SIZE, blocks, BLOCK_SIZE * _BYTES_PER_TOKEN, layout="token-ids", dtype="int64")
+        self.kv = KvSpec(BLOCK_SIZE, blocks, BLOCK_SIZE * _BYTES_PER_TOKEN, layout=_LAYOUT, dtype="int64")
         self.dtype = DType.F32
         self.device = "cpu"
         self.storage = np.full((blocks, BLOCK_SIZE), -1, np.int64)
@@ -123,7 +124,7 @@ def _probe() -> Availability:
 
 
 def _capabilities(_: ModelSpec) -> Capabilities:
-    return Capabilities(dtypes=(DType.F32,), batch_invariant=True, export_kv=True, import_kv=True)
+    return Capabilities(dtypes=(DType.F32,), batch_invariant=True, export_kv=True, import_kv=True, kv_layouts=(_LAYOUT,))
 
 
 def _create(spec: ModelSpec, config: DeviceConfig) -> GenerativeModel:

@@ -45,11 +45,25 @@ def _print_tables(listed: Sequence[Model], *, executors: bool) -> None:
     print_table(headings, ((m.name, m.architecture, m.context_length, m.vocabulary_size, len(m.executors)) for m in listed))
     if executors:
         print()
-        columns = ("model", "executor", "backend", "device", "dtype", "running", "waiting", "KV blocks free", "state")
+        columns = (
+            "model",
+            "executor",
+            "backend",
+            "version",
+            "device",
+            "dtype",
+            "running",
+            "waiting",
+            "KV blocks free",
+            "state",
+            "features",
+        )
         print_table(columns, ((model.name, *_cells(executor)) for model in listed for executor in model.executors))
 
 
 def _cells(executor: ModelExecutor) -> tuple[object, ...]:
     e = executor
     free = f"{e.kv_blocks_free}/{e.kv_blocks}"
-    return (e.executor_id, e.backend, e.device, e.dtype, e.running, e.waiting, free, "draining" if e.draining else "serving")
+    state = "draining" if e.draining else "serving"
+    features = " ".join(e.features)
+    return (e.executor_id, e.backend, e.backend_version, e.device, e.dtype, e.running, e.waiting, free, state, features)

@@ -150,6 +150,10 @@ def describe(
         backend=loaded.backend,
         device=loaded.model.device,
         dtype=loaded.model.dtype.value,
+        tasks=[task.value for task in loaded.capabilities.tasks],
+        features=_features(loaded),
+        kv_layout=loaded.model.kv.layout,
+        kv_dtype=loaded.model.kv.dtype,
         context_length=loaded.engine.context_length,
         vocabulary_size=decoder.vocabulary_size,
         kv_block_size=loaded.model.kv.block_size,
@@ -167,3 +171,9 @@ def describe(
             repetition_penalty=defaults.repetition_penalty,
         ),
     )
+
+
+def _features(loaded: Loaded) -> list[str]:
+    """What the backend can do, less what the operator has turned off."""
+    off = set() if loaded.engine.blocks.caching else {"prefix_cache"}
+    return [name for name in loaded.capabilities.features if name not in off]

@@ -35,6 +35,10 @@ class Executor:
     backend: str = ""
     device: str = ""
     dtype: str = ""
+    backend_version: str = ""
+    features: Sequence[str] = ()
+    kv_layout: str = ""
+    kv_dtype: str = ""
     context_length: int
     vocabulary_size: int
     kv_block_size: int

@@ -87,6 +87,10 @@ def _executor(executor: models_pb2.ModelExecutor) -> ModelExecutor:
         kv_blocks=executor.kv_blocks,
         kv_blocks_free=executor.kv_blocks_free,
         draining=executor.draining,
+        backend_version=executor.backend_version,
+        features=tuple(executor.features),
+        kv_layout=executor.kv_layout,
+        kv_dtype=executor.kv_dtype,
     )
 
 

@@ -153,7 +153,7 @@ class TokenCount:
 
 @dataclass(frozen=True, slots=True)
 class ModelExecutor:
-    """One live executor of a model, as it last reported."""
+    """One live executor of a model, as it last reported. `features` are what its backend is set up to do beyond generating."""
 
     executor_id: str
     backend: str
@@ -164,6 +164,10 @@ class ModelExecutor:
     kv_blocks: int
     kv_blocks_free: int
     draining: bool
+    backend_version: str = ""
+    features: tuple[str, ...] = ()
+    kv_layout: str = ""
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,10 @@ class ModelExecutor(_message.Message):
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FREE_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    BACKEND_VERSION_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    KV_LAYOUT_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     backend: _builtins.str
     device: _builtins.str
@@ -158,6 +162,14 @@ class ModelExecutor(_message.Message):
     kv_blocks: _builtins.int
     kv_blocks_free: _builtins.int
     draining: _builtins.bool
+    backend_version: _builtins.str
+    kv_layout: _builtins.str
+    """How and in which type its KV cache lies."""
+    kv_dtype: _builtins.str
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its backend can do and is set up to do beyond generating, such as prefix_cache or batch_invariant."""
+
     def __init__(
         self,
         *,
@@ -170,10 +182,14 @@ class ModelExecutor(_message.Message):
         kv_blocks: _builtins.int = ...,
         kv_blocks_free: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        backend_version: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        kv_layout: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "device", b"device", "draining", b"draining", "dtype", b"dtype", "executor_id", b"executor_id", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_version", b"backend_version", "device", b"device", "draining", b"draining", "dtype", b"dtype", "executor_id", b"executor_id", "features", b"features", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -73,6 +73,10 @@ def _executor(executor: Executor, state: scheduler_pb2.ExecutorState | None) -> 
         device=executor.device,
         dtype=executor.dtype,
         kv_blocks=executor.kv_blocks,
+        backend_version=executor.backend_version,
+        features=executor.features,
+        kv_layout=executor.kv_layout,
+        kv_dtype=executor.kv_dtype,
     )
     if state is not None:
         told.running = state.load.running

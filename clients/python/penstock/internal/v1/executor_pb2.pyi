@@ -426,10 +426,13 @@ class GetExecutorResponse(_message.Message):
     KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FREE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     kv_blocks_used: _builtins.int
     """Every KV block is in one of these states."""
     kv_blocks_cached: _builtins.int
     kv_blocks_free: _builtins.int
+    failure: _builtins.str
+    """Why the executor is NOT_SERVING; empty while it serves."""
     @_builtins.property
     def description(self) -> _scheduler_pb2.ExecutorDescription: ...
     @_builtins.property
@@ -442,10 +445,11 @@ class GetExecutorResponse(_message.Message):
         kv_blocks_used: _builtins.int = ...,
         kv_blocks_cached: _builtins.int = ...,
         kv_blocks_free: _builtins.int = ...,
+        failure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_used", b"kv_blocks_used", "load", b"load"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "failure", b"failure", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_used", b"kv_blocks_used", "load", b"load"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

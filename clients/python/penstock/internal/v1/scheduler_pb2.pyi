@@ -322,6 +322,11 @@ class ExecutorDescription(_message.Message):
     PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DEFAULTS_FIELD_NUMBER: _builtins.int
+    BACKEND_VERSION_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    KV_LAYOUT_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Minted by the executor at its start: a restarted executor is another one."""
     address: _builtins.str
@@ -339,6 +344,10 @@ class ExecutorDescription(_message.Message):
     max_batch_size: _builtins.int
     max_batch_tokens: _builtins.int
     prefix_cache: _builtins.bool
+    backend_version: _builtins.str
+    kv_layout: _builtins.str
+    """How and in which type its KV cache lies."""
+    kv_dtype: _builtins.str
     @_builtins.property
     def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Public request fields that the executor supports."""
@@ -347,6 +356,14 @@ class ExecutorDescription(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def defaults(self) -> Global___GenerationDefaults: ...
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the backend does with the model: "generate"."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it can do beyond that and is set up to do: "prefix_cache", "export_kv" and the like."""
+
     def __init__(
         self,
         *,
@@ -369,10 +386,15 @@ class ExecutorDescription(_message.Message):
         prefix_cache: _builtins.bool = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         defaults: Global___GenerationDefaults | None = ...,
+        backend_version: _builtins.str = ...,
+        tasks: _abc.Iterable[_builtins.str] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        kv_layout: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "prefix_cache", b"prefix_cache", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "prefix_cache", b"prefix_cache", "tasks", b"tasks", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,9 +461,12 @@ class RegisterRequest(_message.Message):
     KV_EVENTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     STALLED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     stalled: _builtins.bool
     """The engine has stopped: the executor is to be taken for lost. Last on the stream."""
+    failure: _builtins.str
+    """With `stalled`: why, in one sentence for the log."""
     @_builtins.property
     def description(self) -> Global___ExecutorDescription:
         """First on the stream."""
@@ -458,10 +483,11 @@ class RegisterRequest(_message.Message):
         kv_events: Global___KvEvents | None = ...,
         draining: _builtins.bool = ...,
         stalled: _builtins.bool = ...,
+        failure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "kv_events", b"kv_events", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "kv_events", b"kv_events", "load", b"load", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "failure", b"failure", "kv_events", b"kv_events", "load", b"load", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
