@@ -124,7 +124,14 @@ def _probe() -> Availability:
 
 
 def _capabilities(_: ModelSpec) -> Capabilities:
-    return Capabilities(dtypes=(DType.F32,), batch_invariant=True, export_kv=True, import_kv=True, kv_layouts=(_LAYOUT,))
+    return Capabilities(
+        dtypes=(DType.F32,),
+        batch_invariant=True,
+        export_kv=True,
+        import_kv=True,
+        kv_layouts=(_LAYOUT,),
+        weight_bytes={DType.F32: 1},
+    )
 
 
 def _create(spec: ModelSpec, config: DeviceConfig) -> GenerativeModel:

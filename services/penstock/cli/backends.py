@@ -1,44 +1,114 @@
-"""`penstock backends`: what can run models on this machine, or why it can not."""
+"""`penstock backends`: what can run models on this machine and which one would, or why it can not."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from penstock.cli.tables import print_table
 
+if TYPE_CHECKING:  # numpy comes with them, and help is to be quick
+    from penstock.backends.contract import ModelSpec
+    from penstock.backends.inspection import BackendReport
+    from penstock.backends.ranking import Standing
+
 __all__ = ["backends"]
 
 
-def backends(*, as_json: Annotated[bool, Parameter(name="--json", negative=())] = False) -> int:
-    """Tell each backend, its version and devices, or why it does not run here.
+def backends(
+    *,
+    model: str | None = None,
+    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto",
+    probe_seconds: float = 20.0,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """Tell each backend, its version and devices, or why it does not run here; with a model, what it can do and which one is taken.
 
     "unavailable" is not meant to run here; "broken" is meant to, and failed.
 
     Args:
+        model: Folder of a checkpoint, builtin, or a Hugging Face id.
+        dtype: As the executor's; auto leaves it to each backend.
+        probe_seconds: Seconds that a backend has to say what it is.
         as_json: One JSON list instead of a table.
     """
-    from penstock.backends.registry import describe
+    from penstock.backends.contract import DType
+    from penstock.backends.registry import describe, standings
 
-    rows = [_row(report.name, report.availability) for report in describe()]
+    if model is None:
+        rows = [_row(report) for report in describe(seconds=probe_seconds)]
+    else:
+        spec = _read(model)
+        judged = standings(spec, None if dtype == "auto" else DType(dtype), seconds=probe_seconds)
+        rows = [_row(standing.report) | _judged(standing, spec) for standing in judged]
     if as_json:
         print(json.dumps(rows, indent=2))
+    elif model is None:
+        print_table(("backend", "from", "state", "version", "devices, or why not"), map(_cells, rows))
     else:
-        headings = ("backend", "state", "version", "devices, or why not")
-        print_table(headings, (_cells(row) for row in rows))
+        headings = ("backend", "from", "version", "devices", "dtypes", "features", "KV layouts", "verdict", "why")
+        print_table(headings, map(_judged_cells, rows))
     return 0
 
 
-def _row(name: str, availability: Any) -> dict[str, Any]:
-    from penstock.backends.contract import Available, Broken
+def _read(model: str) -> ModelSpec:
+    from penstock.backends.checkpoint import CheckpointError, read_model
+    from penstock.common.service import StartError
+    from penstock.common.sources import resolve
 
-    if isinstance(availability, Available):
-        return {"name": name, "state": "available", "devices": list(availability.devices), "version": availability.version}
-    state = "broken" if isinstance(availability, Broken) else "unavailable"
-    return {"name": name, "state": state, "reason": availability.reason}
+    folder = resolve(model)
+    try:
+        return read_model(folder, folder.resolve().name if Path(model).is_dir() else model)
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    return row["name"], row["state"], row.get("version", ""), row.get("reason") or ", ".join(row["devices"])
+def _row(report: BackendReport) -> dict[str, Any]:
+    from penstock.backends.reports import write_answer
+
+    told = write_answer(report.availability, None)["availability"]
+    return {"name": report.name, "package": report.package or None, **told}
+
+
+def _judged(standing: Standing, spec: ModelSpec) -> dict[str, Any]:
+    """What is told of a backend for one model."""
+    from dataclasses import asdict
+
+    row: dict[str, Any] = {"verdict": standing.verdict.value, "why": standing.reason, "dtype": standing.dtype}
+    row["speed"] = None if standing.speed is None else asdict(standing.speed)
+    return row | {"supports": _supports(standing.report, spec)}
+
+
+def _supports(report: BackendReport, spec: ModelSpec) -> dict[str, Any] | None:
+    from penstock.backends.contract import Capabilities
+
+    can = report.capabilities
+    if not isinstance(can, Capabilities):
+        return None
+    return {
+        "family": spec.decoder.architecture,
+        "tasks": can.tasks,
+        "dtypes": can.dtypes,
+        "quantisation": [dtype for dtype in can.dtypes if dtype.quantised],
+        "features": can.features,
+        "kv_layouts": can.kv_layouts,
+        "max_context": can.max_context or spec.decoder.context_length,
+        "max_batch_size": can.max_batch_size,
+    }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["name"], row["package"] or "built in", row["state"], row.get("version", ""), _devices(row) or row["reason"])
+
+
+def _judged_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    can = row["supports"] or {"dtypes": (), "features": (), "kv_layouts": ()}
+    lists = (" ".join(can[key]) for key in ("dtypes", "features", "kv_layouts"))
+    return (row["name"], row["package"] or "built in", row.get("version", ""), _devices(row), *lists, row["verdict"], row["why"])
+
+
+def _devices(row: dict[str, Any]) -> str:
+    return ", ".join(row.get("devices", ()))

@@ -27,6 +27,8 @@ class ExecutorConfig:
         prefill_chunk: Prompt tokens that one step computes at most while others are being answered.
         max_context: Tokens that one sequence holds at most; the model's own limit where absent.
         prefix_cache: Whether requests share the KV cache of equal prefixes.
+        probe_seconds: Seconds that a backend has to say what it is.
+        load_seconds: Seconds that fetching and loading the model may take.
         stall_seconds: A decoding step that takes longer makes the executor NOT_SERVING.
         stall_seconds_per_prompt_token: What each prompt token in a step adds to that.
         scheduler: HOST:PORT of the scheduler to register with; none where absent.
@@ -51,6 +53,8 @@ class ExecutorConfig:
     prefill_chunk: int = 512
     max_context: int | None = None
     prefix_cache: bool = True
+    probe_seconds: float = 20
+    load_seconds: float = 3600
     stall_seconds: float = 2.5
     stall_seconds_per_prompt_token: float = 0.05
     scheduler: str | None = None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penstock.backends.checkpoint import CheckpointError, read_model
 from penstock.backends.contract import Capabilities, DeviceConfig, DType, GenerativeModel, ModelSpec
-from penstock.backends.registry import NoBackend, select
+from penstock.backends.kv_memory import free_memory
+from penstock.backends.memory_need import check_memory
+from penstock.backends.registry import Choice, NoBackend, choose
+from penstock.backends.validation import fault_of_model
 from penstock.common.service import StartError
 from penstock.common.sources import resolve
 from penstock.executor.config import ExecutorConfig
@@ -28,50 +32,78 @@ class Loaded:
     folder: Path
     name: str
     backend: str
+    backend_version: str
     spec: ModelSpec
     capabilities: Capabilities
     model: GenerativeModel
     engine: Engine
 
 
-def load(config: ExecutorConfig) -> Loaded:
+def load(config: ExecutorConfig, at: Callable[[str], object] = lambda _: None) -> Loaded:
     """Load a model and make its engine. Takes as long as the weights take.
+
+    Args:
+        config: the settings.
+        at: told what is done next, from this thread, for who waits.
 
     Raises:
         StartError: the settings, the checkpoint or the backend do not allow it.
     """
     _check(config)
+    at("the checkpoint is fetched and read")
     folder = resolve(config.model)
     name = config.served_name or (config.model if not Path(config.model).is_dir() else folder.resolve().name)
-    dtype = None if config.dtype == "auto" else DType(config.dtype)
+    asked = None if config.dtype == "auto" else DType(config.dtype)
     try:
         spec = read_model(folder, name)
-        registration, capabilities = select(spec, config.backend, dtype)
+        at("the backends are asked")
+        choice = choose(spec, config.backend, asked, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
-    context = min(spec.decoder.context_length, config.max_context or spec.decoder.context_length)
-    device = DeviceConfig(
+    backend, capabilities = choice.registration.name, choice.capabilities
+    device = _device_config(config, spec, capabilities, asked)
+    if choice.device == "cpu":
+        check_memory(backend, spec.decoder, capabilities, replace(device, dtype=choice.dtype), free_memory())
+    at(f"backend {backend} creates the model")
+    model = _create(choice, spec, device)
+    try:
+        engine = Engine(model, _engine_config(config, spec, capabilities, device))
+        at(f"backend {backend} runs the first step")
+        _warm_up(engine)
+    except BaseException:
+        model.close()
+        raise
+    return Loaded(folder, name, backend, choice.version, spec, capabilities, model, engine)
+
+
+def _create(choice: Choice, spec: ModelSpec, device: DeviceConfig) -> GenerativeModel:
+    """The model, held to what its backend said of it."""
+    backend = choice.registration.name
+    try:
+        model = choice.registration.create(spec, device)
+        fault = fault_of_model(model, choice.capabilities)
+    except StartError:
+        raise
+    except Exception as error:
+        raise StartError(f"{backend} can not load {spec.name}: {type(error).__name__}: {error}") from error
+    if fault:
+        model.close()
+        raise StartError(f"{backend} made a model that is not what it said: {fault}")
+    return model
+
+
+def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities, dtype: DType | None) -> DeviceConfig:
+    """What is asked of the backend, within its limits."""
+    longest = (spec.decoder.context_length, config.max_context, capabilities.max_context)
+    return DeviceConfig(
         dtype=dtype,
         threads=config.threads,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
         kv_cache_share=config.kv_cache_share,
         max_batch_tokens=config.max_batch_tokens,
-        max_batch_size=config.max_batch_size,
-        max_context=context,
+        max_batch_size=min(config.max_batch_size, capabilities.max_batch_size or config.max_batch_size),
+        max_context=min(limit for limit in longest if limit is not None),
     )
-    try:
-        model = registration.create(spec, device)
-    except StartError:
-        raise
-    except Exception as error:
-        raise StartError(f"{registration.name} can not load {name}: {type(error).__name__}: {error}") from error
-    try:
-        engine = Engine(model, _engine_config(config, spec, capabilities, context))
-        _warm_up(engine)
-    except BaseException:
-        model.close()
-        raise
-    return Loaded(folder, name, registration.name, spec, capabilities, model, engine)
 
 
 def _check(config: ExecutorConfig) -> None:
@@ -81,6 +113,8 @@ def _check(config: ExecutorConfig) -> None:
         "max_batch_tokens": (config.max_batch_tokens, config.max_batch_size + 1),
         "prefill_chunk": (config.prefill_chunk, 1),
         "max_context": (config.max_context, 2),
+        "probe_seconds": (config.probe_seconds, 0.1),
+        "load_seconds": (config.load_seconds, 0.1),
     }
     for name, (value, at_least) in least.items():
         if value is not None and value < at_least:
@@ -92,12 +126,12 @@ def _check(config: ExecutorConfig) -> None:
         raise StartError(f"kv_cache_share: must be between 0 and 1, not {config.kv_cache_share}")
 
 
-def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities, context: int) -> EngineConfig:
+def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities, device: DeviceConfig) -> EngineConfig:
     return EngineConfig(
         vocabulary_size=spec.decoder.vocabulary_size,
-        context_length=context,
+        context_length=device.max_context or spec.decoder.context_length,
         max_batch_tokens=config.max_batch_tokens,
-        max_batch_size=config.max_batch_size,
+        max_batch_size=device.max_batch_size,
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache and capabilities.prefix_cache,
         chunked_prefill=capabilities.chunked_prefill,

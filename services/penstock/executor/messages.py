@@ -148,6 +148,7 @@ def describe(
         tokenizer_fingerprint=tokenizer,
         architecture=decoder.architecture,
         backend=loaded.backend,
+        backend_version=loaded.backend_version,
         device=loaded.model.device,
         dtype=loaded.model.dtype.value,
         tasks=[task.value for task in loaded.capabilities.tasks],

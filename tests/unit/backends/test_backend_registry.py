@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
 
 from penstock.backends.checkpoint import read_model
 from penstock.backends.contract import Available, Broken, Capabilities, DType, Registration, Unavailable, Unsupported
-from penstock.backends.registry import AUTO, DuplicateBackend, NoBackend, backends, describe, select
+from penstock.backends.discovery import Source
+from penstock.backends.inspection import inspect
+from penstock.backends.ranking import Speed, Verdict
+from penstock.backends.registry import AUTO, DuplicateBackend, NoBackend, backends, choose, describe, select, sources, standings
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Plugin:
     name: str
     load: object
     value: str = "somewhere:REGISTRATION"
+    dist: object = None
 
 
 def registration(name, availability=None, capabilities=None):
@@ -27,7 +32,7 @@ def registration(name, availability=None, capabilities=None):
 
 
 def among(*registrations):
-    return {r.name: r for r in registrations}
+    return {r.name: Source(r.name, "", lambda r=r: r) for r in registrations}
 
 
 @pytest.fixture
@@ -36,19 +41,19 @@ def spec(checkpoint):
 
 
 def test_built_in_backends_are_there():
-    assert list(backends([])) == ["openvino", "torch", "fake"]
+    assert list(sources([])) == ["openvino", "torch", "fake"]
 
 
 def test_a_plugin_is_found_by_its_entry_point():
     mine = registration("mine")
-    assert backends([Plugin("mine", lambda: mine)])["mine"] is mine
+    assert backends(sources([Plugin("mine", lambda: mine)]))["mine"] is mine
 
 
 @pytest.mark.parametrize("name", ["mine", "torch"])
 def test_a_name_taken_twice_is_refused(name):
     plugins = [Plugin(name, lambda: registration(name))] * 2
     with pytest.raises(DuplicateBackend, match=rf"{name}.*somewhere:REGISTRATION"):
-        backends(plugins)
+        sources(plugins)
 
 
 def raise_import_error():
@@ -64,22 +69,22 @@ def raise_import_error():
     ],
 )
 def test_a_plugin_that_fails_is_broken_and_hurts_no_other(load, reason, spec):
-    found = backends([Plugin("mine", load)])
-    answer = found["mine"].probe()
+    found = {**sources([]), "mine": Source("mine", "", load)}
+    answer = describe(found=found)[-1].availability
     assert isinstance(answer, Broken)
     assert reason in answer.reason
-    assert select(spec, among=found)[0].name != "mine"
+    assert select(spec, found=found)[0].name != "mine"
     with pytest.raises(NoBackend, match="mine: broken"):
-        select(spec, "mine", among=found)
+        select(spec, "mine", found=found)
 
 
 def test_auto_takes_the_first_on_the_same_kind_of_device(spec):
-    assert select(spec, AUTO, among=among(registration("one"), registration("two")))[0].name == "one"
+    assert select(spec, AUTO, found=among(registration("one"), registration("two")))[0].name == "one"
 
 
 def test_auto_prefers_an_accelerator(spec):
     gpu = registration("two", Available(("cuda:0", "cpu"), "1"))
-    assert select(spec, AUTO, among=among(registration("one"), gpu))[0].name == "two"
+    assert select(spec, AUTO, found=among(registration("one"), gpu))[0].name == "two"
 
 
 def test_auto_goes_on_to_the_next_that_can(spec):
@@ -88,7 +93,7 @@ def test_auto_goes_on_to_the_next_that_can(spec):
         registration("two", capabilities=Unsupported("no sliding window")),
         registration("three"),
     )
-    assert select(spec, AUTO, among=found)[0].name == "three"
+    assert select(spec, AUTO, found=found)[0].name == "three"
 
 
 def test_every_reason_is_told(spec):
@@ -99,7 +104,7 @@ def test_every_reason_is_told(spec):
         registration("four"),
     )
     with pytest.raises(NoBackend) as raised:
-        select(spec, AUTO, DType.INT4, among=found)
+        select(spec, AUTO, DType.INT4, found=found)
     for reason in (
         "one: unavailable: no library",
         "two: broken: driver too old",
@@ -112,21 +117,21 @@ def test_every_reason_is_told(spec):
 def test_made_up_answers_are_never_taken_by_themselves(spec):
     only = among(registration("fake"))
     with pytest.raises(NoBackend):
-        select(spec, AUTO, among=only)
-    assert select(spec, "fake", among=only)[0].name == "fake"
+        select(spec, AUTO, found=only)
+    assert select(spec, "fake", found=only)[0].name == "fake"
 
 
 def test_an_unknown_name_tells_the_known_ones(spec):
     with pytest.raises(NoBackend, match="no backend cuda; there are openvino, torch, fake"):
-        select(spec, "cuda", among=backends([]))
+        select(spec, "cuda", found=sources([]))
 
 
 def test_the_table_tells_what_each_can_or_why_not(spec):
     found = among(registration("one"), registration("two", Unavailable("no library")))
-    one, two = describe(spec, among=found)
+    one, two = describe(spec, found=found)
     assert (one.name, one.capabilities) == ("one", Capabilities(dtypes=(DType.F32,)))
     assert (two.name, two.availability, two.capabilities) == ("two", Unavailable("no library"), None)
-    assert describe(among=found)[0].capabilities is None
+    assert describe(found=found)[0].capabilities is None
 
 
 def test_looking_for_backends_imports_nothing_heavy():
@@ -136,5 +141,69 @@ def test_looking_for_backends_imports_nothing_heavy():
 
 
 def test_a_cpu_runs_openvino_and_an_accelerator_torch(spec):
-    accelerated = backends([])["torch"].probe().devices[0] != "cpu"
-    assert select(spec, among=backends([]))[0].name == ("torch" if accelerated else "openvino")
+    accelerated = sources([])["torch"].registration().probe().devices[0] != "cpu"
+    assert select(spec, found=sources([]))[0].name == ("torch" if accelerated else "openvino")
+
+
+def fast(prefill):
+    return Speed(prefill=prefill, decode=10.0, batch=8, seconds=1 / prefill)
+
+
+def verdicts(spec, found, measured):
+    return {s.report.name: s.verdict for s in standings(spec, found=found, speeds=lambda report, _: measured.get(report.name))}
+
+
+def test_the_faster_of_two_that_were_measured_is_taken(spec):
+    found = among(registration("one"), registration("two"), registration("three"))
+    measured = {"one": fast(10), "two": fast(20)}
+    chosen = choose(spec, found=found, speeds=lambda report, _: measured.get(report.name))
+    assert chosen.registration.name == "two"
+    one = next(s for s in chosen.standings if s.report.name == "one")
+    assert one.verdict is Verdict.SLOWER
+    assert "two is 2.00 times as fast: prefill 20 tokens/s" in one.reason
+    assert verdicts(spec, found, measured)["three"] is Verdict.BEHIND
+
+
+def test_one_measurement_alone_moves_nothing(spec):
+    found = among(registration("one"), registration("two"))
+    assert verdicts(spec, found, {"two": fast(1e9)}) == {"one": Verdict.CHOSEN, "two": Verdict.BEHIND}
+
+
+def test_a_fast_cpu_does_not_beat_an_accelerator(spec):
+    found = among(registration("one"), registration("two", Available(("cuda:0",), "1")))
+    assert verdicts(spec, found, {"one": fast(9), "two": fast(1)})["two"] is Verdict.CHOSEN
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"dtypes": ("fp4",)}, "dtypes: must be a tuple of DType"),
+        ({"dtypes": ()}, "dtypes: must be"),
+        ({"dtypes": DType.F32}, "dtypes: must be a tuple"),
+        ({"max_context": -1}, "max_context: must be a whole number from 1, or None, and is -1"),
+        ({"max_batch_size": 2.5}, "max_batch_size: must be a whole number"),
+        ({"prefix_cache": "yes"}, "prefix_cache: must be True or False, and is 'yes'"),
+        ({"weight_bytes": {DType.F32: -5}}, "weight_bytes: must be whole numbers from 1"),
+        ({"tasks": ("chat",)}, "tasks: must be a tuple of Task"),
+    ],
+)
+def test_nonsense_capabilities_are_broken_and_say_which(spec, told, reason):
+    found = among(registration("odd", capabilities=Capabilities(**{"dtypes": (DType.F32,)} | told)), registration("one"))
+    odd = standings(spec, found=found)[0]
+    assert odd.verdict is Verdict.BROKEN
+    assert reason in odd.reason
+    assert select(spec, found=found)[0].name == "one"
+
+
+def test_a_built_in_backend_that_raises_or_hangs_is_named_with_its_stage(spec):
+    release = threading.Event()
+
+    def raises():
+        raise OSError("no such device")
+
+    hanging = Registration("slow", release.wait, lambda _: None, lambda spec, config: None)
+    raising = Registration("bad", raises, lambda _: None, lambda spec, config: None)
+    bad, slow = inspect(among(raising, hanging).values(), spec, seconds=0.2)
+    release.set()
+    assert bad.availability == Broken("raised OSError: no such device")
+    assert slow.availability == Broken("hangs in probe: no answer within 0.2 s")

@@ -54,9 +54,10 @@ def _check_own(settings: UpConfig) -> None:
 
 
 def _check_backend(name: str) -> None:
-    from penstock.backends.registry import AUTO, backends
+    from penstock.backends.discovery import sources
+    from penstock.backends.registry import AUTO
 
-    if name != AUTO and name not in (known := backends()):
+    if name != AUTO and name not in (known := sources()):
         raise ConfigError(f"--backend: must be auto or one of {', '.join(known)}, and is {name!r}")
 
 

@@ -1,0 +1,131 @@
+"""Which backend runs a model, and for each other one why it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from penstock.backends.contract import Available, Broken, Capabilities, DType, Task, Unsupported
+from penstock.backends.inspection import BackendReport
+
+__all__ = ["Speed", "Speeds", "Standing", "Verdict", "no_speeds", "rank"]
+
+# Answers of this one are made up: it is taken by its name alone.
+_BY_NAME_ALONE = frozenset({"fake"})
+
+
+class Verdict(StrEnum):
+    """What became of a backend in a choice. `BEHIND` is of the ones that could, and were not measured against the chosen one."""
+
+    CHOSEN = "chosen"
+    SLOWER = "slower"
+    BEHIND = "not measured"
+    NAMED_ONLY = "by name alone"
+    UNSUPPORTED = "unsupported"
+    UNAVAILABLE = "unavailable"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast a backend was with a model on this machine.
+
+    Attributes:
+        prefill: prompt tokens per second.
+        decode: output tokens per second of `batch` sequences.
+        seconds: of the work that speeds are compared by.
+    """
+
+    prefill: float
+    decode: float
+    batch: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"prefill {self.prefill:,.0f} tokens/s, decode {self.decode:,.0f} tokens/s at batch {self.batch}"
+
+
+Speeds = Callable[[BackendReport, DType], Speed | None]
+
+
+def no_speeds(_: BackendReport, __: DType) -> None:
+    """Where nothing was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A backend in a choice.
+
+    Attributes:
+        reason: why it is not chosen, or what speaks for it.
+        dtype: the one that it would run; None where it can not.
+        speed: at that dtype, where it was measured.
+    """
+
+    report: BackendReport
+    verdict: Verdict
+    reason: str = ""
+    dtype: DType | None = None
+    speed: Speed | None = None
+
+
+def rank(reports: Sequence[BackendReport], dtype: DType | None, speeds: Speeds = no_speeds, *, auto: bool) -> list[Standing]:
+    """Judge backends, given in the order that holds where nothing was measured; at most one is chosen.
+
+    Those with an accelerator go before those without. Within a kind the first stands until another one was measured to be faster.
+
+    Args:
+        reports: with capabilities for the model.
+        dtype: the one that is asked for; None: each one's own first.
+        speeds: what was measured.
+        auto: whether the choice is free; else the one report there is was named.
+    """
+    standings = [_judge(report, dtype, speeds, auto=auto) for report in reports]
+    able = [s for s in standings if s.verdict is Verdict.CHOSEN]
+    if not able:
+        return standings
+    accelerated = [s for s in able if _accelerated(s)]
+    best, *others = accelerated or able
+    for other in others:
+        if best.speed is not None and other.speed is not None and other.speed.seconds < best.speed.seconds:
+            best = other
+    return [s if s is best or s not in able else _beaten(s, best) for s in standings]
+
+
+def _judge(report: BackendReport, dtype: DType | None, speeds: Speeds, *, auto: bool) -> Standing:
+    """What holds of a backend by itself; `CHOSEN` is one that could be."""
+    availability, capabilities = report.availability, report.capabilities
+    if not isinstance(availability, Available):
+        verdict = Verdict.BROKEN if isinstance(availability, Broken) else Verdict.UNAVAILABLE
+        return Standing(report, verdict, availability.reason)
+    if not isinstance(capabilities, Capabilities):
+        reason = capabilities.reason if isinstance(capabilities, Unsupported) else "was not asked"
+        return Standing(report, Verdict.UNSUPPORTED, reason)
+    if Task.GENERATE not in capabilities.tasks:
+        return Standing(report, Verdict.UNSUPPORTED, f"generates nothing with it; its tasks are {', '.join(capabilities.tasks)}")
+    if dtype is not None and dtype not in capabilities.dtypes:
+        return Standing(report, Verdict.UNSUPPORTED, f"has no {dtype} for it, but {', '.join(capabilities.dtypes)}")
+    runs = dtype or capabilities.dtypes[0]
+    if auto and report.name in _BY_NAME_ALONE:
+        return Standing(report, Verdict.NAMED_ONLY, "makes its answers up; only --backend with its name takes it", runs)
+    return Standing(report, Verdict.CHOSEN, dtype=runs, speed=speeds(report, runs))
+
+
+def _accelerated(standing: Standing) -> bool:
+    availability = standing.report.availability
+    return isinstance(availability, Available) and availability.devices[0] != "cpu"
+
+
+def _beaten(standing: Standing, best: Standing) -> Standing:
+    name = best.report.name
+    if standing.speed is not None and best.speed is not None and best.speed.seconds <= standing.speed.seconds:
+        times = standing.speed.seconds / best.speed.seconds
+        reason = f"{name} is {times:.2f} times as fast: {best.speed} in {best.dtype}; here {standing.speed} in {standing.dtype}"
+        return Standing(standing.report, Verdict.SLOWER, reason, standing.dtype, standing.speed)
+    if _accelerated(best) and not _accelerated(standing):
+        reason = f"{name} has an accelerator"
+    else:
+        unmeasured = " and ".join(s.report.name for s in (best, standing) if s.speed is None)
+        reason = f"{name} goes before it as long as {unmeasured or 'both'} was not measured with this model here"
+    return Standing(standing.report, Verdict.BEHIND, reason, standing.dtype, standing.speed)

@@ -1,0 +1,83 @@
+"""What a backend says of itself, checked before anything is made of it: types, known names, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+
+from penstock.backends.contract import (
+    Available,
+    Broken,
+    Capabilities,
+    DType,
+    GenerativeModel,
+    KvSpec,
+    Task,
+    Unavailable,
+    Unsupported,
+)
+
+__all__ = ["fault_of_availability", "fault_of_capabilities", "fault_of_model"]
+
+_MOST = 1 << 62
+
+
+def fault_of_availability(told: object) -> str | None:
+    """What is wrong with the answer of a probe; None: nothing."""
+    if isinstance(told, Unavailable | Broken):
+        return None if isinstance(told.reason, str) and told.reason else f"reason: must say why, and is {told.reason!r}"
+    if not isinstance(told, Available):
+        return f"gives a {type(told).__name__}, not an Available, Unavailable or Broken"
+    if not _are(told.devices, str) or not told.devices or not all(told.devices):
+        return f"devices: must be a tuple of names, best first, and is {told.devices!r}"
+    return None if isinstance(told.version, str) else f"version: must be text, and is {told.version!r}"
+
+
+def fault_of_capabilities(told: object) -> str | None:
+    """What is wrong with what a backend says that it can do; None: nothing."""
+    if isinstance(told, Unsupported):
+        return None if isinstance(told.reason, str) and told.reason else f"reason: must say why, and is {told.reason!r}"
+    if not isinstance(told, Capabilities):
+        return f"gives a {type(told).__name__}, not Capabilities or Unsupported"
+    return next(_faults(told), None)
+
+
+def _faults(told: Capabilities) -> Iterator[str]:
+    for name, kind in (("dtypes", DType), ("tasks", Task)):
+        value = getattr(told, name)
+        if not _are(value, kind) or not value:
+            yield f"{name}: must be a tuple of {kind.__name__} ({', '.join(kind)}), and is {value!r}"
+    if not _are(told.kv_layouts, str):
+        yield f"kv_layouts: must be a tuple of names, and is {told.kv_layouts!r}"
+    for field in fields(Capabilities):
+        value = getattr(told, field.name)
+        if field.type == "bool" and not isinstance(value, bool):
+            yield f"{field.name}: must be True or False, and is {value!r}"
+        if field.type == "int | None" and value is not None and not _is_size(value):
+            yield f"{field.name}: must be a whole number from 1, or None, and is {value!r}"
+    weights = told.weight_bytes
+    if not isinstance(weights, Mapping) or not all(isinstance(d, DType) and _is_size(n) for d, n in weights.items()):
+        yield f"weight_bytes: must be whole numbers from 1 by DType, and is {weights!r}"
+
+
+def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | None:
+    """What is wrong with a model that a backend has made, measured by what it said that it can do; None: nothing."""
+    kv = model.kv
+    if not isinstance(kv, KvSpec):
+        return f"kv: must be a KvSpec, and is a {type(kv).__name__}"
+    for name in ("block_size", "blocks", "bytes_per_block"):
+        if not _is_size(getattr(kv, name)):
+            return f"kv.{name}: must be a whole number from 1, and is {getattr(kv, name)!r}"
+    if capabilities.kv_layouts and kv.layout not in capabilities.kv_layouts:
+        return f"kv.layout: is {kv.layout!r}, and not one of {', '.join(capabilities.kv_layouts)}"
+    if model.dtype not in capabilities.dtypes:
+        return f"dtype: is {model.dtype!r}, and not one of {', '.join(capabilities.dtypes)}"
+    return None if isinstance(model.device, str) and model.device else f"device: must be a name, and is {model.device!r}"
+
+
+def _are(value: object, kind: type) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, kind) for one in value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
