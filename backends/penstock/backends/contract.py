@@ -1,8 +1,10 @@
 """The contract between the executor and a backend, on one page.
 
 A backend is a `Registration`. Built-in ones are modules of this package; others are found by the entry-point group
-``penstock.backends``. The executor calls, in this order and from one thread: ``probe``, ``capabilities``, ``create``, then
-``step`` for every engine step, and ``close``. Nothing that is heavy to import is imported before ``create``.
+``penstock.backends``. The executor calls, in this order: ``probe``, ``capabilities``, ``create``, then ``step`` for every engine
+step, and ``close``. Nothing that is heavy to import is imported before ``create``.
+
+Calls to one model never overlap, but may come from different threads; calls to different models overlap.
 """
 
 from __future__ import annotations
@@ -217,7 +219,10 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class KvChunk:
-    """KV of a range of tokens in the canonical layout: [layer, 2 (key, value), token, kv head, head dim]."""
+    """KV of a range of tokens in the canonical layout: [layer, 2 (key, value), token, kv head, head dim].
+
+    Keys are as attention takes them: normalised where the family does so, and turned to their positions.
+    """
 
     tokens: range
     data: NDArray[np.generic]
@@ -242,6 +247,8 @@ class GenerativeModel(Protocol):
         """Compute one step, writing KV of the new tokens into their blocks. Releases the interpreter lock while it computes.
 
         Raises:
+            ValueError: the batch is beyond what the model was created for (its most sequences, tokens or context), or names a block
+                or a token that is not there, or too few blocks; nothing is written then. `step_limits` checks for that.
             Exception: any; the executor fails the sequences of the batch, and the process if it happens again.
         """
 

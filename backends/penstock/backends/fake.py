@@ -27,6 +27,7 @@ from penstock.backends.contract import (
     StepOutput,
 )
 from penstock.backends.kv_blocks import transfer_slots
+from penstock.backends.step_limits import StepLimits
 
 __all__ = ["BLOCK_SIZE", "REGISTRATION", "FakeModel", "next_token"]
 
@@ -56,6 +57,8 @@ class FakeModel:
     """Token ids in blocks. `storage` [blocks, block size] holds -1 where nothing was stored."""
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
+        if config.dtype not in {None, DType.F32}:
+            raise ValueError(f"dtype: {config.dtype} is none of this backend's; it has f32")
         blocks = (config.kv_cache_bytes or _DEFAULT_CACHE_BYTES) // (BLOCK_SIZE * _BYTES_PER_TOKEN)
         if blocks < 1:
             raise ValueError(
@@ -65,11 +68,13 @@ class FakeModel:
         self.dtype = DType.F32
         self.device = "cpu"
         self.storage = np.full((blocks, BLOCK_SIZE), -1, np.int64)
+        self._limits = StepLimits.of(spec.decoder, config, self.kv)
         self._vocabulary_size = spec.decoder.vocabulary_size
         self._logits = np.zeros((0, self._vocabulary_size), np.float32)
 
     def step(self, batch: StepBatch) -> StepOutput:
         """Store the new ids, and hash what the blocks hold."""
+        self._limits.check(batch)
         counts = np.diff(batch.starts)
         owner = np.repeat(np.arange(len(counts)), counts)
         blocks = batch.block_ids[batch.block_starts[owner] + batch.positions // BLOCK_SIZE]

@@ -37,6 +37,9 @@ app = App(
 
 app.command("penstock.cli.up:up", name="up", group=_LOCAL, help="Serve a model on this machine: all services, supervised.")
 app.command("penstock.cli.backends:backends", name="backends", group=_LOCAL, help="What can run models here, or why it can not.")
+app.command(
+    "penstock.cli.conformance:conformance", name="conformance", group=_LOCAL, help="Hold a backend against what all have to do."
+)
 app.command("penstock.cli.generate:generate", name="generate", group=_CLIENTS, help="Continue a prompt.")
 app.command("penstock.cli.chat:chat", name="chat", group=_CLIENTS, help="Talk with a model.")
 app.command("penstock.cli.models:models", name="models", group=_CLIENTS, help="The models that are served.")

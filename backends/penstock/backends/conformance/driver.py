@@ -86,6 +86,29 @@ class Driver:
             parts += self.step(Piece(sequence, ids[start : start + size], ALL if self._prompt_logits else LAST))
         return sequence, np.concatenate(parts) if self._prompt_logits else parts[-1]
 
+    def logits(self, ids: Sequence[int], chunk: int | None = None) -> NDArray[np.float32]:
+        """As `prefill`, and the blocks are free again."""
+        sequence, logits = self.prefill(ids, chunk)
+        self.release(sequence)
+        return logits
+
+    def follow(self, sequence: SequenceState, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Decode with given tokens, one a step; the logits behind each, [tokens, vocabulary]."""
+        return np.concatenate([self.step(Piece(sequence, [token]))[0] for token in ids])
+
+    def greedy(self, sequence: SequenceState, first: int, count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Decode `count` steps, from `first` on always the likeliest token.
+
+        Returns:
+            the tokens that were given, beginning with `first`, and the logits behind each.
+        """
+        ids: list[int] = [first]
+        found: list[NDArray[np.float32]] = []
+        for _ in range(count):
+            found += self.step(Piece(sequence, ids[-1:]))
+            ids.append(int(found[-1].argmax()))
+        return ids[:-1], np.concatenate(found)
+
 
 def step_batch(pieces: Sequence[Piece]) -> StepBatch:
     """The batch that the contract asks for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,33 @@ from numpy.typing import NDArray
 
 from penstock.backends.architectures.spec import DecoderSpec
 
-__all__ = ["reference_logits"]
+__all__ = ["Truth", "log_softmax", "reference"]
 
 Array = NDArray[np.float64]
 
 
-def reference_logits(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids: Sequence[int]) -> Array:
-    """Logits behind each of these tokens, [T, vocabulary]."""
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What a decoder makes of T tokens.
+
+    Attributes:
+        logits: behind each, [T, vocabulary].
+        kv: of each, in the canonical layout: [layer, 2 (key, value), T, kv head, head dim].
+    """
+
+    logits: Array
+    kv: Array
+
+
+def log_softmax(logits: NDArray[Any]) -> Array:
+    """Over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    out: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return out
+
+
+def reference(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids: Sequence[int]) -> Truth:
+    """Compute a decoder over these tokens."""
     names, count = spec.weights, len(ids)
 
     def weight(name: str) -> Array:
@@ -43,15 +64,17 @@ def reference_logits(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids
     distance = positions[:, None] - positions[None]
     seen = (distance >= 0) & (distance < (spec.sliding_window or count))
     x = weight(names.embedding)[np.asarray(ids)]
+    kv = np.empty((spec.layers, 2, count, spec.kv_heads, spec.head_dim))
     for layer in range(spec.layers):
         h = norm(x, names.layer.input_norm.format(layer=layer))
-        attended = _attend(heads(h, "q", angles), heads(h, "k", angles), heads(h, "v", None), seen)
-        x = x + linear(attended, "o")
+        keys, values = heads(h, "k", angles), heads(h, "v", None)
+        kv[layer] = keys.transpose(1, 0, 2), values.transpose(1, 0, 2)
+        x = x + linear(_attend(heads(h, "q", angles), keys, values, seen), "o")
         h = norm(x, names.layer.post_attention_norm.format(layer=layer))
         gate = linear(h, "gate")
         x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, "up"), "down")
     logits: Array = norm(x, names.final_norm) @ weight(names.lm_head or names.embedding).T
-    return logits
+    return Truth(logits, kv)
 
 
 def _rotate(x: Array, angles: Array) -> Array:

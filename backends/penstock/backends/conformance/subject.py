@@ -11,13 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.conformance.driver import Driver
+from penstock.backends.conformance.reference import Truth, reference
 from penstock.backends.contract import Capabilities, DeviceConfig, DType, GenerativeModel, ModelSpec, Registration
+from penstock.backends.safetensors import Weights
 
-__all__ = ["NotApplicable", "Subject", "require"]
+__all__ = ["NotApplicable", "Subject", "assert_close", "assert_same_choices", "require"]
 
 # Root-mean-square error over the root mean square of what is right.
 _TOLERANCE: Mapping[DType, float] = {DType.F32: 1e-3, DType.BF16: 5e-2, DType.INT8: 1e-1, DType.INT4: 5e-1}
-_CACHE_BYTES = 4 << 20
+_LONGEST_CONTEXT = 512
+_CACHE_TOKENS = 4096
+# A choice between two logits that are nearer than this many times their allowed error may go either way.
+_CLEAR = 4.0
 
 
 class NotApplicable(Exception):
@@ -30,7 +35,7 @@ class Subject:
 
     Attributes:
         dtype: of the models that the checks make.
-        other: a checkpoint of the same shape with other weights.
+        other: a checkpoint of the same vocabulary with other weights.
         computes: whether logits are the model's; False for one that makes them up, which is held to agree with itself alone.
     """
 
@@ -41,15 +46,42 @@ class Subject:
     dtype: DType
     computes: bool = True
 
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence of the checks holds at most."""
+        return min(_LONGEST_CONTEXT, self.spec.decoder.context_length)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache of a model that the checks make: enough for some thousand tokens in float32."""
+        decoder = self.spec.decoder
+        return _CACHE_TOKENS * decoder.layers * 2 * decoder.kv_heads * decoder.head_dim * 4
+
+    @property
+    def tolerance(self) -> float:
+        """Root-mean-square error of a row over the row's own, that its type allows against the formulas."""
+        return _TOLERANCE[self.dtype]
+
     @contextmanager
     def model(self, spec: ModelSpec | None = None, **settings: Any) -> Iterator[GenerativeModel]:
-        """A model of a few megabytes of cache and one thread, which suits its size, unless `settings` say otherwise."""
-        small = DeviceConfig(dtype=self.dtype, threads=1, kv_cache_bytes=_CACHE_BYTES, max_batch_tokens=256, max_batch_size=8)
-        model = self.registration.create(spec or self.spec, replace(small, **settings))
+        """A model of a small cache and one thread, which suits its size, unless `settings` say otherwise."""
+        model = self.registration.create(spec or self.spec, self.config(**settings))
         try:
             yield model
         finally:
             model.close()
+
+    def config(self, **settings: Any) -> DeviceConfig:
+        """What `model` asks for."""
+        small = DeviceConfig(
+            dtype=self.dtype,
+            threads=1,
+            kv_cache_bytes=self.cache_bytes,
+            max_batch_tokens=256,
+            max_batch_size=8,
+            max_context=self.context,
+        )
+        return replace(small, **settings)
 
     def driver(self, model: GenerativeModel, order: Sequence[int] | None = None) -> Driver:
         """A driver of one of its models."""
@@ -60,9 +92,25 @@ class Subject:
         ids: list[int] = np.random.default_rng(seed).integers(0, self.spec.decoder.vocabulary_size, count).tolist()
         return ids
 
+    def truth(self, ids: Sequence[int]) -> Truth:
+        """What the formulas say of these tokens.
+
+        Raises:
+            NotApplicable: the backend makes its answers up.
+        """
+        if not self.computes:
+            raise NotApplicable("its logits are made up")
+        with Weights(self.spec) as weights:
+            return reference(self.spec.decoder, weights, ids)
+
     def assert_close(self, found: NDArray[Any], right: NDArray[Any], what: str) -> None:
         """Raise AssertionError unless these logits or KV are the same within what the type allows."""
-        _close_to(found, right, _TOLERANCE[self.dtype], what)
+        assert_close(found, right, self.tolerance, what)
+
+    def assert_continues(self, found: NDArray[Any], right: NDArray[Any], what: str) -> None:
+        """As `assert_close`, and greedy choices are the same wherever one is clear."""
+        assert_close(found, right, self.tolerance, what)
+        assert_same_choices(found, right, self.tolerance, what)
 
 
 def require(condition: bool, what: str) -> None:
@@ -71,7 +119,7 @@ def require(condition: bool, what: str) -> None:
         raise AssertionError(what)
 
 
-def _close_to(found: NDArray[Any], right: NDArray[Any], tolerance: float, what: str) -> None:
+def assert_close(found: NDArray[Any], right: NDArray[Any], tolerance: float, what: str) -> None:
     """The error of each row, as a root mean square, must be at most `tolerance` of the right row's."""
     require(found.shape == right.shape, f"{what}: shape {found.shape}, expected {right.shape}")
     truth = right.astype(np.float64)
@@ -80,3 +128,14 @@ def _close_to(found: NDArray[Any], right: NDArray[Any], tolerance: float, what: 
     if not (error <= tolerance).all():  # a NaN fails too
         worst = np.argmax(np.where(np.isnan(error), np.inf, error))
         raise AssertionError(f"{what}: row {worst} is off by {error.flat[worst]:.2g} of its size; {tolerance:.2g} is allowed")
+
+
+def assert_same_choices(found: NDArray[Any], right: NDArray[Any], tolerance: float, what: str) -> None:
+    """The greatest logit of each row must be the same one, wherever it leads by more than the allowed error may take away."""
+    best, second = np.sort(right, -1)[:, :-3:-1].T
+    clear = best - second > _CLEAR * tolerance * np.sqrt(np.mean(right.astype(np.float64) ** 2, -1))
+    chosen, expected = found.argmax(-1), right.argmax(-1)
+    wrong = np.flatnonzero(clear & (chosen != expected))
+    if wrong.size:
+        row = wrong[0]
+        raise AssertionError(f"{what}: token {row} is {chosen[row]}, and {expected[row]} is clearly the likeliest")

@@ -1,10 +1,10 @@
-"""The conformance suite: every check by name, the subjects to hold them against, and a runner.
+"""The conformance suite: every check by name, and the subjects to hold them against.
 
-Another project's backend runs it with ``python -m penstock.backends.conformance NAME``, or under pytest::
+Another project's backend runs it with ``penstock conformance NAME``, or under pytest::
 
     @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
     def test_my_backend(check, tmp_path):
-        for subject in subjects(REGISTRATION, tmp_path):
+        for subject in subjects(REGISTRATION, tmp_path, families=("llama",)):
             check(subject)
 
 A check returns, raises AssertionError, or raises `NotApplicable` where the backend does not claim what it is about.
@@ -15,23 +15,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from penstock.backends.conformance import lifecycle, logits, transfer
+from penstock.backends.conformance import concurrency, leaks, lifecycle, limits, logits, paging, transfer
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.subject import Subject
-from penstock.backends.contract import DType, Registration, Unsupported
+from penstock.backends.contract import DType, ModelSpec, Registration, Unsupported
 
-__all__ = ["CHECKS", "Check", "subjects"]
+__all__ = ["CHECKS", "Check", "make_subject", "subjects"]
 
 Check = Callable[[Subject], None]
 
-CHECKS: Mapping[str, Check] = {name: getattr(module, name) for module in (logits, transfer, lifecycle) for name in module.__all__}
-"""Every check, by its name."""
+# Answers that no model gives.
+_MADE_UP = frozenset({"fake"})
+_ROOMS = (logits, paging, transfer, limits, lifecycle, concurrency, leaks)
+
+CHECKS: Mapping[str, Check] = {name: getattr(module, name) for module in _ROOMS for name in module.__all__}
+"""Every check of one backend, by its name."""
 
 
 def subjects(
     registration: Registration, folder: Path, *, families: tuple[str, ...] = tuple(CONFIGS), dtype: DType | None = None
-) -> Iterator[Subject]:
-    """A backend with a small random model of each family that it can run.
+) -> Iterator[Subject | Unsupported]:
+    """A backend with a small random model of each family, or why it does not run it.
 
     Args:
         registration: the backend.
@@ -42,8 +46,26 @@ def subjects(
     for family in families:
         spec = write_checkpoint(folder / family, CONFIGS[family])
         other = write_checkpoint(folder / f"{family}-other", CONFIGS[family], seed=1)
-        capabilities = registration.capabilities(spec)
-        if isinstance(capabilities, Unsupported):
-            continue
-        exact = DType.F32 if DType.F32 in capabilities.dtypes else capabilities.dtypes[0]
-        yield Subject(registration, capabilities, spec, other, dtype or exact, computes=registration.name != "fake")
+        yield make_subject(registration, spec, other, dtype)
+
+
+def make_subject(
+    registration: Registration, spec: ModelSpec, other: ModelSpec, dtype: DType | None = None
+) -> Subject | Unsupported:
+    """A backend with one model, or why it does not run it.
+
+    Args:
+        registration: the backend.
+        spec: the model.
+        other: one with other weights that knows the same tokens.
+        dtype: None: float32 where the backend has it, else what it prefers.
+    """
+    capabilities, others = registration.capabilities(spec), registration.capabilities(other)
+    if isinstance(capabilities, Unsupported):
+        return Unsupported(f"{spec.name}: {capabilities.reason}")
+    if isinstance(others, Unsupported):
+        return Unsupported(f"{other.name}: {others.reason}")
+    if dtype is not None and dtype not in capabilities.dtypes:
+        return Unsupported(f"has no {dtype} for {spec.name}, but {', '.join(capabilities.dtypes)}")
+    exact = DType.F32 if DType.F32 in capabilities.dtypes else capabilities.dtypes[0]
+    return Subject(registration, capabilities, spec, other, dtype or exact, computes=registration.name not in _MADE_UP)

@@ -17,6 +17,7 @@ from penstock.backends.openvino.graph import build
 from penstock.backends.openvino.properties import OPTIONAL, properties
 from penstock.backends.openvino.weights import Constants
 from penstock.backends.safetensors import Weights
+from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
 __all__ = ["OpenVinoModel"]
@@ -61,8 +62,13 @@ class OpenVinoModel:
         """Compute one step; all tokens go through each product together.
 
         Raises:
+            ValueError: the batch is not within what the model was created for.
             RuntimeError: the model is closed, or the plug-in failed.
         """
+        self._limits.check(batch)
+        return self._compute(batch)
+
+    def _compute(self, batch: StepBatch) -> StepOutput:
         request, _ = self._open()
         self._longest[...] = (batch.past_lengths + np.diff(batch.starts)).max()
         for name in _FIELDS:
@@ -105,6 +111,7 @@ class OpenVinoModel:
         cache = PagedCache(compiled, blocks)
         self._attach(cache)
         self._kv = KvSpec(BLOCK_SIZE, blocks, cache.bytes_per_block, layout="block.head.slot.dim", dtype=cache.dtype)
+        self._limits = StepLimits.of(spec.decoder, config, self._kv)
         return cache
 
     def _attach(self, cache: PagedCache) -> None:
@@ -115,7 +122,7 @@ class OpenVinoModel:
 
     def _warm_up(self) -> None:
         for tokens in (BLOCK_SIZE, 1):
-            self.step(_only(tokens))
+            self._compute(_only(tokens))
 
 
 _FIELDS = ("token_ids", "positions", "past_lengths", "starts", "block_ids", "block_starts", "logits_rows")

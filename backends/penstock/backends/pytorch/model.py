@@ -18,6 +18,7 @@ from penstock.backends.pytorch.attention import plan_attention
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
 from penstock.backends.pytorch.registration import REGISTRATION
+from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
 __all__ = ["TorchModel"]
@@ -46,6 +47,7 @@ class TorchModel:
             self._decoder: Decoder | None = load_decoder(spec, _TYPES[self._dtype], self._device)
         self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
         self._kv, self._cache = self._allocate(spec, config)
+        self._limits = StepLimits.of(spec.decoder, config, self._kv)
 
     @property
     def kv(self) -> KvSpec:
@@ -66,8 +68,10 @@ class TorchModel:
         """Compute one step; all tokens go through each product together.
 
         Raises:
+            ValueError: the batch is not within what the model was created for.
             RuntimeError: the model is closed, or the device failed.
         """
+        self._limits.check(batch)
         decoder, cache = self._open()
         with torch.inference_mode(), _threads(self._threads):
             plan = plan_attention(batch, BLOCK_SIZE, self._window, self._device)

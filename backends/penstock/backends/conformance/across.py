@@ -1,0 +1,126 @@
+"""Checks of two backends with one checkpoint: they answer alike, and KV that one computed serves the other.
+
+In float32 both must choose the same greedy tokens. In shorter types the logits of one may be off from the other's by what both may
+be off from the formulas, taken together, and choices must agree where one token leads by more than that may take away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.backends.conformance.driver import Driver, SequenceState
+from penstock.backends.conformance.subject import NotApplicable, Subject, assert_close, assert_same_choices
+from penstock.backends.contract import GenerativeModel
+
+__all__ = ["PAIR_CHECKS", "Pair"]
+
+_ANSWER = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two backends with the same checkpoint; KV goes from the first to the second."""
+
+    source: Subject
+    target: Subject
+
+    @property
+    def tolerance(self) -> float:
+        """What the two may differ by: what each may be off from the formulas."""
+        return self.source.tolerance + self.target.tolerance
+
+    def check_applies(self) -> None:
+        """Raise NotApplicable where one of them makes its answers up."""
+        for subject in (self.source, self.target):
+            if not subject.computes:
+                raise NotApplicable(f"{subject.registration.name} makes its answers up")
+
+
+def greedy_answers_are_the_same(pair: Pair) -> None:
+    """Prompts of many lengths are continued with the same greedy tokens by both."""
+    pair.check_applies()
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
+        for seed, length in enumerate((1, 2, 15, 16, 17, 33, 64, 100)):
+            prompt = pair.source.ids(length, seed)
+            leading, following = pair.source.driver(first), pair.target.driver(second)
+            sequence, logits = leading.prefill(prompt)
+            answer, right = leading.greedy(sequence, int(logits[-1].argmax()), _ANSWER)
+            sequence, begun = following.prefill(prompt)
+            found = np.concatenate((begun[-1:], following.follow(sequence, answer)))
+            _assert_alike(pair, found, np.concatenate((logits[-1:], right)), f"a prompt of {length} tokens")
+
+
+def kv_serves_the_other(pair: Pair) -> None:
+    """A sequence goes on in the second with KV of the first, in pieces that fit neither's blocks, with the first one's tokens."""
+    _moves(pair)
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
+        away, here = pair.source.driver(first), pair.target.driver(second, list(reversed(range(second.kv.blocks))))
+        prompt = pair.source.ids(75, 3)
+        sequence, logits = away.prefill(prompt)
+        moved = _move((first, sequence), (second, here), (0, 13, 32, 49, 75))
+        answer, right = away.greedy(sequence, int(logits[-1].argmax()), _ANSWER)
+        _assert_alike(pair, here.follow(moved, answer), right, "behind the other's KV")
+
+
+def kv_serves_the_other_while_it_decodes(pair: Pair) -> None:
+    """KV that comes into blocks beside running sequences disturbs none of them, and goes back as it came."""
+    _moves(pair)
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
+        away, here = pair.source.driver(first), pair.target.driver(second)
+        running, _ = here.prefill(pair.target.ids(37, 1))
+        answer = pair.target.ids(9, 2)
+        sequence, _ = away.prefill(pair.source.ids(50, 3))
+        before = here.follow(running, answer[:4])
+        moved = _move((first, sequence), (second, here), (0, 21, 50))
+        found = np.concatenate((before, here.follow(running, answer[4:])))
+        alone, _ = here.prefill(pair.target.ids(37, 1))
+        pair.target.assert_close(found, here.follow(alone, answer), "a sequence that ran beside an import")
+        sent, back = (model.export_kv(s.blocks, range(50)).data for model, s in ((first, sequence), (second, moved)))
+        for kind, name in enumerate(("keys", "values")):
+            rows = (data[:, kind].astype(np.float64).reshape(-1, data.shape[-1]) for data in (back, sent))
+            assert_close(*rows, _ROUND_TRIP, f"{name} that went in and came out")
+
+
+# What is lost where the second's cache is of a shorter type than the first's.
+_ROUND_TRIP = 2e-2
+
+
+def _move(
+    source: tuple[GenerativeModel, SequenceState], target: tuple[GenerativeModel, Driver], bounds: Sequence[int]
+) -> SequenceState:
+    """A sequence in the target with the source's KV, handed over in pieces that end at these positions."""
+    (giver, sequence), (taker, driver) = source, target
+    moved = driver.sequence()
+    driver.extend(moved, bounds[-1])
+    for start, stop in pairwise(bounds):
+        taker.import_kv(moved.blocks, giver.export_kv(sequence.blocks, range(start, stop)))
+    moved.length = bounds[-1]
+    return moved
+
+
+def _moves(pair: Pair) -> None:
+    pair.check_applies()
+    if not pair.source.capabilities.export_kv:
+        raise NotApplicable(f"{pair.source.registration.name} exports no KV")
+    if not pair.target.capabilities.import_kv:
+        raise NotApplicable(f"{pair.target.registration.name} imports no KV")
+
+
+def _assert_alike(pair: Pair, found: NDArray[np.float32], right: NDArray[np.float32], what: str) -> None:
+    assert_close(found, right, pair.tolerance, what)
+    assert_same_choices(found, right, pair.tolerance, what)
+
+
+PAIR_CHECKS: Mapping[str, Callable[[Pair], None]] = {
+    check.__name__: check for check in (greedy_answers_are_the_same, kv_serves_the_other, kv_serves_the_other_while_it_decodes)
+}
+"""Every check of two backends, by its name."""

@@ -1,0 +1,115 @@
+"""Checks that what a model took is back once it is closed: memory, mappings, descriptors and threads."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from penstock.backends.conformance.checkpoints import write_checkpoint
+from penstock.backends.conformance.refusals import refused
+from penstock.backends.conformance.subject import NotApplicable, Subject, require
+from penstock.backends.contract import DType, GenerativeModel, ModelSpec
+
+__all__ = ["closed_models_leave_nothing", "failed_starts_leave_nothing"]
+
+_WARM_UP, _CYCLES = 3, 6
+_CACHE_BYTES = 32 << 20
+_WIDE_VOCABULARY = 65_536
+_BYTES = {DType.F32: 4.0, DType.BF16: 2.0, DType.INT8: 1.0, DType.INT4: 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the process holds; `memory` in bytes: what may be written to, and what is mapped of a checkpoint."""
+
+    memory: int
+    descriptors: int
+    threads: int
+
+    @classmethod
+    def now(cls, checkpoint: ModelSpec) -> _Held:
+        gc.collect()
+        process = psutil.Process()
+        return cls(_mapped(checkpoint), process.num_fds(), process.num_threads())
+
+
+def closed_models_leave_nothing(subject: Subject) -> None:
+    """Models that come and go leave neither their weights, nor their cache, nor a descriptor or a thread each."""
+    closed: list[GenerativeModel] = []  # kept: it is `close` that gives back, not the end of the last reference
+    with _heavy(subject) as spec:
+
+        def cycle() -> None:
+            with subject.model(spec, kv_cache_bytes=_cache_bytes(subject)) as model:
+                subject.driver(model).logits(subject.ids(20))
+                closed.append(model)
+
+        _assert_nothing_stays(subject, spec, cycle, "models that were closed")
+
+
+def failed_starts_leave_nothing(subject: Subject) -> None:
+    """Starts that fail when the weights are read already, for want of memory for the cache, leave nothing either."""
+    with _heavy(subject) as spec:
+
+        def cycle() -> None:
+            refused(lambda: subject.registration.create(spec, subject.config(kv_cache_bytes=1)), "a cache of a byte", Exception)
+
+        _assert_nothing_stays(subject, spec, cycle, "starts that failed")
+
+
+def _assert_nothing_stays(subject: Subject, spec: ModelSpec, cycle: Callable[[], None], what: str) -> None:
+    """Of `_CYCLES` cycles, behind a few that fill the caches of libraries, less may stay than half of them hold at least."""
+    for _ in range(_WARM_UP):
+        cycle()
+    before = _Held.now(spec)
+    for _ in range(_CYCLES):
+        cycle()
+    after = _Held.now(spec)
+    least = min(_weight_bytes(spec, subject.dtype) if subject.computes else _CACHE_BYTES, _cache_bytes(subject))
+    memory = after.memory - before.memory
+    require(memory < least * _CYCLES // 2, f"{_CYCLES} {what} left {memory >> 20} MiB; each held {least >> 20} MiB or more")
+    require(after.descriptors <= before.descriptors, f"{what} left {after.descriptors - before.descriptors} descriptors")
+    require(after.threads < before.threads + _CYCLES, f"{what} left {after.threads - before.threads} threads")
+
+
+@contextmanager
+def _heavy(subject: Subject) -> Iterator[ModelSpec]:
+    """The subject's model, or one like it with weights that are large enough to be missed."""
+    if not Path("/proc/self/maps").exists():
+        raise NotApplicable("this system does not tell what a process holds")
+    if _weight_bytes(subject.spec, subject.dtype) >= _CACHE_BYTES // 2:
+        yield subject.spec
+        return
+    config = json.loads((subject.spec.folder / "config.json").read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_checkpoint(Path(folder), {**config, "vocab_size": _WIDE_VOCABULARY})
+
+
+def _weight_bytes(spec: ModelSpec, dtype: DType) -> int:
+    """As held, of the matrices that every backend has to hold."""
+    decoder = spec.decoder
+    return int(decoder.vocabulary_size * decoder.hidden_size * _BYTES[dtype])
+
+
+def _cache_bytes(subject: Subject) -> int:
+    return max(_CACHE_BYTES, subject.cache_bytes)
+
+
+def _mapped(checkpoint: ModelSpec) -> int:
+    """Bytes of this process's mappings that are private and may be written, or are of the checkpoint's files.
+
+    What is only reserved does not count: the C library reserves much more for each thread than it uses.
+    """
+    total = 0
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, permissions, *rest = line.split(maxsplit=5)
+        if permissions.startswith("rw") or (len(rest) == 4 and rest[3].startswith(str(checkpoint.folder.resolve()))):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            total += end - start
+    return total

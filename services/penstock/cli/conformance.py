@@ -1,0 +1,67 @@
+"""`penstock conformance`: whether a backend does what the contract asks, check by check."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from penstock.cli.tables import print_table
+
+__all__ = ["conformance"]
+
+
+def conformance(
+    backend: str,
+    *,
+    model: Path | None = None,
+    dtype: Literal["f32", "bf16", "int8", "int4"] | None = None,
+    against: str | None = None,
+    check: Annotated[list[str] | None, Parameter(negative=())] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """Hold a backend against the suite that every backend has to pass; exit with 1 where it falls short.
+
+    Args:
+        backend: Name of the backend, built in or from another package.
+        model: Folder of a checkpoint; a small random one of each family where absent.
+        dtype: How weights are held and computed; f32 where absent and the backend has it.
+        against: Another backend, to compare answers with and to exchange KV with, both ways.
+        check: Name of a check to run, more than once for several; all where absent.
+        as_json: One JSON list instead of a table.
+    """
+    from penstock.backends.conformance import Outcome, run
+    from penstock.backends.contract import DType
+
+    faulthandler.enable()  # a backend that crashes the process is told with where it did
+    results = run(backend, model=model, dtype=None if dtype is None else DType(dtype), against=against, checks=tuple(check or ()))
+    told = list(_with_progress(results) if sys.stderr.isatty() else results)
+    if as_json:
+        print(json.dumps([asdict(result) for result in told], indent=2))
+    else:
+        _print(told)
+    return 1 if any(result.outcome is Outcome.FAILED for result in told) else 0
+
+
+def _with_progress(results: Iterable[Any]) -> Iterator[Any]:
+    for result in results:
+        print(f"\r\x1b[K{result.model}: {result.check} {result.outcome}", end="", file=sys.stderr, flush=True)
+        yield result
+    print("\r\x1b[K", end="", file=sys.stderr)
+
+
+def _print(results: list[Any]) -> None:
+    """A table, and how many checks there were of each outcome."""
+    print_table(
+        ("model", "dtype", "check", "outcome", "seconds", "why"),
+        ((r.model, r.dtype, r.check, r.outcome, f"{r.seconds:.2f}", r.reason) for r in results),
+    )
+    counts = Counter(result.outcome for result in results)
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
