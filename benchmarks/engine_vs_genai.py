@@ -1,6 +1,6 @@
 """Penstock's engine and OpenVINO GenAI's continuous batching in turn, on the same work.
 
-    python engine_vs_genai.py FOLDER int8|bf16 --peer-python /path/to/python
+    python engine_vs_genai.py FOLDER int8|int4|bf16 --peer-python /path/to/python
 
 Each engine loads in a process of its own and waits while the other one works, so that both see the same machine. A line of JSON a
 scenario: tokens/s in the best run of each, the ratio of those, the median of the ratios of neighbouring runs, and the ratio of the
@@ -53,7 +53,7 @@ def compare(ours: Engine, peer: Engine, scenario: str, seed: int) -> tuple[tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("dtype", choices=["int8", "bf16"])
+    parser.add_argument("dtype", choices=["int8", "int4", "bf16"])
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peer's environment")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="which; all without it")

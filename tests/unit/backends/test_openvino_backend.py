@@ -24,9 +24,12 @@ from penstock.backends.contract import DeviceConfig, DType, StepBatch, Unsupport
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.graph import build
 from penstock.backends.openvino.properties import properties
-from penstock.backends.openvino.weights import Constants, quantize_rows
+from penstock.backends.openvino.quantization import quantize_groups, quantize_rows
+from penstock.backends.openvino.weights import Constants
 from penstock.backends.safetensors import Weights
 from penstock.common.service import StartError
+
+HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.fixture
@@ -52,11 +55,11 @@ def prompt_batch(tokens):
     )
 
 
-@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.INT8])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.INT8, DType.INT4])
 def test_the_plugin_recognises_every_pattern(spec, dtype):
     constants = Constants(Weights(spec), dtype, threads=1)
     graph = build(spec.decoder, constants)
-    compiled = ov.Core().compile_model(graph, "CPU", properties(spec.decoder, dtype, 1, has_bf16=True))
+    compiled = ov.Core().compile_model(graph, "CPU", properties(spec.decoder, dtype, 1, has_bf16=HAS_BF16))
     found = Counter(str(node.get_rt_info()["layerType"].value) for node in compiled.get_runtime_model().get_ordered_ops())
     layers = spec.decoder.layers
     assert found["RoPE"] == 2 * layers
@@ -68,15 +71,43 @@ def test_the_plugin_recognises_every_pattern(spec, dtype):
 @given(arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(-1e6, 1e6, width=32)))
 def test_rounding_is_off_by_half_a_step_at_most(matrix):
     with ThreadPoolExecutor(1) as pool:
-        values, scales = quantize_rows(matrix, pool)
+        values, scales = quantize_rows([matrix], pool)
     assert np.all(np.abs(values * scales.astype(np.float64) - matrix) <= scales * 0.5001)
     assert np.all(np.abs(values.astype(int)) <= 127)
+
+
+MATRIX_OF_GROUPS = st.tuples(st.integers(1, 20), st.integers(1, 4).map(lambda groups: groups * 32))
+
+
+@given(arrays(np.float32, MATRIX_OF_GROUPS, elements=st.floats(-1e6, 1e6, width=32)))
+def test_rounding_to_4_bits_is_off_by_a_step_at_most_and_keeps_zeros(matrix):
+    half = len(matrix) // 2
+    with ThreadPoolExecutor(1) as pool:
+        values, zeros, scales = quantize_groups([matrix[:half], matrix[half:]] if half else [matrix], 32, pool)
+    unpacked = np.stack([values & 15, values >> 4], -1).reshape(len(matrix), -1, 32).astype(np.float64)
+    found = ((unpacked - zeros) * scales).reshape(matrix.shape)
+    steps = np.broadcast_to(scales, unpacked.shape).reshape(matrix.shape)
+    assert np.all(np.abs(found - matrix) <= steps * 1.0001)  # half a step by the value, half by the zero point
+    assert np.all(found[matrix == 0] == 0)
+
+
+@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
+def test_the_plugin_keeps_weights_as_short_as_they_came(spec, dtype):
+    with Weights(spec) as weights:
+        constants = Constants(weights, dtype, threads=1)
+        graph = build(spec.decoder, constants)
+        compiled = ov.Core().compile_model(graph, "CPU", properties(spec.decoder, dtype, 1, has_bf16=HAS_BF16))
+    nodes = compiled.get_runtime_model().get_ordered_ops()
+    products = [node for node in nodes if str(node.get_rt_info()["layerType"].value) == "FullyConnected"]
+    types = Counter(product.input(1).get_element_type().to_string() for product in products)
+    count = 4 * spec.decoder.layers
+    assert types == ({"i8": count + 1} if dtype is DType.INT8 else {"u4": count, "i8": 1})  # the last one makes the logits
 
 
 def test_shorter_types_agree_with_float32(spec):
     batch = prompt_batch(np.random.default_rng(0).integers(0, 320, 40))
     exact = create(spec, DType.F32).step(batch).logits.copy()
-    for dtype, tolerance in ((DType.BF16, 0.05), (DType.INT8, 0.1)):
+    for dtype, tolerance in ((DType.BF16, 0.05), (DType.INT8, 0.1), (DType.INT4, 0.25)):
         logits = create(spec, dtype).step(batch).logits
         assert np.linalg.norm(logits - exact) <= tolerance * np.linalg.norm(exact)
 
@@ -142,8 +173,8 @@ def test_a_partial_rotation_is_refused_with_its_dimensions(spec):
 
 
 def test_a_dtype_that_it_has_not_is_named(spec):
-    with pytest.raises(StartError, match="has no int4, but bf16, int8, f32"):
-        create(spec, DType.INT4)
+    with pytest.raises(StartError, match="has no int2, but bf16, int8, int4, f32"):
+        create(spec, "int2")
 
 
 def test_a_closed_model_says_so(spec):

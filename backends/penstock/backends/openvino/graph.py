@@ -1,7 +1,7 @@
 """The graph of one step of a decoder, in the forms that the CPU plug-in recognises.
 
 RMS norm and rotary embedding are written as their patterns (`RMSFusion`, `RoPEFusionGPTNEOX` in OpenVINO's common transformations),
-so each becomes one operation; an int8 weight is a constant, a conversion and a scale, which the plug-in keeps compressed.
+so each becomes one operation; a weight of 8 or 4 bits is a constant, a conversion and scales, which the plug-in keeps compressed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Builder:
                 attended, hidden = ops.gather(attended, rows, _axis(0)), ops.gather(hidden, rows, _axis(0))
             hidden = self.feed_forward(self.attention_output(hidden, attended, layer), layer)
         head = names.lm_head or names.embedding
-        logits = self.product(self.norm(hidden, names.final_norm), head)
+        logits = _product(self.norm(hidden, names.final_norm), self.constants.head(head))
         return ov.Model([ops.result(logits)], self.inputs, spec.architecture)
 
     def input(self, name: str, dtype: ov.Type, rank: int = 1) -> Any:
@@ -80,13 +80,7 @@ class _Builder:
         return ops.multiply(self.constants.vector(name), ops.multiply(x, inverse))
 
     def product(self, x: Any, *names: str) -> Any:
-        """A product with weights, float32 (to the plug-in, which computes in the precision that it is told)."""
-        matrix = self.constants.matrix(*names)
-        dtype = matrix.get_element_type()
-        if dtype == ov.Type.f32:
-            return ops.matmul(x, matrix, False, True)
-        # The operand is converted, not the weight: a converted constant is folded, and held twice as large.
-        return ops.convert(ops.matmul(ops.convert(x, dtype), matrix, False, True), "f32")
+        return _product(x, self.constants.matrix(*names))
 
     def products(self, x: Any, roles: Sequence[str], widths: Sequence[int], layer: int) -> list[Any]:
         """The products of `x` with the weights of these roles, with their biases where they have any.
@@ -169,6 +163,15 @@ class _Builder:
         normed = self.norm(hidden, self.name("post_attention_norm", layer))
         gate, up = self.products(normed, ("gate", "up"), [self.spec.intermediate_size] * 2, layer)
         return ops.add(hidden, self.product(ops.multiply(ops.swish(gate), up), self.name("down", layer)))
+
+
+def _product(x: Any, matrix: Any) -> Any:
+    """A product with weights, float32 (to the plug-in, which computes in the precision that it is told)."""
+    dtype = matrix.get_element_type()
+    if dtype == ov.Type.f32:
+        return ops.matmul(x, matrix, False, True)
+    # The operand is converted, not the weight: a converted constant is folded, and held twice as large.
+    return ops.convert(ops.matmul(ops.convert(x, dtype), matrix, False, True), "f32")
 
 
 def _axis(axis: int) -> Any:

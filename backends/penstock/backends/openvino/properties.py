@@ -4,15 +4,15 @@
   bfloat16 otherwise, where the processor multiplies it. The plug-in's own default for the cache, 8 bits with keys scaled by
   channel, scales a block anew with each token that enters it: a sequence's keys would then depend on how its prompt was cut into
   chunks, and no other backend could take them over.
-- ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with int8 weights the inputs of a product are rounded to int8 as well, in groups that share a
-  scale. The default of 32 spends much of a product on applying scales; a group is as long here as the model's dimensions allow, up
-  to 128.
+- ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with weights of 8 or 4 bits the inputs of a product are rounded to int8 as well, in groups
+  that share a scale. The default of 32 spends much of a product on applying scales; a group is as long here as the model's
+  dimensions allow, up to 128.
 - ``ENABLE_CPU_PINNING`` off: threads that are pinned by their number land on cores that belong to another container, or all
   executors of a machine on the same ones, and one that other services hold up can not move. It gains nothing where weights lie in
   huge pages.
-- ``TBB_PARTITIONER``: int8 work is dealt out as threads become free, for the other services run on the same cores; dealing it out
-  evenly beforehand leaves one thread waiting for the other. bfloat16 and float32 keep the plug-in's own, which deals evenly: those
-  steps wait for memory. Releases that do not know the property go without.
+- ``TBB_PARTITIONER``: work on such weights is dealt out as threads become free, for the other services run on the same cores;
+  dealing it out evenly beforehand leaves one thread waiting for the other. bfloat16 and float32 keep the plug-in's own, which
+  deals evenly: those steps wait for memory. Releases that do not know the property go without.
 - ``NUM_STREAMS`` 1 and ``PERFORMANCE_HINT`` latency: one step at a time uses all threads.
 """
 
@@ -23,13 +23,14 @@ from typing import Any
 
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import DType
+from penstock.backends.openvino.quantization import group_size
 
 __all__ = ["OPTIONAL", "properties"]
 
 OPTIONAL = frozenset({"TBB_PARTITIONER"})
 """Properties that change speed alone, and that not every release knows."""
 
-_GROUP_SIZES = (128, 64, 32)
+_SHORTEST_GROUP = 32
 
 
 def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bool) -> Mapping[str, Any]:
@@ -50,13 +51,13 @@ def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bo
         "INFERENCE_PRECISION_HINT": compute,
         "KV_CACHE_PRECISION": compute,
     }
-    if dtype is DType.INT8:
+    if dtype in (DType.INT8, DType.INT4):
         chosen["TBB_PARTITIONER"] = "AUTO"
         chosen["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(decoder)
+
     return chosen
 
 
 def _group_size(decoder: DecoderSpec) -> int:
     """The longest group that every product's inputs divide into; the shortest where none does."""
-    inputs = (decoder.hidden_size, decoder.intermediate_size, decoder.heads * decoder.head_dim)
-    return next((size for size in _GROUP_SIZES if not any(width % size for width in inputs)), _GROUP_SIZES[-1])
+    return group_size(decoder.hidden_size, decoder.intermediate_size, decoder.heads * decoder.head_dim) or _SHORTEST_GROUP

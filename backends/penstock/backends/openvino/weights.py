@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 import openvino as ov
 from openvino import opset13 as ops
 from penstock.backends.contract import DType
+from penstock.backends.openvino.quantization import group_size, quantize_groups, quantize_rows
 
-__all__ = ["Constants", "quantize_rows", "shared_tensor"]
+__all__ = ["Constants", "shared_tensor"]
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
-# Rows that one thread quantises at a time: their float32 copy stays within the caches' reach.
-_ROWS = 1024
 
 
 def shared_tensor(array: NDArray[Any]) -> ov.Tensor:
@@ -26,27 +25,6 @@ def shared_tensor(array: NDArray[Any]) -> ov.Tensor:
     if array.dtype == _BF16:  # no type of numpy's own: handed over as bits
         return ov.Tensor(array.view(np.uint16), ov.Shape(array.shape), ov.Type.bf16)
     return ov.Tensor(array, ov.Shape(array.shape), ov.Type(array.dtype))  # read-only arrays are welcome by this signature alone
-
-
-def quantize_rows(matrix: NDArray[Any], pool: ThreadPoolExecutor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round to int8, symmetrically, with one scale a row: matrix ≈ values · scales.
-
-    Returns:
-        Values int8 [rows, columns] in -127 … 127 and scales float32 [rows, 1].
-    """
-    values = np.empty(matrix.shape, np.int8)
-    scales = np.empty((matrix.shape[0], 1), np.float32)
-
-    def quantize(start: int) -> None:
-        rows = slice(start, start + _ROWS)
-        exact = matrix[rows].astype(np.float32)
-        scale = np.maximum(exact.max(1, keepdims=True), -exact.min(1, keepdims=True)) / 127
-        scale[scale < np.finfo(np.float32).tiny] = 1  # no precision is left below: such rows become zeros
-        np.rint(np.divide(exact, scale, out=exact), out=exact)
-        values[rows], scales[rows] = exact, scale
-
-    list(pool.map(quantize, range(0, matrix.shape[0], _ROWS)))
-    return values, scales
 
 
 class Constants:
@@ -73,19 +51,35 @@ class Constants:
     def matrix(self, *names: str) -> ov.Node:
         """Matrices [rows, columns] one below the other, to be multiplied from the right, transposed: bfloat16 or float32."""
         parts = [self._weights[name] for name in names]
+        size = group_size(parts[0].shape[1])
+        if self.dtype is DType.INT4 and size is not None:
+            return self._grouped(parts, size)
+        if self.dtype in (DType.INT4, DType.INT8):
+            return self._by_row(parts)
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        match self.dtype:
-            case DType.INT8:
-                values, scales = quantize_rows(joined, self._pool)
-                return ops.multiply(ops.convert(self._shared(values), "f32"), ops.constant(scales))
-            case DType.BF16:
-                return self._shared(joined.astype(_BF16, copy=False))
-            case _:
-                return self._shared(joined.astype(np.float32, copy=False))
+        return self._shared(joined.astype(_BF16 if self.dtype is DType.BF16 else np.float32, copy=False))
+
+    def head(self, name: str) -> ov.Node:
+        """The matrix that makes logits: as `matrix`, but of 8 bits where others have 4."""
+        return self._by_row([self._weights[name]]) if self.dtype is DType.INT4 else self.matrix(name)
 
     def table(self, name: str) -> ov.Node:
         """A matrix to gather rows from, in the checkpoint's own type: only pages that are looked at are ever read."""
         return self._shared(self._weights[name])
+
+    def _by_row(self, parts: Sequence[NDArray[Any]]) -> ov.Node:
+        values, scales = quantize_rows(parts, self._pool)
+        return ops.multiply(ops.convert(self._shared(values), "f32"), ops.constant(scales))
+
+    def _grouped(self, parts: Sequence[NDArray[Any]], size: int) -> ov.Node:
+        """The form that the plug-in keeps in 4 bits: values less zero points, times scales, by group, then as a matrix."""
+        values, zeros, scales = quantize_groups(parts, size, self._pool)
+        self.held.append(values)
+        shape = [len(values), values.shape[1] * 2 // size, size]
+        packed = ops.constant(ov.Tensor(values, ov.Shape(shape), ov.Type.u4), shared_memory=True)
+        centred = ops.subtract(ops.convert(packed, "f32"), ops.convert(ops.constant(zeros), "f32"))
+        exact = ops.multiply(centred, ops.constant(scales))
+        return ops.reshape(exact, ops.constant(np.array([shape[0], shape[1] * size])), special_zero=False)
 
     def _shared(self, array: NDArray[Any]) -> ov.Node:
         self.held.append(array)
