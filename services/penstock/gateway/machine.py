@@ -294,6 +294,9 @@ class Request:
         first, end = choice.told_tokens, self._told_after(choice, text)
         if not choice.begun:
             self._begin_choice(choice)
+        if self.plan.prompt_only:
+            self._finish(choice, Finish(FinishReason.LENGTH))
+            return
         choice.told_tokens = end
         reporting = self.plan.reporting
         ids = choice.ids[first:end] if reporting.token_ids else ()

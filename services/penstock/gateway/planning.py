@@ -24,7 +24,8 @@ def plan(
     Raises:
         InvalidRequest: prompt and answer do not fit into the context.
     """
-    max_tokens = _max_tokens(generation, model, len(ids), limits)
+    # An executor draws at least one token.
+    max_tokens = max(_max_tokens(generation, model, len(ids), limits), 1)
     salt = tenant_salt(tenant, generation.cache_salt)
     stopping = generation.stopping
     return Plan(
@@ -45,6 +46,7 @@ def plan(
         block_hashes=wire_form(block_hashes(ids, model.first.kv_block_size, salt)),
         salt=salt,
         echo=echo,
+        prompt_only=stopping.max_tokens == 0,
     )
 
 

@@ -116,6 +116,7 @@ class Plan:
         block_hashes: of the prompt's full blocks, 8 bytes each.
         salt: 16 bytes; cached blocks are shared only under the same salt.
         echo: the prompt's text, to stand before each choice.
+        prompt_only: the client asked for no new token; the one that an executor draws at least is not told.
     """
 
     model: str
@@ -134,3 +135,4 @@ class Plan:
     block_hashes: bytes
     salt: bytes
     echo: str = ""
+    prompt_only: bool = False

@@ -42,7 +42,7 @@ def validate(generation: Generation, model: Model, limits: Limits) -> None:
     violations = [
         *_input(generation, model),
         *_sampling(generation.sampling, model),
-        *_stopping(generation.stopping, model),
+        *_stopping(generation.stopping, generation.reporting, model),
         *_reporting(generation.reporting),
         *_rest(generation, limits),
     ]
@@ -137,8 +137,11 @@ def _sampling(sampling: Sampling, model: Model) -> Violations:
         yield from _range(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
 
 
-def _stopping(stopping: Stopping, model: Model) -> Violations:
-    yield from _range("stopping.max_tokens", stopping.max_tokens, 1, 2**31 - 1)
+def _stopping(stopping: Stopping, reporting: Reporting, model: Model) -> Violations:
+    tells_prompt = reporting.echo or reporting.prompt_logprobs is not None
+    if stopping.max_tokens == 0 and not tells_prompt:
+        yield FieldViolation("stopping.max_tokens", "at least 1, or 0 together with echo or prompt_logprobs")
+    yield from _range("stopping.max_tokens", stopping.max_tokens, 0, 2**31 - 1)
     yield from _range("stopping.min_tokens", stopping.min_tokens, 0, 2**31 - 1)
     if stopping.min_tokens and stopping.max_tokens is not None and stopping.min_tokens > stopping.max_tokens:
         yield FieldViolation("stopping.min_tokens", f"at most max_tokens, which is {stopping.max_tokens}")

@@ -100,6 +100,19 @@ async def test_echo_with_logprobs_covers_the_prompt(suite, client):
     await suite.rest()
 
 
+async def test_no_new_token_scores_a_prompt(suite, client):
+    reply = await client.completions.create(model="story", prompt="Hey", max_tokens=0, echo=True, logprobs=1)
+    choice = reply.choices[0]
+    assert (choice.text, choice.finish_reason) == ("Hey", "length")
+    assert choice.logprobs.tokens == ["H", "e", "y"]
+    assert choice.logprobs.token_logprobs == [None, -0.5, -0.5]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (3, 0)
+    chunks = [c async for c in await client.completions.create(model="story", prompt="Hey", max_tokens=0, echo=True, stream=True)]
+    assert "".join(c.choices[0].text for c in chunks) == "Hey"
+    assert chunks[-1].choices[0].finish_reason == "length"
+    await suite.rest()
+
+
 async def test_errors_are_openais(suite, client):
     with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model="story", messages=[{"role": "user", "content": "x"}], top_p=7)

@@ -281,7 +281,9 @@ class Stopping(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_TEXT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """New tokens at most, per choice. Absent: what the context leaves, within the server's limit."""
+    """New tokens at most, per choice. Absent: what the context leaves, within the server's limit.
+    0 only with echo or prompt_logprobs: the prompt is scored, and nothing is told beyond it.
+    """
     min_tokens: _builtins.int
     """New tokens at least: until then no end-of-sequence and no stop token is drawn."""
     ignore_eos: _builtins.bool
