@@ -116,6 +116,7 @@ class DeviceConfig:
         max_batch_tokens: tokens that one step computes at most.
         max_batch_size: sequences that one step holds at most.
         max_context: tokens that one sequence holds at most; at most the model's own.
+        weight_cache: folder where weights that had to be rounded may be kept for the next start; None: nowhere.
     """
 
     dtype: DType | None = None
@@ -126,6 +127,7 @@ class DeviceConfig:
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
     max_context: int | None = None
+    weight_cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,11 @@ class Weights(Mapping[str, NDArray[Any]]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def release(self) -> None:
+        """Give the pages back that have been read; they are read again where a view is used again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Unmap the files; those of which views are still in use, when these are gone. Idempotent."""
         maps, self._maps, self._entries = self._maps, {}, {}

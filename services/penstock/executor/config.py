@@ -22,6 +22,7 @@ class ExecutorConfig:
         threads: Threads of computation; every core of the process where absent.
         kv_cache_gib: Memory of the KV cache, in GiB; what is free once the weights are loaded where absent.
         kv_cache_share: Share of the free memory that the KV cache takes where kv_cache_gib is absent.
+        weight_cache: Whether weights rounded to int8 or int4 are kept in the cache folder, for the next start to find.
         max_batch_tokens: Tokens that one step computes at most.
         max_batch_size: Sequences that run at a time at most.
         prefill_chunk: Prompt tokens that one step computes at most while others are being answered.
@@ -48,6 +49,7 @@ class ExecutorConfig:
     threads: int | None = None
     kv_cache_gib: float | None = None
     kv_cache_share: float = 0.5
+    weight_cache: bool = True
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
     prefill_chunk: int = 512

@@ -13,6 +13,7 @@ from penstock.backends.kv_memory import free_memory
 from penstock.backends.memory_need import check_memory
 from penstock.backends.registry import Choice, NoBackend, choose
 from penstock.backends.validation import fault_of_model
+from penstock.common.cache import cache_folder
 from penstock.common.service import StartError
 from penstock.common.sources import resolve
 from penstock.executor.config import ExecutorConfig
@@ -103,7 +104,15 @@ def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
         max_batch_tokens=config.max_batch_tokens,
         max_batch_size=min(config.max_batch_size, capabilities.max_batch_size or config.max_batch_size),
         max_context=min(limit for limit in longest if limit is not None),
+        weight_cache=_weight_cache() if config.weight_cache else None,
     )
+
+
+def _weight_cache() -> Path | None:
+    try:
+        return cache_folder()
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def _check(config: ExecutorConfig) -> None:

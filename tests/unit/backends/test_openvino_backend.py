@@ -1,6 +1,7 @@
 """What a user of the OpenVINO backend would miss: fused operations, faithful rounding, small memory, a free interpreter."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
-import openvino as ov
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,14 +22,13 @@ from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DeviceConfig, DType, StepBatch, Unsupported
 from penstock.backends.openvino import REGISTRATION
+from penstock.backends.openvino.arrays import MappedArrays
 from penstock.backends.openvino.graph import build
-from penstock.backends.openvino.properties import properties
-from penstock.backends.openvino.quantization import quantize_groups, quantize_rows
+from penstock.backends.openvino.quantization import Groups, Rows, quantize_groups, quantize_rows
+from penstock.backends.openvino.source import Source
 from penstock.backends.openvino.weights import Constants
 from penstock.backends.safetensors import Weights
 from penstock.common.service import StartError
-
-HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.fixture
@@ -55,11 +54,14 @@ def prompt_batch(tokens):
     )
 
 
+def compile_graph(spec, dtype):
+    with Source(spec, DeviceConfig(threads=1), dtype) as source:
+        return source.compile()[0]
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.INT8, DType.INT4])
 def test_the_plugin_recognises_every_pattern(spec, dtype):
-    constants = Constants(Weights(spec), dtype, threads=1)
-    graph = build(spec.decoder, constants)
-    compiled = ov.Core().compile_model(graph, "CPU", properties(spec.decoder, dtype, 1, has_bf16=HAS_BF16))
+    compiled = compile_graph(spec, dtype)
     found = Counter(str(node.get_rt_info()["layerType"].value) for node in compiled.get_runtime_model().get_ordered_ops())
     layers = spec.decoder.layers
     assert found["RoPE"] == 2 * layers
@@ -70,8 +72,9 @@ def test_the_plugin_recognises_every_pattern(spec, dtype):
 
 @given(arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(-1e6, 1e6, width=32)))
 def test_rounding_is_off_by_half_a_step_at_most(matrix):
+    values, scales = out = Rows(np.empty(matrix.shape, np.int8), np.empty((len(matrix), 1), np.float32))
     with ThreadPoolExecutor(1) as pool:
-        values, scales = quantize_rows([matrix], pool)
+        quantize_rows([matrix], out, pool)
     assert np.all(np.abs(values * scales.astype(np.float64) - matrix) <= scales * 0.5001)
     assert np.all(np.abs(values.astype(int)) <= 127)
 
@@ -81,9 +84,12 @@ MATRIX_OF_GROUPS = st.tuples(st.integers(1, 20), st.integers(1, 4).map(lambda gr
 
 @given(arrays(np.float32, MATRIX_OF_GROUPS, elements=st.floats(-1e6, 1e6, width=32)))
 def test_rounding_to_4_bits_is_off_by_a_step_at_most_and_keeps_zeros(matrix):
-    half = len(matrix) // 2
+    half, groups = len(matrix) // 2, (len(matrix), matrix.shape[1] // 32, 1)
+    values, zeros, scales = out = Groups(
+        np.empty((len(matrix), matrix.shape[1] // 2), np.uint8), np.empty(groups, np.uint8), np.empty(groups, np.float32)
+    )
     with ThreadPoolExecutor(1) as pool:
-        values, zeros, scales = quantize_groups([matrix[:half], matrix[half:]] if half else [matrix], 32, pool)
+        quantize_groups([matrix[:half], matrix[half:]] if half else [matrix], out, pool)
     unpacked = np.stack([values & 15, values >> 4], -1).reshape(len(matrix), -1, 32).astype(np.float64)
     found = ((unpacked - zeros) * scales).reshape(matrix.shape)
     steps = np.broadcast_to(scales, unpacked.shape).reshape(matrix.shape)
@@ -93,10 +99,7 @@ def test_rounding_to_4_bits_is_off_by_a_step_at_most_and_keeps_zeros(matrix):
 
 @pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
 def test_the_plugin_keeps_weights_as_short_as_they_came(spec, dtype):
-    with Weights(spec) as weights:
-        constants = Constants(weights, dtype, threads=1)
-        graph = build(spec.decoder, constants)
-        compiled = ov.Core().compile_model(graph, "CPU", properties(spec.decoder, dtype, 1, has_bf16=HAS_BF16))
+    compiled = compile_graph(spec, dtype)
     nodes = compiled.get_runtime_model().get_ordered_ops()
     products = [node for node in nodes if str(node.get_rt_info()["layerType"].value) == "FullyConnected"]
     types = Counter(product.input(1).get_element_type().to_string() for product in products)
@@ -116,8 +119,8 @@ def test_weights_of_a_bfloat16_checkpoint_are_taken_as_they_are(tmp_path):
     spec = write_checkpoint(tmp_path, CONFIGS["llama"])
     shorten(spec.shards[0])
     spec = read_model(tmp_path, "short")
-    with Weights(spec) as weights:
-        constants = Constants(weights, DType.BF16, threads=1)
+    with Weights(spec) as weights, MappedArrays(tmp_path) as arrays:
+        constants = Constants(weights, arrays, DType.BF16, threads=1)
         build(spec.decoder, constants)
         names = spec.decoder.weights.layer
         for name in (names.o, names.down):
@@ -135,6 +138,52 @@ def shorten(path):
         entry |= {"dtype": "BF16", "data_offsets": [offset // 2 for offset in entry["data_offsets"]]}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + short)
+
+
+@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
+def test_a_second_start_finds_the_rounded_weights(spec, tmp_path, dtype):
+    batch, cache = prompt_batch(range(40)), tmp_path / "cache"
+    first = create(spec, dtype, weight_cache=cache).step(batch).logits.copy()
+    (kept,) = (cache / "openvino").iterdir()
+    before = kept.stat().st_mtime_ns
+    np.testing.assert_array_equal(create(spec, dtype, weight_cache=cache).step(batch).logits, first)
+    assert kept.stat().st_mtime_ns == before
+    write_checkpoint(tmp_path, CONFIGS["qwen3"], seed=1)  # other weights in the same place
+    assert not np.array_equal(create(read_model(tmp_path, "m"), dtype, weight_cache=cache).step(batch).logits, first)
+
+
+CODE_AND_BUFFERS = 64 << 20  # of the plug-in's products; a second copy of these weights would be more than is left of it
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16384}
+LOAD = """
+import sys
+from pathlib import Path
+from penstock.backends.checkpoint import read_model
+from penstock.backends.contract import DeviceConfig, DType
+from penstock.backends.openvino import REGISTRATION
+
+def peak():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+for folder in sys.argv[2:]:  # the small one first: what the runtime itself takes
+    model = REGISTRATION.create(read_model(Path(folder), "m"), DeviceConfig(dtype=DType(sys.argv[1]), threads=1, kv_cache_bytes=1 << 22))
+    print(peak() << 10)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """65 million weights."""
+    return write_checkpoint(tmp_path_factory.mktemp("large"), {**CONFIGS["qwen3"], **SIZES, "head_dim": 64})
+
+
+@pytest.mark.parametrize(("dtype", "weight_bytes"), [(DType.F32, 4.0), (DType.INT8, 1.0)])
+def test_a_start_takes_no_second_copy_of_the_weights(spec, large, dtype, weight_bytes):
+    command = [sys.executable, "-c", LOAD, dtype, str(spec.folder), str(large.folder)]
+    small, peak = map(int, subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.split())
+    shapes = large.decoder.weight_shapes()
+    names = [name for name in shapes if name != large.decoder.weights.embedding]
+    served = sum(math.prod(shapes[name]) for name in names) * weight_bytes
+    assert peak - small <= 1.3 * served + CODE_AND_BUFFERS
 
 
 def test_other_threads_run_during_a_step(spec):

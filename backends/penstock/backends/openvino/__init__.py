@@ -1,7 +1,9 @@
 """The CPU backend: a decoder built straight from a `DecoderSpec` and its weights as an OpenVINO graph.
 
 Nothing is exported or traced. Attention is the runtime's paged attention over blocks of 32 tokens in host memory that this backend
-owns; logits are computed for the rows asked for alone.
+owns; logits are computed for the rows asked for alone. Weights are in memory once, as the plug-in lays them out: what it reads them
+from is mapped from files, whose pages are given back. OpenVINO's own cache of compiled graphs is not used: its files hold the
+weights again, and a start that reads one is no shorter than one that compiles.
 `penstock.backends.openvino.properties` says how the runtime is set up, and why.
 """
 

@@ -25,9 +25,9 @@ _INDICES = ov.Type.i32
 def build(spec: DecoderSpec, constants: Constants) -> ov.Model:
     """The graph of one step.
 
-    Its inputs are named as the fields of `StepBatch`, besides `longest` (int32, tokens of the longest sequence) and, for each
-    layer, `key.LAYER` and `value.LAYER`: the cache, whose type and shape the plug-in fills in when it compiles. Its one output is
-    float32 [rows, vocabulary].
+    Its inputs are named as the fields of `StepBatch`, besides `embedded` (float32 [tokens, hidden], in place of the tokens' ids),
+    `longest` (int32, tokens of the longest sequence) and, for each layer, `key.LAYER` and `value.LAYER`: the cache, whose type and
+    shape the plug-in fills in when it compiles. Its one output is float32 [rows, vocabulary].
     """
     return _Builder(spec, constants).build()
 
@@ -39,12 +39,11 @@ class _Builder:
 
     def build(self) -> ov.Model:
         spec, names = self.spec, self.spec.weights
-        tokens = self.input("token_ids", ov.Type.i64)
+        hidden = self.input("embedded", ov.Type.f32, self.spec.hidden_size)
         self.cos, self.sin = self.angles(self.input("positions", ov.Type.i64))
         rows = self.input("logits_rows", ov.Type.i64)
         self.placement = [self.input(name, _INDICES) for name in ("past_lengths", "starts", "block_ids", "block_starts")]
         self.longest = self.input("longest", _INDICES, rank=0)
-        hidden = ops.convert(ops.gather(self.constants.table(names.embedding), tokens, _axis(0)), "f32")
         for layer in range(spec.layers):
             attended = self.attention(hidden, layer)
             if layer == spec.layers - 1:  # what follows no other token sees
@@ -54,8 +53,8 @@ class _Builder:
         logits = _product(self.norm(hidden, names.final_norm), self.constants.head(head))
         return ov.Model([ops.result(logits)], self.inputs, spec.architecture)
 
-    def input(self, name: str, dtype: ov.Type, rank: int = 1) -> Any:
-        parameter = ops.parameter(ov.PartialShape([-1] * rank), dtype)
+    def input(self, name: str, dtype: ov.Type, *width: int, rank: int = 1) -> Any:
+        parameter = ops.parameter(ov.PartialShape([-1] * rank + list(width)), dtype)
         parameter.output(0).set_names({name})
         self.inputs.append(parameter)
         return parameter

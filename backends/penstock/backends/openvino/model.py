@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,8 @@ from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, Mod
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
-from penstock.backends.openvino.graph import build
-from penstock.backends.openvino.properties import OPTIONAL, properties
-from penstock.backends.openvino.weights import Constants
-from penstock.backends.safetensors import Weights
+from penstock.backends.openvino.embedding import embed
+from penstock.backends.openvino.source import Source
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
@@ -37,11 +35,15 @@ class OpenVinoModel:
             raise StartError(f"backend openvino has no {self._dtype}, but {', '.join(dtypes)}")
         self._request: ov.InferRequest | None = None
         self._cache: PagedCache | None = None
+        self._table: NDArray[Any] = np.empty((0, 0), np.float32)
         self._longest = np.zeros((), np.int32)
-        # The graph's constants are these arrays: it keeps no reference of its own.
-        self._held, compiled = _compile(spec, config, self._dtype)
-        self._request = compiled.create_infer_request()
-        self._cache = self._allocate(compiled, spec, config)
+        with Source(spec, config, self._dtype) as source:
+            # The graph's constants are these arrays: it keeps no reference of its own.
+            compiled, self._held = source.compile()
+            self._table = source.embedding
+            self._request = compiled.create_infer_request()
+            self._cache = self._allocate(compiled, spec, config, source)
+            source.keep()
 
     @property
     def kv(self) -> KvSpec:
@@ -65,12 +67,15 @@ class OpenVinoModel:
             ValueError: the batch is not within what the model was created for.
             RuntimeError: the model is closed, or the plug-in failed.
         """
+        self._open()
         self._limits.check(batch)
         return self._compute(batch)
 
     def _compute(self, batch: StepBatch) -> StepOutput:
         request, _ = self._open()
         self._longest[...] = (batch.past_lengths + np.diff(batch.starts)).max()
+        embedded = embed(self._table, batch.token_ids)
+        request.set_tensor("embedded", ov.Tensor(embedded, shared_memory=True))
         for name in _FIELDS:
             request.set_tensor(name, ov.Tensor(getattr(batch, name), shared_memory=True))
         request.infer(share_outputs=True)
@@ -95,6 +100,7 @@ class OpenVinoModel:
     def close(self) -> None:
         """Give all memory back. Idempotent."""
         self._request = self._cache = None
+        self._table = self._table[:0].copy()
         self._held.clear()
 
     def _open(self) -> tuple[ov.InferRequest, PagedCache]:
@@ -102,11 +108,11 @@ class OpenVinoModel:
             raise RuntimeError("the model is closed")
         return self._request, self._cache
 
-    def _allocate(self, compiled: ov.CompiledModel, spec: ModelSpec, config: DeviceConfig) -> PagedCache:
+    def _allocate(self, compiled: ov.CompiledModel, spec: ModelSpec, config: DeviceConfig, source: Source) -> PagedCache:
         """A cache of the size that memory allows, once a first step has made the plug-in lay its weights out."""
         self._cache = small = PagedCache(compiled, blocks=1)
         self._attach(small)
-        self._warm_up()
+        source.during(self._warm_up)
         blocks = count_blocks(spec.decoder, config, BLOCK_SIZE, small.bytes_per_block, free_memory())
         cache = PagedCache(compiled, blocks)
         self._attach(cache)
@@ -125,7 +131,7 @@ class OpenVinoModel:
             self._compute(_only(tokens))
 
 
-_FIELDS = ("token_ids", "positions", "past_lengths", "starts", "block_ids", "block_starts", "logits_rows")
+_FIELDS = ("positions", "past_lengths", "starts", "block_ids", "block_starts", "logits_rows")
 
 
 def _only(tokens: int) -> StepBatch:
@@ -139,19 +145,3 @@ def _only(tokens: int) -> StepBatch:
         block_starts=np.array([0, 1], np.int32),
         logits_rows=np.array([tokens - 1], np.int64),
     )
-
-
-def _compile(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[list[NDArray[np.generic]], ov.CompiledModel]:
-    core = ov.Core()
-    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    threads = config.threads or len(os.sched_getaffinity(0))
-    with Weights(spec) as weights:
-        constants = Constants(weights, dtype, threads)
-        try:
-            graph = build(spec.decoder, constants)
-        finally:
-            constants.close()
-        chosen = properties(spec.decoder, dtype, threads, has_bf16=has_bf16)
-        if not set(core.get_property("CPU", "SUPPORTED_PROPERTIES")) >= OPTIONAL:
-            chosen = {name: value for name, value in chosen.items() if name not in OPTIONAL}
-        return constants.held, core.compile_model(graph, "CPU", chosen)

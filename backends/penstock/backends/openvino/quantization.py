@@ -9,13 +9,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Groups", "group_size", "quantize_groups", "quantize_rows"]
+__all__ = ["Groups", "Rows", "group_size", "quantize_groups", "quantize_rows"]
 
 # Elements that one thread rounds at a time: their float32 copies stay within the caches' reach.
 _ELEMENTS = 1 << 17
 _TINY = np.finfo(np.float32).tiny
 _GROUP_SIZES = (128, 64, 32)
 _HIGHEST = 15  # of 4 bits without a sign
+
+
+class Rows(NamedTuple):
+    """A matrix in 8 bits: element = value · scale of its row.
+
+    Attributes:
+        values: int8 [rows, columns], -127 … 127.
+        scales: float32 [rows, 1].
+    """
+
+    values: NDArray[np.int8]
+    scales: NDArray[np.float32]
 
 
 class Groups(NamedTuple):
@@ -37,15 +49,15 @@ def group_size(*widths: int) -> int | None:
     return next((size for size in _GROUP_SIZES if not any(width % size for width in widths)), None)
 
 
-def quantize_rows(parts: Sequence[NDArray[Any]], pool: ThreadPoolExecutor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round matrices, one below the other, to int8, symmetrically, with one scale a row: matrix ≈ values · scales.
+def quantize_rows(parts: Sequence[NDArray[Any]], out: Rows, pool: ThreadPoolExecutor) -> None:
+    """Round matrices, one below the other, to int8, symmetrically, with one scale a row.
 
-    Returns:
-        Values int8 [rows, columns] in -127 … 127 and scales float32 [rows, 1].
+    Args:
+        parts: [rows, columns] each.
+        out: takes the result.
+        pool: computes.
     """
-    rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
-    values = np.empty((rows, columns), np.int8)
-    scales = np.empty((rows, 1), np.float32)
+    values, scales = out
 
     def quantize(exact: NDArray[np.float32], into: slice) -> None:
         scale = np.maximum(exact.max(1, keepdims=True), -exact.min(1, keepdims=True)) / 127
@@ -54,25 +66,21 @@ def quantize_rows(parts: Sequence[NDArray[Any]], pool: ThreadPoolExecutor) -> tu
         values[into], scales[into] = exact, scale
 
     _each(quantize, parts, pool)
-    return values, scales
 
 
-def quantize_groups(parts: Sequence[NDArray[Any]], size: int, pool: ThreadPoolExecutor) -> Groups:
+def quantize_groups(parts: Sequence[NDArray[Any]], out: Groups, pool: ThreadPoolExecutor) -> None:
     """Round matrices, one below the other, to 4 bits over each group's own range, widened to hold zero, which stays exact.
 
     Args:
-        parts: [rows, columns] each; `size` divides the columns.
-        size: columns of a group.
+        parts: [rows, columns] each.
+        out: takes the result; its groups divide the columns.
         pool: computes.
     """
-    rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
-    groups = columns // size
-    values = np.empty((rows, columns // 2), np.uint8)
-    zeros = np.empty((rows, groups, 1), np.uint8)
-    scales = np.empty((rows, groups, 1), np.float32)
+    values, zeros, scales = out
+    groups, columns = scales.shape[1], parts[0].shape[1]
 
     def quantize(exact: NDArray[np.float32], into: slice) -> None:
-        exact = exact.reshape(-1, groups, size)
+        exact = exact.reshape(len(exact), groups, -1)
         low = np.minimum(exact.min(2, keepdims=True), 0)
         high = np.maximum(exact.max(2, keepdims=True), 0)
         scale = (high / _HIGHEST) - (low / _HIGHEST)
@@ -85,7 +93,6 @@ def quantize_groups(parts: Sequence[NDArray[Any]], size: int, pool: ThreadPoolEx
         zeros[into], scales[into] = zero, scale
 
     _each(quantize, parts, pool)
-    return Groups(values, zeros, scales)
 
 
 def _each(quantize: Any, parts: Sequence[NDArray[Any]], pool: ThreadPoolExecutor) -> None:

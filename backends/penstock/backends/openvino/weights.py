@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 import openvino as ov
 from openvino import opset13 as ops
 from penstock.backends.contract import DType
-from penstock.backends.openvino.quantization import group_size, quantize_groups, quantize_rows
+from penstock.backends.openvino.arrays import MappedArrays
+from penstock.backends.openvino.quantization import Groups, Rows, group_size, quantize_groups, quantize_rows
+from penstock.backends.safetensors import Weights
 
 __all__ = ["Constants", "shared_tensor"]
 
@@ -35,9 +37,9 @@ class Constants:
         held: every array that constants share memory with; must live as long as the compiled graph.
     """
 
-    def __init__(self, weights: Mapping[str, NDArray[Any]], dtype: DType, threads: int) -> None:
+    def __init__(self, weights: Weights, arrays: MappedArrays, dtype: DType, threads: int) -> None:
         self.held: list[NDArray[Any]] = []
-        self._weights = weights
+        self._weights, self._arrays = weights, arrays
         self.dtype = dtype
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
@@ -53,33 +55,57 @@ class Constants:
         parts = [self._weights[name] for name in names]
         size = group_size(parts[0].shape[1])
         if self.dtype is DType.INT4 and size is not None:
-            return self._grouped(parts, size)
-        if self.dtype in (DType.INT4, DType.INT8):
-            return self._by_row(parts)
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._shared(joined.astype(_BF16 if self.dtype is DType.BF16 else np.float32, copy=False))
+            return self._by_group(names, parts, size)
+        if self.dtype.quantised:
+            return self._by_row(names, parts)
+        return self._whole(names, parts)
 
     def head(self, name: str) -> ov.Node:
         """The matrix that makes logits: as `matrix`, but of 8 bits where others have 4."""
-        return self._by_row([self._weights[name]]) if self.dtype is DType.INT4 else self.matrix(name)
+        return self._by_row((name,), [self._weights[name]]) if self.dtype is DType.INT4 else self.matrix(name)
 
-    def table(self, name: str) -> ov.Node:
-        """A matrix to gather rows from, in the checkpoint's own type: only pages that are looked at are ever read."""
-        return self._shared(self._weights[name])
+    def _whole(self, names: Sequence[str], parts: Sequence[NDArray[Any]]) -> ov.Node:
+        dtype = _BF16 if self.dtype is DType.BF16 else np.dtype(np.float32)
+        if len(parts) == 1 and parts[0].dtype == dtype:
+            return self._shared(parts[0])
+        joined, filled = self._array(names, "", (sum(map(len, parts)), parts[0].shape[1]), dtype)
+        if not filled:
+            np.concatenate(parts, out=joined)
+            self._release()
+        return self._shared(joined)
 
-    def _by_row(self, parts: Sequence[NDArray[Any]]) -> ov.Node:
-        values, scales = quantize_rows(parts, self._pool)
+    def _by_row(self, names: Sequence[str], parts: Sequence[NDArray[Any]]) -> ov.Node:
+        rows, columns = sum(map(len, parts)), parts[0].shape[1]
+        values, filled = self._array(names, ".int8", (rows, columns), np.int8)
+        scales, _ = self._array(names, ".scales", (rows, 1), np.float32)
+        if not filled:
+            quantize_rows(parts, Rows(values, scales), self._pool)
+            self._release()
         return ops.multiply(ops.convert(self._shared(values), "f32"), ops.constant(scales))
 
-    def _grouped(self, parts: Sequence[NDArray[Any]], size: int) -> ov.Node:
+    def _by_group(self, names: Sequence[str], parts: Sequence[NDArray[Any]], size: int) -> ov.Node:
         """The form that the plug-in keeps in 4 bits: values less zero points, times scales, by group, then as a matrix."""
-        values, zeros, scales = quantize_groups(parts, size, self._pool)
+        rows, columns = sum(map(len, parts)), parts[0].shape[1]
+        groups = (rows, columns // size, 1)
+        values, filled = self._array(names, ".uint4", (rows, columns // 2), np.uint8)
+        zeros, _ = self._array(names, ".zeros", groups, np.uint8)
+        scales, _ = self._array(names, ".scales", groups, np.float32)
+        if not filled:
+            quantize_groups(parts, Groups(values, zeros, scales), self._pool)
+            self._release()
         self.held.append(values)
-        shape = [len(values), values.shape[1] * 2 // size, size]
-        packed = ops.constant(ov.Tensor(values, ov.Shape(shape), ov.Type.u4), shared_memory=True)
+        packed = ops.constant(ov.Tensor(values, ov.Shape([*groups[:2], size]), ov.Type.u4), shared_memory=True)
         centred = ops.subtract(ops.convert(packed, "f32"), ops.convert(ops.constant(zeros), "f32"))
         exact = ops.multiply(centred, ops.constant(scales))
-        return ops.reshape(exact, ops.constant(np.array([shape[0], shape[1] * size])), special_zero=False)
+        return ops.reshape(exact, ops.constant(np.array([rows, columns])), special_zero=False)
+
+    def _array(self, names: Sequence[str], kind: str, shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], bool]:
+        return self._arrays.array("+".join(names) + kind, shape, dtype), self._arrays.complete
+
+    def _release(self) -> None:
+        """What was read and written is not needed before the plug-in looks at it."""
+        self._weights.release()
+        self._arrays.release()
 
     def _shared(self, array: NDArray[Any]) -> ov.Node:
         self.held.append(array)

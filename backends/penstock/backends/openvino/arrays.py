@@ -1,0 +1,128 @@
+"""Where weights lie that are not taken from the checkpoint as they are: in a file, mapped, so that their pages can be given back.
+
+The plug-in lays its own copy of each weight out at the first step, and looks at ours again only if it ever chooses another layout.
+Memory of the process would hold both; pages of a file hold neither longer than `release` allows, and come back when they are read.
+A file may also be kept, for the next start of the same model to map instead of computing it again.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MappedArrays"]
+
+_MAGIC = b"penstock arrays 1"
+_TAIL = len(_MAGIC) + 8  # behind the index: its length, and what kind of file this is
+
+
+class MappedArrays:
+    """Arrays by name, each in pages of its own.
+
+    Attributes:
+        complete: whether the arrays came from a kept file: what `array` gives is filled already, and read-only.
+    """
+
+    def __init__(self, folder: Path, kept: Path | None = None) -> None:
+        """Map `kept` if it is whole; else begin anew, in a file of `folder` without a name, or in memory where that can not be."""
+        self._index: dict[str, tuple[int, int, int]] = {}
+        self._maps: list[mmap.mmap] = []
+        self._kept, self._file, self._size = kept, -1, 0
+        self.complete = kept is not None and self._open(kept)
+        if not self.complete:
+            self._index.clear()
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """The array of this name, to be filled unless `complete`.
+
+        Raises:
+            KeyError: a kept file has none of this name and size.
+        """
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self.complete:
+            offset, stored, _ = self._index[name]
+            if stored != size:
+                raise KeyError(name)
+            mapped = mmap.mmap(self._file, size, access=mmap.ACCESS_READ, offset=offset)
+            self._maps.append(mapped)
+        else:
+            mapped = self._grow(name, size)
+        return np.frombuffer(mapped, dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Give the pages back that the process has read or written so far; those of a file alone."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def keep(self) -> None:
+        """Give the file its name, once everything is filled: whole or not at all, whoever else does the same. Costs a read of it.
+
+        A disk or a folder that does not allow it leaves the arrays as they are.
+        """
+        if self._kept is None or self.complete:
+            return
+        for mapped, (name, (offset, size, _)) in zip(self._maps, self._index.items(), strict=True):
+            self._index[name] = (offset, size, zlib.crc32(mapped))
+            mapped.madvise(mmap.MADV_DONTNEED)
+        text = json.dumps(self._index).encode()
+        with suppress(OSError), tempfile.TemporaryDirectory(dir=self._kept.parent, prefix=".new-") as folder:
+            os.pwrite(self._file, text + len(text).to_bytes(8, "little") + _MAGIC, self._size)
+            os.link(f"/proc/self/fd/{self._file}", Path(folder, "arrays"), src_dir_fd=self._file)  # which makes it follow the link
+            Path(folder, "arrays").replace(self._kept)
+
+    def close(self) -> None:
+        """Close the file. The arrays stay for as long as they are referenced."""
+        self._maps.clear()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _grow(self, name: str, size: int) -> mmap.mmap:
+        offset = self._size
+        try:
+            os.posix_fallocate(self._file, offset, size)  # a disk that fills up later would end the process
+        except OSError:  # no file, or no room: in memory
+            self._kept = None
+            return mmap.mmap(-1, size)
+        self._size += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._index[name] = (offset, size, 0)
+        mapped = mmap.mmap(self._file, size, offset=offset)
+        self._maps.append(mapped)
+        return mapped
+
+    def _open(self, path: Path) -> bool:
+        """Whether `path` is a whole file of such arrays; each is read and its checksum compared."""
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+            size = os.fstat(self._file).st_size
+            tail = os.pread(self._file, _TAIL, size - _TAIL) if size > _TAIL else b""
+            length = int.from_bytes(tail[:8], "little")
+            if tail[8:] != _MAGIC or not 0 < length <= size - _TAIL:
+                raise ValueError(path)
+            for name, (offset, stored, checksum) in json.loads(os.pread(self._file, length, size - _TAIL - length)).items():
+                with mmap.mmap(self._file, stored, access=mmap.ACCESS_READ, offset=offset) as mapped:
+                    if zlib.crc32(mapped) != checksum:
+                        raise ValueError(path)
+                self._index[name] = (offset, stored, checksum)
+        except (OSError, ValueError, TypeError, AttributeError):
+            self.close()
+            return False
+        return True
