@@ -19,7 +19,7 @@ from penstock.backends.validation import fault_of_availability, fault_of_capabil
 
 __all__ = ["read_answer", "write_answer"]
 
-_TUPLES = {"dtypes": DType, "tasks": Task, "kv_layouts": str}
+_TUPLES = {"dtypes": DType, "tasks": Task, "kv_layouts": str, "kv_dtypes": DType}
 
 
 def write_answer(availability: Availability, capabilities: Capabilities | Unsupported | None) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def fault_of_capabilities(told: object) -> str | None:
 
 
 def _faults(told: Capabilities) -> Iterator[str]:
-    for name, kind in (("dtypes", DType), ("tasks", Task)):
+    for name, kind in (("dtypes", DType), ("tasks", Task), ("kv_dtypes", DType)):
         value = getattr(told, name)
-        if not _are(value, kind) or not value:
+        if not _are(value, kind) or (not value and name != "kv_dtypes"):
             yield f"{name}: must be a tuple of {kind.__name__} ({', '.join(kind)}), and is {value!r}"
     if not _are(told.kv_layouts, str):
         yield f"kv_layouts: must be a tuple of names, and is {told.kv_layouts!r}"

@@ -95,6 +95,7 @@ def _supports(report: BackendReport, spec: ModelSpec) -> dict[str, Any] | None:
         "quantisation": [dtype for dtype in can.dtypes if dtype.quantised],
         "features": can.features,
         "kv_layouts": can.kv_layouts,
+        "kv_dtypes": can.kv_dtypes,
         "max_context": can.max_context or spec.decoder.context_length,
         "max_batch_size": can.max_batch_size,
     }

@@ -21,6 +21,7 @@ class ExecutorConfig:
         dtype: How weights are held and computed; auto leaves it to the backend.
         threads: Threads of computation; every core of the process where absent.
         kv_cache_gib: Memory of the KV cache, in GiB; what is free once the weights are loaded where absent.
+        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
         kv_cache_share: Share of the free memory that the KV cache takes where kv_cache_gib is absent.
         weight_cache: Whether weights rounded to int8 or int4 are kept in the cache folder, for the next start to find.
         max_batch_tokens: Tokens that one step computes at most.
@@ -48,6 +49,7 @@ class ExecutorConfig:
     dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
     threads: int | None = None
     kv_cache_gib: float | None = None
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     kv_cache_share: float = 0.5
     weight_cache: bool = True
     max_batch_tokens: int = 2048

@@ -63,6 +63,8 @@ def load(config: ExecutorConfig, at: Callable[[str], object] = lambda _: None) -
         raise StartError(str(error)) from error
     backend, capabilities = choice.registration.name, choice.capabilities
     device = _device_config(config, spec, capabilities, asked)
+    if device.kv_cache_dtype not in (None, *capabilities.kv_dtypes):
+        raise StartError(f"kv_cache_dtype: backend {backend} has no KV cache of {device.kv_cache_dtype}; leave it auto")
     if choice.device == "cpu":
         check_memory(backend, spec.decoder, capabilities, replace(device, dtype=choice.dtype), free_memory())
     at(f"backend {backend} creates the model")
@@ -101,6 +103,7 @@ def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
         threads=config.threads,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
         kv_cache_share=config.kv_cache_share,
+        kv_cache_dtype=None if config.kv_cache_dtype == "auto" else DType(config.kv_cache_dtype),
         max_batch_tokens=config.max_batch_tokens,
         max_batch_size=min(config.max_batch_size, capabilities.max_batch_size or config.max_batch_size),
         max_context=min(limit for limit in longest if limit is not None),

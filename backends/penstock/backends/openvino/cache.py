@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import openvino as ov
 from penstock.backends.contract import KvChunk
+from penstock.backends.openvino.kv_rounding import HEADER, round_rows, unrounded
 from penstock.backends.openvino.weights import shared_tensor
 from penstock.common.service import StartError
 
@@ -20,7 +21,11 @@ __all__ = ["BLOCK_SIZE", "PagedCache"]
 
 BLOCK_SIZE = 32  # the plug-in's own; it has no other
 
-_TYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "u8": np.dtype(np.uint8),
+}
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -58,22 +63,24 @@ class PagedCache:
         self.dtype = ports[0].element_type.to_string()
         self._type = _TYPES[self.dtype]
         self._shape = tuple(dimension.get_length() for dimension in list(ports[0].partial_shape)[1:])
+        self._rounded = self.dtype == "u8"
+        self._chunk_type = np.dtype(np.float32) if self._rounded else self._type
         self._arrays: dict[str, NDArray[Any]] = {port.any_name: _allocate((blocks, *self._shape), self._type) for port in ports}
         self.tensors = {name: shared_tensor(array) for name, array in self._arrays.items()}
         self.bytes_per_block = len(ports) * int(np.prod(self._shape)) * self._type.itemsize
 
     def read(self, blocks: Sequence[int], tokens: range) -> KvChunk:
-        """Copy `tokens` out, which are positions in a sequence whose blocks these are.
+        """Copy `tokens` out, which are positions in a sequence whose blocks these are; in float32 where the cache is rounded.
 
         Raises:
             ValueError: they are not consecutive positions within the blocks, or a block is none of the cache's.
         """
         held, slots = self._locate(blocks, tokens)
-        heads, _, dim = self._shape
-        data = np.empty((self.layers, 2, len(tokens), heads, dim), self._type)
+        data = np.empty(self._chunk_shape(tokens), self._chunk_type)
         for layer in range(self.layers):
             for kind, name in enumerate(("key", "value")):
-                data[layer, kind] = self._arrays[f"{name}.{layer}"][held, :, slots]
+                rows = self._arrays[f"{name}.{layer}"][held, :, slots]
+                data[layer, kind] = unrounded(rows) if self._rounded else rows
         return KvChunk(tokens, data)
 
     def write(self, blocks: Sequence[int], chunk: KvChunk) -> None:
@@ -83,13 +90,18 @@ class PagedCache:
             ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape is not this model's.
         """
         held, slots = self._locate(blocks, chunk.tokens)
-        heads, _, dim = self._shape
-        expected = (self.layers, 2, len(chunk.tokens), heads, dim)
+        expected = self._chunk_shape(chunk.tokens)
         if chunk.data.shape != expected:
             raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
         for layer in range(self.layers):
             for kind, name in enumerate(("key", "value")):
-                self._arrays[f"{name}.{layer}"][held, :, slots] = chunk.data[layer, kind].astype(self._type, copy=False)
+                rows = chunk.data[layer, kind]
+                rows = round_rows(rows) if self._rounded else rows.astype(self._type, copy=False)
+                self._arrays[f"{name}.{layer}"][held, :, slots] = rows
+
+    def _chunk_shape(self, tokens: range) -> tuple[int, ...]:
+        heads, _, width = self._shape
+        return self.layers, 2, len(tokens), heads, width - HEADER if self._rounded else width
 
     def _locate(self, blocks: Sequence[int], tokens: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The block and the slot of each token."""

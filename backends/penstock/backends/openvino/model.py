@@ -29,10 +29,12 @@ class OpenVinoModel:
     """
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
-        dtypes = REGISTRATION.capabilities(spec).dtypes
-        self._dtype = config.dtype or dtypes[0]
-        if self._dtype not in dtypes:
-            raise StartError(f"backend openvino has no {self._dtype}, but {', '.join(dtypes)}")
+        can = REGISTRATION.capabilities(spec)
+        self._dtype = config.dtype or can.dtypes[0]
+        if self._dtype not in can.dtypes:
+            raise StartError(f"backend openvino has no {self._dtype}, but {', '.join(can.dtypes)}")
+        if config.kv_cache_dtype not in (None, *can.kv_dtypes):
+            raise StartError(f"backend openvino has no KV cache of {config.kv_cache_dtype}, but {', '.join(can.kv_dtypes)}")
         self._request: ov.InferRequest | None = None
         self._cache: PagedCache | None = None
         self._table: NDArray[Any] = np.empty((0, 0), np.float32)

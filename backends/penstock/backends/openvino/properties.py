@@ -1,9 +1,9 @@
 """How the plug-in is set up for each dtype, and why.
 
 - ``INFERENCE_PRECISION_HINT`` and ``KV_CACHE_PRECISION``: float32 for ``f32``, so that its tokens are those of the formulas;
-  bfloat16 otherwise, where the processor multiplies it. The plug-in's own default for the cache, 8 bits with keys scaled by
-  channel, scales a block anew with each token that enters it: a sequence's keys would then depend on how its prompt was cut into
-  chunks, and no other backend could take them over.
+  bfloat16 otherwise, where the processor multiplies it. The cache has 8 bits where the operator asks for that.
+- ``KEY_CACHE_QUANT_MODE``: the plug-in's own default for keys of 8 bits scales them by channel, and a block anew with each token
+  that enters it: a sequence's keys would then depend on how its prompt was cut into chunks. Here each token has its own scale.
 - ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with weights of 8 or 4 bits the inputs of a product are rounded to int8 as well, in groups
   that share a scale. The default of 32 spends much of a product on applying scales; a group is as long here as the model's
   dimensions allow, up to 128.
@@ -33,7 +33,9 @@ OPTIONAL = frozenset({"TBB_PARTITIONER"})
 _SHORTEST_GROUP = 32
 
 
-def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bool) -> Mapping[str, Any]:
+def properties(
+    decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bool, kv_cache: DType | None = None
+) -> Mapping[str, Any]:
     """Properties to compile a decoder's graph with.
 
     Args:
@@ -41,6 +43,7 @@ def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bo
         dtype: of its weights.
         threads: how many compute.
         has_bf16: whether the processor multiplies bfloat16.
+        kv_cache: INT8, or None for the type that is computed with.
     """
     compute = "bf16" if has_bf16 and dtype is not DType.F32 else "f32"
     chosen = {
@@ -51,6 +54,8 @@ def properties(decoder: DecoderSpec, dtype: DType, threads: int, *, has_bf16: bo
         "INFERENCE_PRECISION_HINT": compute,
         "KV_CACHE_PRECISION": compute,
     }
+    if kv_cache is DType.INT8:
+        chosen |= {"KV_CACHE_PRECISION": "u8", "KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
     if dtype in (DType.INT8, DType.INT4):
         chosen["TBB_PARTITIONER"] = "AUTO"
         chosen["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(decoder)

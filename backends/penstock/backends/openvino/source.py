@@ -33,6 +33,7 @@ class Source:
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig, dtype: DType) -> None:
         self._spec, self._dtype = spec, dtype
+        self._kv_cache = config.kv_cache_dtype
         self._threads = config.threads or len(os.sched_getaffinity(0))
         with ExitStack() as opened:
             self._weights = opened.enter_context(Weights(spec))
@@ -55,7 +56,7 @@ class Source:
             graph = build(self._spec.decoder, constants)
         finally:
             constants.close()
-        chosen = properties(self._spec.decoder, self._dtype, self._threads, has_bf16=has_bf16)
+        chosen = properties(self._spec.decoder, self._dtype, self._threads, has_bf16=has_bf16, kv_cache=self._kv_cache)
         if not set(core.get_property("CPU", "SUPPORTED_PROPERTIES")) >= OPTIONAL:
             chosen = {name: value for name, value in chosen.items() if name not in OPTIONAL}
         return self.during(lambda: core.compile_model(graph, "CPU", chosen)), constants.held

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from typing import Literal
 
 from penstock.cli.bench.options import DTypeName
 from penstock.cli.bench.scenarios import Request
@@ -32,6 +33,7 @@ class EngineOptions:
         dtype: Precision of the weights; auto takes what the backend prefers.
         threads: Threads of computation; every core where absent.
         kv_cache_gib: KV cache in GiB; from the memory that is free where absent.
+        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
         max_batch_tokens: Tokens of one engine step at most.
         max_batch_size: Sequences of one engine step at most.
         prefix_cache: Whether requests share the KV of prefixes that are equal.
@@ -41,6 +43,7 @@ class EngineOptions:
     dtype: DTypeName = "auto"
     threads: int | None = None
     kv_cache_gib: float | None = None
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
     prefix_cache: bool = True

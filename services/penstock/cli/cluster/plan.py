@@ -55,7 +55,7 @@ class Plan:
         names = ["executor"] if workers == 1 else [f"executor-{i}" for i in range(workers)]
         flags = [
             *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler),
-            *self._given(("backend", "dtype", "kv_cache_gib", "max_batch_tokens", "max_batch_size")),
+            *self._given(("backend", "dtype", "kv_cache_gib", "kv_cache_dtype", "max_batch_tokens", "max_batch_size")),
             *([] if self.settings.prefix_cache else ["--no-prefix-cache"]),
             # They load at the same time, and each would take the same free memory for its own.
             *(["--kv-cache-share", f"{_CACHES_SHARE / workers:.4f}"] if workers > 1 else []),

@@ -1,0 +1,118 @@
+"""The KV cache in 8 bits: near what float32 gives, the same however a prompt came, and in the canonical form for other caches."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
+from penstock.backends.conformance.driver import NONE, Driver, Piece
+from penstock.backends.contract import DeviceConfig, DType
+from penstock.backends.openvino import REGISTRATION
+from penstock.backends.openvino.kv_rounding import HEADER, round_rows, unrounded
+from penstock.common.service import StartError
+from penstock.executor.config import ExecutorConfig
+from penstock.executor.loading import load
+
+TOKENS = 70
+# Root-mean-square error of logits over their size; rounding weights to int8 is allowed ten times as much.
+TOLERANCE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"), CONFIGS["qwen3"])
+
+
+def create(spec, kv=DType.INT8):
+    return REGISTRATION.create(
+        spec, DeviceConfig(dtype=DType.F32, kv_cache_dtype=kv, kv_cache_bytes=1 << 22, threads=1, max_batch_tokens=256)
+    )
+
+
+def ids(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 320, count).tolist()
+
+
+def assert_near(found, right, tolerance=TOLERANCE):
+    assert np.linalg.norm(found - right) <= tolerance * np.linalg.norm(right)
+
+
+def follow(driver, sequence):
+    return np.concatenate([driver.step(Piece(sequence, [token]))[0] for token in ids(6, 1)])
+
+
+def test_logits_are_near_those_of_a_cache_in_float32(spec):
+    exact, rounded = (Driver(create(spec, kv)) for kv in (None, DType.INT8))
+    (before, right), (sequence, found) = exact.prefill(ids(TOKENS)), rounded.prefill(ids(TOKENS))
+    assert_near(found, right)
+    behind, right = follow(rounded, sequence), follow(exact, before)
+    assert_near(behind, right)
+    assert not np.array_equal(behind, right)  # it was rounded
+
+
+def test_it_takes_less_than_a_third_of_float32(spec):
+    exact, rounded = create(spec, None).kv, create(spec).kv
+    assert (
+        rounded.bytes_per_block <= 0.32 * exact.bytes_per_block
+    )  # 8 bytes of 40 are scale and offset here; of 136, with real heads
+    assert (rounded.dtype, exact.dtype) == ("u8", "f32")
+
+
+def test_what_is_cached_does_not_depend_on_the_chunks(spec):
+    model = create(spec)
+    driver = Driver(model)
+    chunks = [model.export_kv(driver.prefill(ids(TOKENS), chunk)[0].blocks, range(TOKENS)).data for chunk in (TOKENS, 1, 33)]
+    steps = np.ptp(chunks[0], -1, keepdims=True) / 255
+    for other in chunks[1:]:  # attention reads what is rounded, so that a prompt in chunks differs by that
+        np.testing.assert_allclose(other[0], chunks[0][0], rtol=0, atol=1.01 * steps[0].max())
+        assert_near(other, chunks[0])
+
+
+def test_export_is_canonical_and_import_goes_both_ways(spec):
+    exact, rounded = create(spec, None), create(spec)
+    sequence, _ = Driver(exact).prefill(ids(TOKENS))
+    whole = exact.export_kv(sequence.blocks, range(TOKENS))
+    for source, target in ((exact, rounded), (rounded, exact)):
+        (away, here) = Driver(source), Driver(target, list(reversed(range(target.kv.blocks))))
+        sequence, _ = away.prefill(ids(TOKENS))
+        chunk = source.export_kv(sequence.blocks, range(TOKENS))
+        assert chunk.data.shape == whole.data.shape
+        assert chunk.data.dtype == np.float32
+        assert_near(chunk.data, whole.data)
+        moved = here.sequence()
+        here.extend(moved, TOKENS)
+        target.import_kv(moved.blocks, chunk)
+        moved.length = TOKENS
+        assert_near(follow(here, moved), follow(away, sequence))
+
+
+def test_a_prompt_without_logits_fills_it_too(spec):
+    driver = Driver(create(spec))
+    whole, other = driver.prefill(ids(TOKENS))[0], driver.sequence()
+    driver.step(Piece(other, ids(TOKENS), NONE))
+    np.testing.assert_array_equal(follow(driver, other), follow(driver, whole))
+
+
+@given(arrays(np.float32, array_shapes(min_dims=2, max_dims=3, max_side=20), elements=st.floats(-1e4, 1e4, width=32)))
+def test_rounding_is_off_by_half_a_step_at_most(exact):
+    rows = round_rows(exact)
+    assert rows.shape[-1] == exact.shape[-1] + HEADER
+    step = np.ptp(exact.astype(np.float64), -1, keepdims=True) / 255
+    assert np.all(np.abs(unrounded(rows) - exact) <= 0.51 * step + 1e-6 * np.abs(exact).max() + 1e-30)
+
+
+def test_a_cache_that_a_backend_has_not_is_refused_by_name(spec):
+    with pytest.raises(StartError, match="no KV cache of int4, but int8"):
+        create(spec, DType.INT4)
+    with pytest.raises(StartError, match="kv_cache_dtype: backend torch has no KV cache of int8"):
+        load(ExecutorConfig(model=str(spec.folder), backend="torch", dtype="f32", kv_cache_dtype="int8"))
+
+
+def test_an_executor_is_told_of_it(spec):
+    loaded = load(ExecutorConfig(model=str(spec.folder), backend="openvino", kv_cache_dtype="int8", kv_cache_gib=0.01))
+    try:
+        assert loaded.model.kv.dtype == "u8"
+    finally:
+        loaded.engine.close()
