@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from penstock.backends.checkpoint import read_model
-from penstock.backends.contract import DeviceConfig, DType
-from penstock.backends.registry import select
+from penstock.backends.contract import Available, Capabilities, DeviceConfig, DType
+from penstock.backends.registry import backends, select
 from penstock.executor.engine import Engine, EngineConfig
 from penstock.executor.sampling import SamplingParameters
 from penstock.executor.sequence import Finish, SequenceRequest
@@ -177,6 +177,17 @@ def test_tokens_are_those_of_transformers(backend, name, settings, engines, expe
         np.testing.assert_allclose(answers.logprobs, [e.logprobs for e in right], atol=1e-3, rtol=0)
     if not settings:
         assert sum(rounds[-1].cached) > SHARED * 4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_backends_give_identical_ids(name, checkpoints, engines, expected):
+    spec = read_model(checkpoints(name).folder, name)
+    judged = {r.name: r.capabilities(spec) for r in backends().values() if isinstance(r.probe(), Available) and r.name != "fake"}
+    able = [backend for backend, answer in judged.items() if isinstance(answer, Capabilities) and DType.F32 in answer.dtypes]
+    assert {"openvino", "torch"} <= set(able)
+    prompts = [e.prompt for e in expected(name)]
+    told = {backend: ask(engines(backend, name), prompts).ids for backend in able}
+    assert told == dict.fromkeys(able, told["openvino"])
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])

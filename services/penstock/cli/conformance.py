@@ -40,7 +40,7 @@ def conformance(
     from penstock.backends.conformance import Outcome, run
     from penstock.backends.contract import DType
 
-    faulthandler.enable()  # a backend that crashes the process is told with where it did
+    faulthandler.enable(2)  # a backend that crashes the process is told with where it did
     results = run(backend, model=model, dtype=None if dtype is None else DType(dtype), against=against, checks=tuple(check or ()))
     told = list(_with_progress(results) if sys.stderr.isatty() else results)
     if as_json:

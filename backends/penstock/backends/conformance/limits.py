@@ -33,7 +33,9 @@ def it_keeps_within_its_memory(subject: Subject) -> None:
         require(0 < kv.blocks * kv.bytes_per_block <= budget, f"{kv.blocks} blocks of {kv.bytes_per_block} bytes within {budget}")
         require((kv.blocks + 2) * kv.bytes_per_block > budget, "two blocks more would fit")
         require(model.dtype == subject.dtype, f"it was to be {subject.dtype} and is {model.dtype}")
-        require(bool(model.device and kv.layout and kv.dtype), "device, layout and type of the cache have names")
+        require(bool(model.device and kv.layout and kv.dtype), "device, layout or type of the cache has no name")
+        layouts = subject.capabilities.kv_layouts
+        require(not layouts or kv.layout in layouts, f"its cache lies as {kv.layout}, and it told {', '.join(layouts)}")
 
 
 def wrong_settings_are_refused(subject: Subject) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from penstock.backends.conformance.driver import Piece
-from penstock.backends.conformance.subject import NotApplicable, Subject, assert_same_choices
+from penstock.backends.conformance.subject import NotApplicable, Subject
 
 __all__ = [
     "blocks_are_used_again",
@@ -17,44 +17,53 @@ __all__ = [
 
 
 def blocks_lie_anywhere(subject: Subject) -> None:
-    """Block ids in any order, up to the last one, give the same."""
-    ids = subject.ids(70)
-    chunk = 20 if subject.capabilities.chunked_prefill else None
+    """Blocks in any order, up to the last one, of sequences that grow in turn and so lie among one another, give the same."""
+    prompts, answer = (subject.ids(70), subject.ids(37, 1)), subject.ids(24, 2)
     with subject.model() as model:
-        right = subject.driver(model).logits(ids, chunk)
-        shuffled = np.random.default_rng(0).permutation(model.kv.blocks).tolist()
-        for order in (shuffled, list(reversed(range(model.kv.blocks)))):
-            subject.assert_close(subject.driver(model, order).logits(ids, chunk), right, f"blocks {order[:3]} …")
+        right = []
+        for prompt in prompts:
+            driver = subject.driver(model)
+            right.append(driver.follow(driver.prefill(prompt)[0], answer))
+        needed = sum(-(-(len(prompt) + len(answer)) // model.kv.block_size) for prompt in prompts)
+        last = list(range(model.kv.blocks))[-needed:]
+        for order in (np.random.default_rng(0).permutation(last).tolist(), last[::-1]):
+            driver = subject.driver(model, order)
+            sequences = [driver.prefill(prompt)[0] for prompt in prompts]
+            steps = [driver.step(*(Piece(sequence, [token]) for sequence in sequences)) for token in answer]
+            for which, found in enumerate(zip(*steps, strict=True)):
+                subject.assert_close(np.concatenate(found), right[which], f"sequence {which} in blocks {order[:3]} …")
 
 
 def blocks_are_used_again(subject: Subject) -> None:
     """What a block held before is not seen by its next owner, also when that one fills it in part."""
     long, short = subject.ids(100, 1), subject.ids(19, 2)
     with subject.model() as model:
+        right = subject.driver(model, list(reversed(range(model.kv.blocks)))).logits(short)
         driver = subject.driver(model)
-        right = driver.logits(short)
         driver.logits(long)
         subject.assert_close(driver.logits(short), right, "in blocks used before")
 
 
 def preempted_sequences_are_replayed(subject: Subject) -> None:
-    """A sequence whose blocks went to others is computed anew, answer included, and goes on with the tokens that it would have."""
+    """A sequence whose blocks others took and gave back is computed anew, answer included, and goes on as it would have."""
     prompt, others = subject.ids(40, 1), [subject.ids(60, 2), subject.ids(45, 3)]
     with subject.model() as model:
+        apart = subject.driver(model, list(reversed(range(model.kv.blocks))))
+        undisturbed, logits = apart.prefill(prompt)
+        answer, right = apart.greedy(undisturbed, int(logits[-1].argmax()), 16)
+        alone = apart.follow(apart.prefill(others[1])[0], answer)
         driver = subject.driver(model)
-        kept, logits = driver.prefill(prompt)
-        ids, right = driver.greedy(kept, int(logits[-1].argmax()), 16)
-        driver.release(kept)
         sequence, _ = driver.prefill(prompt)
-        driver.follow(sequence, ids[:7])
+        driver.follow(sequence, answer[:7])
         driver.release(sequence)
-        running = [driver.prefill(other)[0] for other in others]  # in the blocks that it had
-        again, logits = driver.prefill(prompt + ids[:7])
-        for other in running:
-            driver.step(Piece(other, ids[:1]))
-        found = np.concatenate((logits[-1:], driver.follow(again, ids[7:])))
-    subject.assert_close(found, right[6:], "behind a replay")
-    assert_same_choices(found, right[6:], subject.tolerance, "behind a replay")
+        first, second = (driver.prefill(other)[0] for other in others)  # the first one where the sequence was
+        begun = driver.follow(second, answer[:5])
+        driver.release(first)
+        again, logits = driver.prefill(prompt + answer[:7])
+        found = np.concatenate((logits[-1:], driver.follow(again, answer[7:])))
+        subject.assert_continues(found, right[6:], "behind a replay")
+        kept = np.concatenate((begun, driver.follow(second, answer[5:])))
+        subject.assert_close(kept, alone, "a sequence that went on beside it")
 
 
 def prefixes_are_shared(subject: Subject) -> None:

@@ -49,7 +49,7 @@ class Subject:
     @property
     def context(self) -> int:
         """Tokens that a sequence of the checks holds at most."""
-        return min(_LONGEST_CONTEXT, self.spec.decoder.context_length)
+        return min(_LONGEST_CONTEXT, self.spec.decoder.context_length, self.capabilities.max_context or _LONGEST_CONTEXT)
 
     @property
     def cache_bytes(self) -> int:

@@ -1,0 +1,132 @@
+"""A right backend in numpy alone: paged, batched, float32. What an author's first version may look like, and what mutants spoil."""
+
+import numpy as np
+
+from penstock.backends.contract import Available, Capabilities, DType, KvChunk, KvSpec, Registration, StepOutput
+from penstock.backends.kv_blocks import slots_of, transfer_slots
+from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.safetensors import Weights
+from penstock.backends.step_limits import StepLimits
+from penstock.common.service import StartError
+
+BLOCK_SIZE = 16
+
+
+class NumpyModel:
+    """A `GenerativeModel`; its cache is [layer, 2 (key, value), slot, kv head, head dim]."""
+
+    dtype, device = DType.F32, "cpu"
+
+    def __init__(self, spec, config):
+        self.spec, self.config = spec.decoder, config
+        self.check_settings()
+        with Weights(spec) as weights:
+            self.weights = {name: weights[name].astype(np.float32) for name in spec.decoder.weight_shapes()}
+        self.kv = self.make_kv()
+        self.cache = np.zeros(
+            (self.spec.layers, 2, self.kv.blocks * BLOCK_SIZE, self.spec.kv_heads, self.spec.head_dim), np.float32
+        )
+
+    def check_settings(self):
+        if self.config.dtype not in {None, DType.F32}:
+            raise StartError(f"dtype: {self.config.dtype} is none of this backend's; it has f32")
+
+    def make_kv(self):
+        size = self.spec.layers * 2 * BLOCK_SIZE * self.spec.kv_heads * self.spec.head_dim * 4
+        return KvSpec(BLOCK_SIZE, count_blocks(self.spec, self.config, BLOCK_SIZE, size, free_memory()), size, "plain", "f32")
+
+    def check(self, batch):
+        StepLimits.of(self.spec, self.config, self.kv).check(batch)
+
+    def step(self, batch):
+        self.check(batch)
+        names = self.spec.weights
+        sequences = [self.tables(batch, s) for s in range(len(batch.past_lengths))]
+        x = self.weights[names.embedding][batch.token_ids]
+        angles = self.positions(batch)[:, None].astype(np.float32) * self.spec.rope.inverse_frequencies()
+        for layer in range(self.spec.layers):
+            h = self.norm(x, names.layer.input_norm.format(layer=layer))
+            q, k, v = self.heads(h, "q", layer), self.heads(h, "k", layer), self.heads(h, "v", layer)
+            q, k = self.rotate(q, angles), self.rotate(k, angles)
+            for rows, past, slots in sequences:
+                self.write(layer, slots[past:], k[rows], v[rows])
+            attended = [self.attend(q[rows], past, self.cache[layer][:, slots]) for rows, past, slots in sequences]
+            x = x + self.linear(np.concatenate(attended), "o", layer)
+            h = self.norm(x, names.layer.post_attention_norm.format(layer=layer))
+            gate = self.linear(h, "gate", layer)
+            x = x + self.linear(gate / (1 + np.exp(-gate)) * self.linear(h, "up", layer), "down", layer)
+        x = self.norm(x[self.rows(batch)], names.final_norm)
+        return StepOutput(self.told(x @ self.weights[names.lm_head or names.embedding].T))
+
+    def tables(self, batch, s):
+        """Where a sequence's new tokens stand in the batch, how many are past, and the cache's slots of all."""
+        past, start, end = int(batch.past_lengths[s]), int(batch.starts[s]), int(batch.starts[s + 1])
+        blocks = batch.block_ids[batch.block_starts[s] : batch.block_starts[s + 1]]
+        return slice(start, end), past, slots_of(blocks, np.arange(past + end - start), BLOCK_SIZE)
+
+    def positions(self, batch):
+        return batch.positions
+
+    def rows(self, batch):
+        return batch.logits_rows
+
+    def told(self, logits):
+        return logits
+
+    def write(self, layer, slots, keys, values):
+        self.cache[layer, 0, slots], self.cache[layer, 1, slots] = keys, values
+
+    def attend(self, queries, past, kv):
+        """[T, heads x dim] of T queries behind `past` tokens over kv, [2, past + T, kv head, dim]."""
+        shared = self.spec.heads // self.spec.kv_heads
+        keys, values = (part.repeat(shared, 1).transpose(1, 0, 2) for part in kv)
+        scores = queries.transpose(1, 0, 2) @ keys.transpose(0, 2, 1) / np.sqrt(np.float32(self.spec.head_dim))
+        distance = np.arange(past, past + len(queries))[:, None] - np.arange(kv.shape[1])
+        seen = (distance >= 0) & (distance < (self.spec.sliding_window or kv.shape[1]))
+        scores = np.where(seen, scores, -np.inf)
+        likely = np.exp(scores - scores.max(-1, keepdims=True))
+        attended = likely / likely.sum(-1, keepdims=True) @ values
+        return attended.transpose(1, 0, 2).reshape(len(queries), -1)
+
+    def heads(self, x, role, layer):
+        x = self.linear(x, role, layer).reshape(len(x), -1, self.spec.head_dim)
+        norm = getattr(self.spec.weights.layer, f"{role}_norm", None)
+        return x if norm is None else self.norm(x, norm.format(layer=layer))
+
+    def rotate(self, x, angles):
+        low, high = np.split(x, 2, -1)
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        return np.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
+
+    def linear(self, x, role, layer):
+        names = self.spec.weights.layer
+        bias = getattr(names, f"{role}_bias", None)
+        y = x @ self.weights[getattr(names, role).format(layer=layer)].T
+        return y if bias is None else y + self.weights[bias.format(layer=layer)]
+
+    def norm(self, x, name):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + self.spec.norm_epsilon) * self.weights[name]
+
+    def export_kv(self, blocks, tokens):
+        return KvChunk(tokens, self.cache[:, :, transfer_slots(self.kv, blocks, tokens)])
+
+    def import_kv(self, blocks, chunk):
+        slots = transfer_slots(self.kv, blocks, chunk.tokens)
+        expected = (*self.cache.shape[:2], len(slots), *self.cache.shape[3:])
+        if chunk.data.shape != expected:
+            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        self.cache[:, :, slots] = chunk.data
+
+    def close(self):
+        self.weights, self.cache = {}, np.empty((0, 2, 0, 0, 0), np.float32)
+
+
+def registration(model=NumpyModel, **claims):
+    """A backend of this model, which claims what it can do unless told otherwise."""
+    claims = {"export_kv": True, "import_kv": True} | claims
+    return Registration(
+        name="numpy",
+        probe=lambda: Available(("cpu",), np.__version__),
+        capabilities=lambda _: Capabilities(dtypes=(DType.F32,), **claims),
+        create=model,
+    )

@@ -1,0 +1,333 @@
+"""Backends that are wrong in one way each: what the conformance suite is there to catch."""
+
+import os
+import threading
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+from numpy_backend import BLOCK_SIZE, NumpyModel
+
+from penstock.backends.contract import KvChunk, KvSpec
+from penstock.backends.kv_blocks import slots_of
+
+# --- what a step computes
+
+
+class TurnsNeighbours(NumpyModel):
+    """Rotary positions over neighbouring dimensions, as some checkpoints want it, and not over halves."""
+
+    def rotate(self, x, angles):
+        even, odd = x[..., ::2], x[..., 1::2]
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        return np.stack((even * cos - odd * sin, odd * cos + even * sin), -1).reshape(x.shape)
+
+
+class DecodesOneTooFar(NumpyModel):
+    """Positions of tokens behind a past are one too high; a prompt alone is right, for rotation is relative."""
+
+    def positions(self, batch):
+        past = np.repeat(batch.past_lengths, np.diff(batch.starts))
+        return batch.positions + (past > 0)
+
+
+class SharpensLogits(NumpyModel):
+    def told(self, logits):
+        return logits * np.float32(1.2)
+
+
+class IgnoresThePast(NumpyModel):
+    def attend(self, queries, past, kv):
+        return super().attend(queries, 0, kv[:, past:])
+
+
+class IgnoresThePastOfChunks(NumpyModel):
+    """Right for decodes, and for prompts that come whole."""
+
+    def attend(self, queries, past, kv):
+        return super().attend(queries, past, kv) if len(queries) == 1 else super().attend(queries, 0, kv[:, past:])
+
+
+class ReadsTheFirstTable(NumpyModel):
+    """Sequences of a batch read the past of the first one, as far as that goes."""
+
+    def step(self, batch):
+        self.first = self.tables(batch, 0)[2]
+        return super().step(batch)
+
+    def tables(self, batch, s):
+        rows, past, slots = super().tables(batch, s)
+        if s:
+            shared = min(past, len(self.first))
+            slots = np.concatenate((self.first[:shared], slots[shared:]))
+        return rows, past, slots
+
+
+class OtherBitsInCompany(NumpyModel):
+    """Claims to be batch invariant, and is off by a rounding in a batch."""
+
+    def step(self, batch):
+        output = super().step(batch)
+        return replace(output, logits=output.logits * np.float32(1 + 1e-6 * (len(batch.past_lengths) > 1)))
+
+
+class TellsEveryRow(NumpyModel):
+    def rows(self, batch):
+        return np.arange(len(batch.token_ids))
+
+
+class AddsToWhatItGaveOut(NumpyModel):
+    """Clears the buffer of its last logits by multiplying it, which keeps what is no number."""
+
+    last = None
+
+    def told(self, logits):
+        if self.last is not None and self.last.shape == logits.shape:
+            self.last *= 0
+            self.last += logits
+            return self.last
+        self.last = logits
+        return logits
+
+
+# --- blocks
+
+
+class BlocksInARow(NumpyModel):
+    """Takes a sequence's blocks for neighbours of its first one."""
+
+    def tables(self, batch, s):
+        rows, past, slots = super().tables(batch, s)
+        return rows, past, (slots[0] + np.arange(len(slots))) % self.cache.shape[2]
+
+
+class AddsToBlocks(NumpyModel):
+    def write(self, layer, slots, keys, values):
+        self.cache[layer, 0, slots] += keys
+        self.cache[layer, 1, slots] += values
+
+
+class WritesBlocksOnce(NumpyModel):
+    """Keeps what a slot was first given: right until blocks go to another sequence."""
+
+    def write(self, layer, slots, keys, values):
+        empty = ~self.cache[layer, 0, slots].any((-1, -2))
+        super().write(layer, slots[empty], keys[empty], values[empty])
+
+
+class ClearsTheBlockBefore(NumpyModel):
+    """Writes into a block that others may share: the last slot behind which it begins."""
+
+    def tables(self, batch, s):
+        rows, past, slots = super().tables(batch, s)
+        self.before = slots[past - 1] if past and past % BLOCK_SIZE == 0 and rows.stop - rows.start > 1 else None
+        return rows, past, slots
+
+    def step(self, batch):
+        output = super().step(batch)
+        if self.before is not None:
+            self.cache[:, :, self.before] = 0
+        return output
+
+
+# --- KV that leaves and enters
+
+
+class SwapsKeysAndValues(NumpyModel):
+    """Exports values first, and takes them so again: nothing but another backend, or the formulas, tells."""
+
+    def export_kv(self, blocks, tokens):
+        chunk = super().export_kv(blocks, tokens)
+        return KvChunk(tokens, chunk.data[:, ::-1].copy())
+
+    def import_kv(self, blocks, chunk):
+        super().import_kv(blocks, KvChunk(chunk.tokens, chunk.data[:, ::-1]))
+
+
+class ExportsAView(NumpyModel):
+    def export_kv(self, blocks, tokens):
+        super().export_kv(blocks, tokens)
+        first = blocks[tokens.start // BLOCK_SIZE] * BLOCK_SIZE + tokens.start % BLOCK_SIZE
+        return KvChunk(tokens, self.cache[:, :, first : first + len(tokens)])
+
+
+class ForgetsWhatItImports(NumpyModel):
+    def import_kv(self, blocks, chunk):
+        kept = self.cache.copy()
+        super().import_kv(blocks, chunk)
+        self.cache = kept
+
+
+class TakesWhatDoesNotFit(NumpyModel):
+    def import_kv(self, blocks, chunk):
+        slots = slots_of(np.resize(blocks, 99) % self.kv.blocks, np.arange(chunk.tokens.start, chunk.tokens.stop), BLOCK_SIZE)
+        fitting = min(len(slots), chunk.data.shape[2])
+        self.cache[:, :, slots[:fitting]] = chunk.data[: self.spec.layers, :, :fitting]
+
+
+class ClearsForImports(NumpyModel):
+    """The first chunk of a sequence empties the cache, of all that runs."""
+
+    def import_kv(self, blocks, chunk):
+        if chunk.tokens.start == 0:
+            self.cache[:] = 0
+        super().import_kv(blocks, chunk)
+
+
+# --- limits
+
+
+class TakesTwiceTheMemory(NumpyModel):
+    def make_kv(self):
+        kv = super().make_kv()
+        return KvSpec(kv.block_size, 2 * kv.blocks, kv.bytes_per_block, kv.layout, kv.dtype)
+
+
+class SevenAtMost(NumpyModel):
+    """Tells zeros of what is beyond its seventh sequence."""
+
+    def step(self, batch):
+        output = super().step(batch)
+        output.logits[7:] = 0
+        return output
+
+
+class ShortSighted(NumpyModel):
+    """Sees no more than the last 256 tokens of a sequence, whose window is not meant to end."""
+
+    def attend(self, queries, past, kv):
+        hidden = max(0, kv.shape[1] - 256 - len(queries))
+        return super().attend(queries, past - hidden, kv[:, hidden:])
+
+
+class ChecksNoStep(NumpyModel):
+    def check(self, batch):
+        pass
+
+
+class HasEveryType(NumpyModel):
+    def check_settings(self):
+        pass
+
+
+# --- life
+
+
+class ClosesOnce(NumpyModel):
+    def close(self):
+        del self.weights
+
+
+class StepsWhenClosed(NumpyModel):
+    def close(self):
+        pass
+
+
+class FailsForAll(NumpyModel):
+    """A start that fails closes the models that run."""
+
+    running: ClassVar = []
+
+    def __init__(self, spec, config):
+        try:
+            super().__init__(spec, config)
+        except BaseException:
+            for model in self.running:
+                model.cache[:] = 0
+            raise
+        self.running.append(self)
+
+    def close(self):
+        super().close()
+        self.running.clear()
+
+
+# --- company
+
+
+class SharesItsCache(NumpyModel):
+    """Two models of one shape write into the same blocks."""
+
+    caches: ClassVar = {}
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        self.cache = self.caches.setdefault(self.cache.shape, self.cache)
+
+
+class OfOneThread(NumpyModel):
+    """Wants every call from the thread that made it."""
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        self.thread = threading.get_ident()
+
+    def step(self, batch):
+        if threading.get_ident() != self.thread:
+            raise RuntimeError("called from another thread")
+        return super().step(batch)
+
+
+class FourAtMost(NumpyModel):
+    """A process has memory for four."""
+
+    models = threading.Semaphore(4)
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        if not self.models.acquire(blocking=False):
+            raise RuntimeError("no fifth model")
+        self.open = True
+
+    def close(self):
+        super().close()
+        if self.open:
+            self.open = False
+            self.models.release()
+
+
+# --- what is left behind
+
+
+class KeepsItsCache(NumpyModel):
+    def close(self):
+        self.weights = {}
+
+
+class KeepsItsWeights(NumpyModel):
+    def close(self):
+        self.weights, self.kept = {}, self.weights
+        self.cache = np.empty((0, 2, 0, 0, 0), np.float32)
+
+
+class KeepsADescriptor(NumpyModel):
+    """Opens one for each model; `opened` is for the test to close."""
+
+    opened: ClassVar = []
+
+    def __init__(self, spec, config):
+        self.opened.append(os.open(spec.folder, os.O_RDONLY))
+        super().__init__(spec, config)
+
+
+class KeepsAThread(NumpyModel):
+    """Starts one for each model; `over` is for the test to end them."""
+
+    over = threading.Event()
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        threading.Thread(target=self.over.wait, daemon=True).start()
+
+
+class KeepsWhatFailed(NumpyModel):
+    """Weights of starts that failed stay; `kept` is for the test to clear."""
+
+    kept: ClassVar = []
+
+    def make_kv(self):
+        try:
+            return super().make_kv()
+        except BaseException:
+            self.kept.append(self.weights)
+            raise
