@@ -4,11 +4,14 @@ MODEL ?= builtin
 # Where the processor-only build of torch is, for the tests. Elsewhere torch comes with gigabytes of CUDA libraries.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Where the engines that Penstock is compared with are, each in an environment of its own.
+PEERS ?= .peers
+
 bin := .venv/bin
 pip := $(bin)/python -m pip install --progress-bar on
 sources := services backends clients/python tests tools benchmarks
 
-.PHONY: help setup demo serve test lint protos bench clean
+.PHONY: help setup demo serve test lint protos bench bench-peers bench-peers-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +22,8 @@ help:
 	@echo 'make setup   .venv with everything for test, lint and protos'
 	@echo 'make protos  the Python messages and stubs from protos/'
 	@echo 'make bench   every scenario in this process and through the suite; MODEL=…, ARGS=… for penstock bench engine'
+	@echo 'make bench-peers-setup  environments for the engines that Penstock is compared with, in PEERS=.peers; minutes, 12 GB'
+	@echo 'make bench-peers        all of them and Penstock in turn, with ratios; MODEL=FOLDER, ARGS=… for benchmarks/against_peers.py'
 	@echo 'make clean   removes .venv and caches'
 
 setup: .venv/.setup-developer
@@ -46,6 +51,13 @@ protos: .venv/.setup-developer
 
 bench: .venv/.setup
 	tools/bench.sh $(or $(MODEL),builtin) $(ARGS)
+
+bench-peers-setup: .venv/.setup
+	$(bin)/python benchmarks/set_up_peers.py --peers $(PEERS) $(ARGS)
+	test -e $(PEERS)/qwen3-0.6b/model.safetensors || $(bin)/python benchmarks/random_checkpoint.py $(PEERS)/qwen3-0.6b
+
+bench-peers: .venv/.setup
+	$(bin)/python benchmarks/against_peers.py $(if $(filter builtin,$(MODEL)),$(PEERS)/qwen3-0.6b,$(MODEL)) --peers $(PEERS) $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build

@@ -23,10 +23,11 @@ _PACKAGES = ("penstock", "openvino", "grpcio", "protobuf", "numpy", "torch")
 
 @dataclass(frozen=True)
 class Suite:
-    """Where a running suite listens."""
+    """Where a running suite listens, and the process that supervises it."""
 
     grpc: str
     http: str
+    pid: int
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def suite(model: str, *options: str) -> Iterator[Suite]:
             line = process.stdout.readline().split()
             if line[:1] != ["ready"]:
                 raise RuntimeError(f"{' '.join(command)} did not start")
-            yield Suite(**dict(part.split("=", 1) for part in line[1:]))
+            yield Suite(**dict(part.split("=", 1) for part in line[1:]), pid=process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)

@@ -1,0 +1,75 @@
+"""The roof of decoding one sequence: the bytes that a step has to read, and how fast this machine reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from penstock.backends.architectures.spec import DecoderSpec
+from penstock.cli.bench.scenarios import Scenario
+
+__all__ = ["Probe", "bytes_read", "compiled_probe"]
+
+_BF16, _F32 = 2, 4
+# The OpenVINO backend's 4-bit matrices: a scale in float32 and a zero point of a byte for each group of a row.
+_GROUP, _GROUP_EXTRA = 128, _F32 + 1
+
+
+class Probe:
+    """The compiled `bandwidth.c`."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+
+    def bytes_per_second(self) -> float:
+        """Read bandwidth of all cores together."""
+        threads = str(len(os.sched_getaffinity(0)))
+        return float(subprocess.run([self._program, threads], check=True, capture_output=True, text=True).stdout)
+
+
+def compiled_probe(folder: Path) -> Probe | None:
+    """The probe, compiled for this processor; None where there is no C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    program, source = folder / "bandwidth", Path(__file__).with_name("bandwidth.c")
+    subprocess.run([compiler, "-O3", "-march=native", "-pthread", str(source), "-o", str(program)], check=True)
+    return Probe(program)
+
+
+def bytes_read(decoder: DecoderSpec, dtype: str, scenario: Scenario) -> int:
+    """What has to be read for a scenario of one sequence: every weight and scale once a step, and the cache so far.
+
+    The prompt counts as one step. Norms and biases are left out, the cache counts as 16 bits an element, and a tied embedding
+    counts once, as the output projection: a lower bound, so that a share is never flattered.
+    """
+    layer = (
+        (decoder.heads * decoder.head_dim, decoder.hidden_size),
+        (decoder.kv_heads * decoder.head_dim, decoder.hidden_size),
+        (decoder.kv_heads * decoder.head_dim, decoder.hidden_size),
+        (decoder.hidden_size, decoder.heads * decoder.head_dim),
+        (decoder.intermediate_size, decoder.hidden_size),
+        (decoder.intermediate_size, decoder.hidden_size),
+        (decoder.hidden_size, decoder.intermediate_size),
+    )
+    # The output projection stays at 8 bits where layers are at 4.
+    head = _matrix(decoder.vocabulary_size, decoder.hidden_size, "int8" if dtype == "int4" else dtype)
+    weights = decoder.layers * sum(_matrix(rows, columns, dtype) for rows, columns in layer) + head
+    token = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _BF16
+    cached = sum(scenario.prompt_tokens + k for k in range(scenario.new_tokens))
+    return scenario.new_tokens * weights + cached * token
+
+
+def _matrix(rows: int, columns: int, dtype: str) -> int:
+    match dtype:
+        case "int4":
+            return rows * columns // 2 + rows * columns // _GROUP * _GROUP_EXTRA
+        case "int8":
+            return rows * columns + rows * _F32
+        case "bf16":
+            return rows * columns * _BF16
+        case _:
+            return rows * columns * _F32
