@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 
 from peers.bandwidth import Probe
 from peers.contestants import Contestant
 from peers.results import Comparison
-from penstock.cli.bench.scenarios import warm_up
 
 __all__ = ["compare"]
+
+_WARM_UP_TOKENS = 4
 
 
 def compare(
     into: Comparison, peer: Contestant, ours: Contestant, rounds: int, vocabulary: int, probe: Probe | None, bytes_read: int
 ) -> None:
-    """Run a scenario so many rounds on both, after one run of each that counts for nothing; `probe` also asks for the share."""
+    """Run so many rounds on both, after a little of the same shape that counts for nothing; with a `probe`, the share too."""
+    first = [
+        replace(request, new_tokens=min(_WARM_UP_TOKENS, request.new_tokens)) for request in into.scenario.work(rounds, vocabulary)
+    ]
     for contestant in (peer, ours):
-        contestant.run(warm_up(vocabulary))
-        contestant.run(into.scenario.work(rounds, vocabulary))  # what first runs of a shape set up
+        contestant.run(first)
     for seed in range(rounds):
         work = into.scenario.work(seed, vocabulary)
         sides = [(peer, ours, into.peer_seconds), (ours, peer, into.our_seconds)]
