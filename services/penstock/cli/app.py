@@ -43,6 +43,7 @@ app.command(
 app.command("penstock.cli.generate:generate", name="generate", group=_CLIENTS, help="Continue a prompt.")
 app.command("penstock.cli.chat:chat", name="chat", group=_CLIENTS, help="Talk with a model.")
 app.command("penstock.cli.models:models", name="models", group=_CLIENTS, help="The models that are served.")
+app.command("penstock.cli.health:health", name="health", group=_CLIENTS, help="Whether a service is serving, by gRPC health.")
 if find_spec("penstock.cli.bench") is not None:
     app.command("penstock.cli.bench:app", name="bench", group=_CLIENTS, help="Measure an engine or a suite.")
 app.command("penstock.cli.services:gateway", name="gateway", group=_SERVICES, help="The door: gRPC and OpenAI's HTTP API.")

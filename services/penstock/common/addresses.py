@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["host_and_port"]
+import socket
+
+__all__ = ["host_and_port", "reachable"]
 
 _MOST = 65_535
+_WILDCARDS = frozenset({"0.0.0.0", "[::]"})
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -18,3 +21,9 @@ def host_and_port(address: str) -> tuple[str, int]:
     if not host or not colon or bare or not port.isdecimal() or int(port) > _MOST:
         raise ValueError(f"{address!r} is not HOST:PORT, with a port from 0 to {_MOST}")
     return host, int(port)
+
+
+def reachable(bound: str) -> str:
+    """The address under which others reach a server that is bound to HOST:PORT: this host's name where HOST is a wildcard."""
+    host, port = host_and_port(bound)
+    return f"{socket.gethostname()}:{port}" if host in _WILDCARDS else bound

@@ -35,7 +35,7 @@ class ExecutorConfig:
         stall_seconds_per_prompt_token: What each prompt token in a step adds to that.
         scheduler: HOST:PORT of the scheduler to register with; none where absent.
         listen: HOST:PORT of its gRPC service; port 0 takes a free one.
-        advertise: HOST:PORT at which gateways reach it; where it listens where absent.
+        advertise: HOST:PORT at which gateways reach it; where absent, where it listens, under this host's name if that is 0.0.0.0.
         metrics: HOST:PORT of a Prometheus endpoint; off where absent.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         log_level: Least level of the log lines that are written.

@@ -10,6 +10,7 @@ from typing import Any
 
 from penstock.common import metrics as endpoint
 from penstock.common import tracing
+from penstock.common.addresses import reachable
 from penstock.common.fingerprint import tokenizer_fingerprint
 from penstock.common.logs import logger
 from penstock.common.server import GrpcServer
@@ -58,7 +59,7 @@ class ExecutorServer:
         description = describe(
             loaded,
             executor_id=uuid.uuid4().hex,
-            address=config.advertise or bound["grpc"],
+            address=config.advertise or reachable(bound["grpc"]),
             tokenizer=tokenizer_fingerprint(loaded.folder),
             limits=(config.max_batch_size, config.max_batch_tokens),
         )

@@ -1,0 +1,58 @@
+# One image per service: docker build --target gateway|tokenizer|scheduler|executor .
+# `compose.yaml` builds and runs all of them.
+ARG PYTHON=python:3.11-slim
+
+FROM ${PYTHON} AS wheel
+WORKDIR /source
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+# What gateway, tokenizer and scheduler share: no backend's libraries.
+FROM ${PYTHON} AS services
+COPY pyproject.toml /tmp/
+COPY tools/service_requirements.py /tmp/
+RUN python -m venv /opt/penstock \
+ && python /tmp/service_requirements.py /tmp/pyproject.toml > /tmp/requirements.txt \
+ && /opt/penstock/bin/pip install --no-cache-dir -r /tmp/requirements.txt
+COPY --from=wheel /wheel /wheel
+RUN /opt/penstock/bin/pip install --no-cache-dir --no-deps /wheel/*.whl
+
+FROM ${PYTHON} AS backends
+RUN python -m venv /opt/penstock
+COPY --from=wheel /wheel /wheel
+RUN /opt/penstock/bin/pip install --no-cache-dir /wheel/*.whl
+
+FROM ${PYTHON} AS base
+RUN groupadd --gid 10001 penstock && useradd --uid 10001 --gid penstock --create-home penstock \
+ && install --directory --owner penstock --group penstock /home/penstock/.cache
+ENV PATH=/opt/penstock/bin:$PATH PYTHONUNBUFFERED=1 PENSTOCK_LOG_FORMAT=json
+USER penstock
+WORKDIR /home/penstock
+
+FROM base AS scheduler
+COPY --from=services /opt/penstock /opt/penstock
+ENV PENSTOCK_SCHEDULER_LISTEN=0.0.0.0:8012 PENSTOCK_SCHEDULER_METRICS=0.0.0.0:9012
+EXPOSE 8012 9012
+HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8012"]
+ENTRYPOINT ["penstock", "scheduler"]
+
+FROM base AS tokenizer
+COPY --from=services /opt/penstock /opt/penstock
+ENV PENSTOCK_TOKENIZER_LISTEN=0.0.0.0:8011 PENSTOCK_TOKENIZER_METRICS=0.0.0.0:9011
+EXPOSE 8011 9011
+HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8011"]
+ENTRYPOINT ["penstock", "tokenizer"]
+
+FROM base AS gateway
+COPY --from=services /opt/penstock /opt/penstock
+ENV PENSTOCK_GATEWAY_HTTP=0.0.0.0:8000 PENSTOCK_GATEWAY_GRPC=0.0.0.0:8001
+EXPOSE 8000 8001
+HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8001"]
+ENTRYPOINT ["penstock", "gateway"]
+
+FROM base AS executor
+COPY --from=backends /opt/penstock /opt/penstock
+ENV PENSTOCK_EXECUTOR_LISTEN=0.0.0.0:8013 PENSTOCK_EXECUTOR_METRICS=0.0.0.0:9013
+EXPOSE 8013 9013
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["penstock", "health", "127.0.0.1:8013"]
+ENTRYPOINT ["penstock", "executor"]
