@@ -23,10 +23,10 @@ CASES = [(family, check) for family in CONFIGS for check in CHECKS if family == 
 def subject_of(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("conformance"), {}
 
-    def get(backend, family, dtype=None):
-        key = backend, family, dtype
+    def get(backend, family, dtype=None, kv_dtype=None):
+        key = backend, family, dtype, kv_dtype
         if key not in made:
-            (made[key],) = subjects(backends()[backend], folder, families=(family,), dtype=dtype)
+            (made[key],) = subjects(backends()[backend], folder, families=(family,), dtype=dtype, kv_dtype=kv_dtype)
         if isinstance(made[key], Unsupported):
             pytest.skip(f"{backend}: {made[key].reason}")
         return made[key]
@@ -70,6 +70,38 @@ IN_A_SHORTER_TYPE = [
 @pytest.mark.parametrize("backend", REAL)
 def test_it_conforms_in_a_shorter_type(backend, dtype, check, subject_of):
     hold(CHECKS[check], subject_of(backend, "qwen3", dtype))
+
+
+IN_A_SHORTER_CACHE = [
+    "decoding_agrees_with_the_formulas",
+    "chunks_agree_with_the_whole",
+    "mixed_batch_agrees_with_each_alone",
+    "preempted_sequences_are_replayed",
+    "shared_blocks_are_only_read",
+    "exported_kv_is_canonical",
+    "exported_kv_is_a_copy",
+    "imported_kv_is_used",
+    "wrong_transfers_are_refused",
+    "it_keeps_within_its_memory",
+]
+
+
+@pytest.mark.parametrize("check", IN_A_SHORTER_CACHE)
+@pytest.mark.parametrize("backend", REAL)
+def test_it_conforms_with_a_cache_of_fewer_bits(backend, check, subject_of):
+    hold(CHECKS[check], subject_of(backend, "qwen3", DType.F32, DType.INT8))
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_a_cache_of_fewer_bits_serves_one_of_more(source, target, subject_of):
+    hold(
+        PAIR_CHECKS["kv_serves_the_other"],
+        Pair(subject_of(source, "qwen3", DType.F32, DType.INT8), subject_of(target, "qwen3", DType.F32)),
+    )
+    hold(
+        PAIR_CHECKS["kv_serves_the_other"],
+        Pair(subject_of(target, "qwen3", DType.F32), subject_of(source, "qwen3", DType.F32, DType.INT8)),
+    )
 
 
 @pytest.mark.parametrize("check", PAIR_CHECKS)

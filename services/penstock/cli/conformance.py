@@ -23,6 +23,7 @@ def conformance(
     *,
     model: Path | None = None,
     dtype: Literal["f32", "bf16", "int8", "int4"] | None = None,
+    kv_cache_dtype: Literal["int8"] | None = None,
     against: str | None = None,
     check: Annotated[list[str] | None, Parameter(negative=())] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -33,6 +34,7 @@ def conformance(
         backend: Name of the backend, built in or from another package.
         model: Folder of a checkpoint; a small random one of each family where absent.
         dtype: How weights are held and computed; f32 where absent and the backend has it.
+        kv_cache_dtype: Type of the KV cache; the type that is computed with where absent.
         against: Another backend, to compare answers with and to exchange KV with, both ways.
         check: Name of a check to run, more than once for several; all where absent.
         as_json: One JSON list instead of a table.
@@ -41,7 +43,14 @@ def conformance(
     from penstock.backends.contract import DType
 
     faulthandler.enable(2)  # a backend that crashes the process is told with where it did
-    results = run(backend, model=model, dtype=None if dtype is None else DType(dtype), against=against, checks=tuple(check or ()))
+    results = run(
+        backend,
+        model=model,
+        dtype=None if dtype is None else DType(dtype),
+        kv_dtype=None if kv_cache_dtype is None else DType(kv_cache_dtype),
+        against=against,
+        checks=tuple(check or ()),
+    )
     told = list(_with_progress(results) if sys.stderr.isatty() else results)
     if as_json:
         print(json.dumps([asdict(result) for result in told], indent=2))
@@ -60,8 +69,12 @@ def _with_progress(results: Iterable[Any]) -> Iterator[Any]:
 def _print(results: list[Any]) -> None:
     """A table, and how many checks there were of each outcome."""
     print_table(
-        ("model", "dtype", "check", "outcome", "seconds", "why"),
-        ((r.model, r.dtype, r.check, r.outcome, f"{r.seconds:.2f}", r.reason) for r in results),
+        ("model", "type, KV's", "check", "outcome", "seconds", "why"),
+        ((r.model, _types(r), r.check, r.outcome, f"{r.seconds:.2f}", r.reason) for r in results),
     )
     counts = Counter(result.outcome for result in results)
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
+
+
+def _types(result: Any) -> str:
+    return result.dtype if result.kv_dtype is None else f"{result.dtype}, {result.kv_dtype}"

@@ -15,7 +15,7 @@ from penstock.backends.conformance.across import PAIR_CHECKS, Pair
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.subject import NotApplicable, Subject
 from penstock.backends.conformance.suite import CHECKS, make_subject, subjects
-from penstock.backends.contract import Available, DType, Registration, Unsupported
+from penstock.backends.contract import Available, DType, ModelSpec, Registration, Unsupported
 from penstock.backends.registry import backends
 from penstock.common.service import StartError
 
@@ -35,6 +35,7 @@ class Result:
     """A check that was run.
 
     Attributes:
+        kv_dtype: of its cache; None: the type that the backend computes with.
         model: the family of the suite's own checkpoint, or the name of the folder that was given.
         about: what a backend that passes does.
         reason: why it failed or was skipped; empty where it passed.
@@ -43,6 +44,7 @@ class Result:
 
     backend: str
     dtype: DType
+    kv_dtype: DType | None
     model: str
     check: str
     about: str
@@ -52,7 +54,13 @@ class Result:
 
 
 def run(
-    name: str, *, model: Path | None = None, dtype: DType | None = None, against: str | None = None, checks: tuple[str, ...] = ()
+    name: str,
+    *,
+    model: Path | None = None,
+    dtype: DType | None = None,
+    kv_dtype: DType | None = None,
+    against: str | None = None,
+    checks: tuple[str, ...] = (),
 ) -> Iterator[Result]:
     """Run the suite, one result at a time.
 
@@ -60,6 +68,7 @@ def run(
         name: the backend's.
         model: a checkpoint to run it with; None: a small one of each family, written for the purpose.
         dtype: None: float32 where the backend has it, else what it prefers.
+        kv_dtype: of the KV cache; None: the type that the backend computes with.
         against: another backend, to compare answers with and to exchange KV with, both ways.
         checks: names of those to run; none: all.
 
@@ -74,7 +83,10 @@ def run(
         raise StartError(f"check {pairs[0]} compares two backends; name the other one with --against")
     first, second = _available(name), None if against is None else _available(against)
     with tempfile.TemporaryDirectory() as folder:
-        found = subjects(first, Path(folder), dtype=dtype) if model is None else [_with_model(first, model, Path(folder), dtype)]
+        if model is None:
+            found = subjects(first, Path(folder), dtype=dtype, kv_dtype=kv_dtype)
+        else:
+            found = iter([make_subject(first, *_checkpoints(model, Path(folder)), dtype, kv_dtype)])
         reasons = []
         for subject in found:
             if isinstance(subject, Unsupported):
@@ -97,12 +109,11 @@ def _available(name: str) -> Registration:
     return known[name]
 
 
-def _with_model(registration: Registration, model: Path, folder: Path, dtype: DType | None) -> Subject | Unsupported:
-    """A subject of a checkpoint that somebody has, beside a small one that knows the same tokens."""
+def _checkpoints(model: Path, folder: Path) -> tuple[ModelSpec, ModelSpec]:
+    """A checkpoint that somebody has, and a small one that knows the same tokens."""
     spec = read_model(model, model.resolve().name)
     family = CONFIGS[spec.decoder.architecture]
-    other = write_checkpoint(folder / "other", {**family, "vocab_size": spec.decoder.vocabulary_size}, seed=1)
-    return make_subject(registration, spec, other, dtype)
+    return spec, write_checkpoint(folder / "other", {**family, "vocab_size": spec.decoder.vocabulary_size}, seed=1)
 
 
 def _hold(subject: Subject, chosen: set[str]) -> Iterator[Result]:
@@ -143,6 +154,7 @@ def _result(subject: Subject, name: str, about: str | None, check: Callable[[], 
     return Result(
         backend=subject.registration.name,
         dtype=subject.dtype,
+        kv_dtype=subject.kv_dtype,
         model=subject.spec.name,
         check=name,
         about=" ".join((about or "").split()),

@@ -19,6 +19,8 @@ __all__ = ["NotApplicable", "Subject", "assert_close", "assert_same_choices", "r
 
 # Root-mean-square error over the root mean square of what is right.
 _TOLERANCE: Mapping[DType, float] = {DType.F32: 1e-3, DType.BF16: 5e-2, DType.INT8: 1e-1, DType.INT4: 5e-1}
+# What a cache of fewer bits adds.
+_KV_TOLERANCE: Mapping[DType | None, float] = {None: 0.0, DType.INT8: 5e-2}
 _LONGEST_CONTEXT = 512
 _CACHE_TOKENS = 4096
 # A choice between two logits that are nearer than this many times their allowed error may go either way.
@@ -36,6 +38,7 @@ class Subject:
     Attributes:
         dtype: of the models that the checks make.
         other: a checkpoint of the same vocabulary with other weights.
+        kv_dtype: of their caches; None: the type that the backend computes with.
         computes: whether logits are the model's; False for one that makes them up, which is held to agree with itself alone.
     """
 
@@ -44,6 +47,7 @@ class Subject:
     spec: ModelSpec
     other: ModelSpec
     dtype: DType
+    kv_dtype: DType | None = None
     computes: bool = True
 
     @property
@@ -59,8 +63,8 @@ class Subject:
 
     @property
     def tolerance(self) -> float:
-        """Root-mean-square error of a row over the row's own, that its type allows against the formulas."""
-        return _TOLERANCE[self.dtype]
+        """Root-mean-square error of a row over the row's own, that its types allow against the formulas."""
+        return _TOLERANCE[self.dtype] + _KV_TOLERANCE[self.kv_dtype]
 
     @contextmanager
     def model(self, spec: ModelSpec | None = None, **settings: Any) -> Iterator[GenerativeModel]:
@@ -77,6 +81,7 @@ class Subject:
             dtype=self.dtype,
             threads=1,
             kv_cache_bytes=self.cache_bytes,
+            kv_cache_dtype=self.kv_dtype,
             max_batch_tokens=256,
             max_batch_size=8,
             max_context=self.context,

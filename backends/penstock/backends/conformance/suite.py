@@ -33,7 +33,12 @@ CHECKS: Mapping[str, Check] = {name: getattr(module, name) for module in _ROOMS 
 
 
 def subjects(
-    registration: Registration, folder: Path, *, families: tuple[str, ...] = tuple(CONFIGS), dtype: DType | None = None
+    registration: Registration,
+    folder: Path,
+    *,
+    families: tuple[str, ...] = tuple(CONFIGS),
+    dtype: DType | None = None,
+    kv_dtype: DType | None = None,
 ) -> Iterator[Subject | Unsupported]:
     """A backend with a small random model of each family, or why it does not run it.
 
@@ -42,15 +47,16 @@ def subjects(
         folder: where the checkpoints are written, or were by an earlier call.
         families: names of `CONFIGS`.
         dtype: of the models; None: float32 where the backend has it, else what it prefers.
+        kv_dtype: of their caches; None: the type that the backend computes with.
     """
     for family in families:
         spec = write_checkpoint(folder / family, CONFIGS[family])
         other = write_checkpoint(folder / f"{family}-other", CONFIGS[family], seed=1)
-        yield make_subject(registration, spec, other, dtype)
+        yield make_subject(registration, spec, other, dtype, kv_dtype)
 
 
 def make_subject(
-    registration: Registration, spec: ModelSpec, other: ModelSpec, dtype: DType | None = None
+    registration: Registration, spec: ModelSpec, other: ModelSpec, dtype: DType | None = None, kv_dtype: DType | None = None
 ) -> Subject | Unsupported:
     """A backend with one model, or why it does not run it.
 
@@ -59,6 +65,7 @@ def make_subject(
         spec: the model.
         other: one with other weights that knows the same tokens.
         dtype: None: float32 where the backend has it, else what it prefers.
+        kv_dtype: of its cache; None: the type that the backend computes with.
     """
     capabilities, others = registration.capabilities(spec), registration.capabilities(other)
     if isinstance(capabilities, Unsupported):
@@ -67,5 +74,7 @@ def make_subject(
         return Unsupported(f"{other.name}: {others.reason}")
     if dtype is not None and dtype not in capabilities.dtypes:
         return Unsupported(f"has no {dtype} for {spec.name}, but {', '.join(capabilities.dtypes)}")
+    if kv_dtype is not None and kv_dtype not in capabilities.kv_dtypes:
+        return Unsupported(f"has no KV cache of {kv_dtype} for {spec.name}")
     exact = DType.F32 if DType.F32 in capabilities.dtypes else capabilities.dtypes[0]
-    return Subject(registration, capabilities, spec, other, dtype or exact, computes=registration.name not in _MADE_UP)
+    return Subject(registration, capabilities, spec, other, dtype or exact, kv_dtype, computes=registration.name not in _MADE_UP)
