@@ -1,5 +1,7 @@
 """Computed weights in files: given back, kept for the next start, and never taken for whole when they are not."""
 
+import errno
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +88,26 @@ def test_starts_at_the_same_time_keep_one_whole_file(tmp_path):
             assert_right(found)
     assert [path.name for path in tmp_path.iterdir()] == ["model.arrays"]
     assert fill(tmp_path, kept)[1] is False
+
+
+def test_a_file_system_without_nameless_files_keeps_them_too_and_leaves_no_other(tmp_path, monkeypatch):
+    system = os.open
+
+    def refuse(path, flags, *rest, **others):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+        return system(path, flags, *rest, **others)
+
+    monkeypatch.setattr(os, "open", refuse)
+    kept = tmp_path / "model.arrays"
+    with MappedArrays(tmp_path, kept) as unfinished:
+        unfinished.array("one", (9000,), np.uint8)
+    assert list(tmp_path.iterdir()) == []
+    assert fill(tmp_path, kept)[1] is True
+    found, computed = fill(tmp_path, kept)
+    assert computed is False
+    assert_right(found)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.arrays"]
 
 
 def test_without_a_folder_to_write_to_arrays_lie_in_memory(tmp_path):

@@ -37,12 +37,12 @@ class MappedArrays:
         self._index: dict[str, tuple[int, int, int]] = {}
         self._maps: list[mmap.mmap] = []
         self._kept, self._file, self._size = kept, -1, 0
+        self._name: Path | None = None  # of a file that could not be made without one, while it is not kept
         self.complete = kept is not None and self._open(kept)
         if not self.complete:
             self._index.clear()
             with suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._file = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+                self._begin(folder)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """The array of this name, to be filled unless `complete`.
@@ -79,8 +79,12 @@ class MappedArrays:
         text = json.dumps(self._index).encode()
         with suppress(OSError), tempfile.TemporaryDirectory(dir=self._kept.parent, prefix=".new-") as folder:
             os.pwrite(self._file, text + len(text).to_bytes(8, "little") + _MAGIC, self._size)
-            os.link(f"/proc/self/fd/{self._file}", Path(folder, "arrays"), src_dir_fd=self._file)  # which makes it follow the link
-            Path(folder, "arrays").replace(self._kept)
+            whole = self._name
+            if whole is None:
+                whole = Path(folder, "arrays")
+                os.link(f"/proc/self/fd/{self._file}", whole, src_dir_fd=self._file)  # which makes it follow the link
+            whole.replace(self._kept)
+            self._name = None
 
     def close(self) -> None:
         """Close the file. The arrays stay for as long as they are referenced."""
@@ -88,12 +92,26 @@ class MappedArrays:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        if self._name is not None:
+            self._name.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _begin(self, folder: Path) -> None:
+        """A file that goes with the process, whatever ends it; where the file system has none, one that `close` removes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+        except OSError:
+            self._file, name = tempfile.mkstemp(dir=folder, prefix=".new-")
+            self._name = Path(name)
+            if self._kept is None:
+                self._name.unlink()
+                self._name = None
 
     def _grow(self, name: str, size: int) -> mmap.mmap:
         offset = self._size
