@@ -81,7 +81,7 @@ class Constants:
         if not filled:
             quantize_rows(parts, Rows(values, scales), self._pool)
             self._release()
-        return ops.multiply(ops.convert(self._shared(values), "f32"), ops.constant(scales))
+        return ops.multiply(ops.convert(self._shared(values), "f32"), self._shared(scales))
 
     def _by_group(self, names: Sequence[str], parts: Sequence[NDArray[Any]], size: int) -> ov.Node:
         """The form that the plug-in keeps in 4 bits: values less zero points, times scales, by group, then as a matrix."""
@@ -95,8 +95,8 @@ class Constants:
             self._release()
         self.held.append(values)
         packed = ops.constant(ov.Tensor(values, ov.Shape([*groups[:2], size]), ov.Type.u4), shared_memory=True)
-        centred = ops.subtract(ops.convert(packed, "f32"), ops.convert(ops.constant(zeros), "f32"))
-        exact = ops.multiply(centred, ops.constant(scales))
+        centred = ops.subtract(ops.convert(packed, "f32"), ops.convert(self._shared(zeros), "f32"))
+        exact = ops.multiply(centred, self._shared(scales))
         return ops.reshape(exact, ops.constant(np.array([rows, columns])), special_zero=False)
 
     def _array(self, names: Sequence[str], kind: str, shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], bool]:
