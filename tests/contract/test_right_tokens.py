@@ -134,8 +134,8 @@ def engines(checkpoints):
 
     def make(backend, name, **settings):
         spec = read_model(checkpoints(name).folder, name)
-        registration, _ = select(spec, backend, DType.F32)
-        settings = {"max_batch_tokens": 512, "max_batch_size": 16} | settings
+        registration, capabilities = select(spec, backend, DType.F32)
+        settings = {"max_batch_tokens": 512, "max_batch_size": 16, "prefix_cache": capabilities.prefix_cache} | settings
         sizes = {key: settings[key] for key in ("max_batch_tokens", "max_batch_size")}
         model = registration.create(spec, DeviceConfig(dtype=DType.F32, kv_cache_bytes=8 << 20, **sizes))
         engine = Engine(
@@ -166,7 +166,7 @@ VARIANTS = (
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("backend", ["openvino", "torch"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_tokens_are_those_of_transformers(backend, name, settings, engines, expected):
     right = expected(name)
     engine = engines(backend, name, **settings)
@@ -176,7 +176,7 @@ def test_tokens_are_those_of_transformers(backend, name, settings, engines, expe
         assert answers.ids == [e.ids for e in right]
         np.testing.assert_allclose(answers.logprobs, [e.logprobs for e in right], atol=1e-3, rtol=0)
     if not settings:
-        assert sum(rounds[-1].cached) > SHARED * 4
+        assert (sum(rounds[-1].cached) > SHARED * 4) == engine.blocks.caching
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -184,13 +184,13 @@ def test_backends_give_identical_ids(name, checkpoints, engines, expected):
     spec = read_model(checkpoints(name).folder, name)
     judged = {r.name: r.capabilities(spec) for r in backends().values() if isinstance(r.probe(), Available) and r.name != "fake"}
     able = [backend for backend, answer in judged.items() if isinstance(answer, Capabilities) and DType.F32 in answer.dtypes]
-    assert {"openvino", "torch"} <= set(able)
+    assert {"openvino", "onnxruntime", "torch"} <= set(able)
     prompts = [e.prompt for e in expected(name)]
     told = {backend: ask(engines(backend, name), prompts).ids for backend in able}
     assert told == dict.fromkeys(able, told["openvino"])
 
 
-@pytest.mark.parametrize("backend", ["openvino", "torch"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_logprobs_of_prompts_are_those_of_transformers(backend, engines, expected):
     right = expected("llama-3-rope")
     answers = ask(engines(backend, "llama-3-rope", max_batch_tokens=60), [e.prompt for e in right], prompt_logprobs=0)

@@ -18,6 +18,7 @@ GROUP = "penstock.backends"
 # In the order in which `auto` prefers them on the same kind of device where nothing was measured. Each has a `REGISTRATION`.
 BUILT_IN: Mapping[str, str] = {
     "openvino": "penstock.backends.openvino",
+    "onnxruntime": "penstock.backends.onnxruntime",
     "torch": "penstock.backends.pytorch",
     "fake": "penstock.backends.fake",
 }

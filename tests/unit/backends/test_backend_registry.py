@@ -41,7 +41,7 @@ def spec(checkpoint):
 
 
 def test_built_in_backends_are_there():
-    assert list(sources([])) == ["openvino", "torch", "fake"]
+    assert list(sources([])) == ["openvino", "onnxruntime", "torch", "fake"]
 
 
 def test_a_plugin_is_found_by_its_entry_point():
@@ -122,7 +122,7 @@ def test_made_up_answers_are_never_taken_by_themselves(spec):
 
 
 def test_an_unknown_name_tells_the_known_ones(spec):
-    with pytest.raises(NoBackend, match="no backend cuda; there are openvino, torch, fake"):
+    with pytest.raises(NoBackend, match="no backend cuda; there are openvino, onnxruntime, torch, fake"):
         select(spec, "cuda", found=sources([]))
 
 
@@ -135,7 +135,7 @@ def test_the_table_tells_what_each_can_or_why_not(spec):
 
 
 def test_looking_for_backends_imports_nothing_heavy():
-    code = "import sys; from penstock.backends.registry import describe; describe(); print([m for m in ('torch', 'openvino') if m in sys.modules])"
+    code = "import sys; from penstock.backends.registry import describe; describe(); print([m for m in ('torch', 'openvino', 'onnxruntime') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

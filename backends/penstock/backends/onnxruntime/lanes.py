@@ -1,0 +1,150 @@
+"""Which lane of the cache a sequence's KV lies in.
+
+The attention operator wants each sequence's past in one piece, and the sequences of a batch side by side: lanes. The engine counts
+in blocks of tokens. A sequence is known by its first block, and a block is in one lane at most, so a lane that loses a block to
+another sequence belongs to nobody any more and is emptied. Lanes are address space; of memory, each takes what it holds. All of
+them together so never take more than the blocks.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Lanes"]
+
+_NOBODY = -1
+
+
+class Lanes:
+    """Assigns lanes 0 … count - 1.
+
+    Args:
+        count: lanes.
+        blocks: ids of blocks go from 0 to `blocks` - 1.
+        empty: gives back the memory of a lane.
+        move: moves so many tokens from a lane to another.
+        swap: exchanges so many tokens of two lanes.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        blocks: int,
+        *,
+        empty: Callable[[int], None],
+        move: Callable[[int, int, int], None],
+        swap: Callable[[int, int, int], None],
+    ) -> None:
+        self.lengths = [0] * count
+        self._held: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * count
+        self._owner = np.full(blocks, _NOBODY, np.int64)
+        self._used = [0] * count
+        self._free = list(range(count))
+        self._now = 0
+        self._empty, self._move, self._swap = empty, move, swap
+
+    def step(self, blocks: NDArray[np.int32], past: int, length: int) -> int:
+        """The lane of a sequence that a step brings from `past` to `length` tokens.
+
+        Raises:
+            RuntimeError: its past is not here.
+        """
+        lane = self._find(blocks)
+        if not past:
+            lane = self._begin(lane)
+        elif lane is None or self.lengths[lane] < past:
+            raise RuntimeError(f"the KV of {past} tokens, behind which a step begins, is not in the cache")
+        self._extend(lane, blocks)
+        self.lengths[lane] = length
+        return lane
+
+    def find(self, blocks: Sequence[int]) -> int | None:
+        """The lane that holds a sequence of these blocks; None: none does."""
+        lane = self._find(np.asarray(blocks, np.int64))
+        return lane if lane is not None and self._agrees(lane, np.asarray(blocks, np.int64)) else None
+
+    def receive(self, blocks: Sequence[int], tokens: range) -> int:
+        """The lane of a sequence of which `tokens` arrive from elsewhere; a new one where they are its first."""
+        ids = np.asarray(blocks, np.int64)
+        lane = self._find(ids)
+        if lane is None or not tokens.start or not self._agrees(lane, ids):
+            lane = self._begin(lane)
+        self._extend(lane, ids)
+        self.lengths[lane] = max(self.lengths[lane], tokens.stop)
+        return lane
+
+    def gather(self, lanes: Sequence[int]) -> list[int]:
+        """Move sequences so that these lie side by side; where each of them is then."""
+        window = _best_window(sorted(lanes), len(self.lengths))
+        holes = iter([lane for lane in window if lane not in set(lanes)])
+        return [lane if lane in window else self._carry(lane, next(holes)) for lane in lanes]
+
+    def _find(self, blocks: NDArray[np.int32] | NDArray[np.int64]) -> int | None:
+        first = blocks[0]
+        lane = int(self._owner[first])
+        return lane if lane != _NOBODY and self._held[lane][0] == first else None
+
+    def _agrees(self, lane: int, blocks: NDArray[np.int64]) -> bool:
+        common = min(len(blocks), len(self._held[lane]))
+        return np.array_equal(blocks[:common], self._held[lane][:common])
+
+    def _begin(self, lane: int | None) -> int:
+        """An empty lane: the sequence's own, a free one, or the one that has not been used for longest."""
+        self._now += 1
+        if lane is None and not self._free:
+            lane = min(range(len(self._used)), key=self._used.__getitem__)
+        if lane is not None:
+            self._drop(lane)
+        return heapq.heappop(self._free)
+
+    def _extend(self, lane: int, blocks: NDArray[np.int32] | NDArray[np.int64]) -> None:
+        self._used[lane] = self._now
+        known = len(self._held[lane])
+        if len(blocks) <= known:
+            return
+        fresh = blocks[known:]
+        for other in set(self._owner[fresh].tolist()) - {_NOBODY, lane}:
+            self._drop(other)
+        self._owner[fresh] = lane
+        self._held[lane] = np.array(blocks, np.int64)
+
+    def _drop(self, lane: int) -> None:
+        self._owner[self._held[lane]] = _NOBODY
+        self._held[lane] = self._held[lane][:0]
+        self.lengths[lane] = 0
+        self._empty(lane)
+        heapq.heappush(self._free, lane)
+
+    def _carry(self, source: int, target: int) -> int:
+        """Put what is in one lane into another, and what was there into the first."""
+        if len(self._held[target]):
+            self._swap(source, target, max(self.lengths[source], self.lengths[target]))
+        else:
+            self._free.remove(target)
+            heapq.heapify(self._free)
+            self._move(source, target, self.lengths[source])
+        for of_lane in (self.lengths, self._held, self._used):
+            of_lane[source], of_lane[target] = of_lane[target], of_lane[source]  # type: ignore[index]  # one list at a time
+        for lane in (source, target):
+            self._owner[self._held[lane]] = lane
+        if not len(self._held[source]):
+            heapq.heappush(self._free, source)
+        return target
+
+
+def _best_window(lanes: Sequence[int], count: int) -> range:
+    """As many lanes side by side as there are in `lanes`, which rise, with the most of them inside."""
+    size = len(lanes)
+    best, most = 0, 0
+    for i, lane in enumerate(lanes):
+        start = min(lane, count - size)
+        inside = sum(start <= other < start + size for other in lanes[max(0, i - size) :])
+        if inside > most:
+            best, most = start, inside
+        if inside == size:
+            break
+    return range(best, best + size)

@@ -1,0 +1,124 @@
+"""Weights as initialisers of a graph: float32, or whole numbers in blocks of a row that share a scale.
+
+The graph names them and nothing more; whoever runs it hands the arrays over, so no weight goes through a serialised model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.backends.contract import DType
+
+__all__ = ["BITS", "Quantized", "WeightSource", "quantize_blocks"]
+
+BITS: Mapping[DType, int] = {DType.INT8: 8, DType.INT4: 4}
+"""Bits of a weight, of the types that are quantised."""
+
+_LEAST_BLOCK = 16  # of MatMulNBits
+_BLOCKS = {8: 128, 4: 64}
+# Rows that one thread quantises at a time: their float32 copy stays within the caches' reach.
+_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix [rows, columns] in the form of MatMulNBits.
+
+    Attributes:
+        values: uint8 [rows, blocks, block size * bits / 8], the lower half of a byte first; zero is in the middle.
+        scales: float32 [rows, blocks].
+    """
+
+    values: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    columns: int
+    bits: int
+    block_size: int
+
+
+def quantize_blocks(matrix: NDArray[Any], bits: int, block_size: int, pool: ThreadPoolExecutor) -> Quantized:
+    """Round each block of a row to whole numbers times a scale: matrix ≈ (values - 2^(bits - 1)) · scales.
+
+    The scale is signed, such that the block's element of largest size becomes -2^(bits - 1): of the numbers that there are, that
+    is the one whose opposite is missing, so none goes unused.
+    """
+    rows, columns = matrix.shape
+    blocks, half = -(-columns // block_size), 1 << (bits - 1)
+    values = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+
+    def quantize(start: int) -> None:
+        stop = min(start + _ROWS, rows)
+        exact = np.zeros((stop - start, blocks * block_size), np.float32)
+        exact[:, :columns] = matrix[start:stop]
+        exact = exact.reshape(stop - start, blocks, block_size)
+        high, low = exact.max(-1), exact.min(-1)
+        scale = np.where(high > -low, high, low) / -half
+        scale[np.abs(scale) < np.finfo(np.float32).tiny] = 1  # no precision is left below: such blocks become zeros
+        np.rint(np.divide(exact, scale[..., None], out=exact), out=exact)
+        whole = (np.minimum(exact, half - 1, out=exact) + half).astype(np.uint8)
+        values[start:stop] = whole if bits == 8 else whole[..., ::2] | (whole[..., 1::2] << 4)
+        scales[start:stop] = scale
+
+    list(pool.map(quantize, range(0, rows, _ROWS)))
+    return Quantized(values, scales, columns, bits, block_size)
+
+
+class WeightSource:
+    """Makes initialisers from a checkpoint's tensors, and keeps them by name.
+
+    Attributes:
+        dtype: the type that matrices are held in.
+        arrays: every initialiser made so far.
+    """
+
+    def __init__(self, weights: Mapping[str, NDArray[Any]], dtype: DType, threads: int) -> None:
+        self.dtype = dtype
+        self.arrays: dict[str, NDArray[Any]] = {}
+        self._weights = weights
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def keep(self, name: str, array: NDArray[Any]) -> str:
+        """Keep an array under a name, once."""
+        self.arrays.setdefault(name, array)
+        return name
+
+    def vector(self, *names: str) -> str:
+        """One-dimensional tensors end to end, float32; its name."""
+        return self.keep("|".join(names), np.concatenate([self._weights[name] for name in names]).astype(np.float32))
+
+    def table(self, name: str) -> str:
+        """A matrix to gather rows from, in the checkpoint's own type: only pages that are looked at are ever read; its name."""
+        return self.keep(f"{name}.table", self._weights[name])
+
+    def exact(self, *names: str) -> str:
+        """Matrices side by side, to be multiplied from the right: float32 [columns, all rows]; its name."""
+        joined = np.concatenate([self._weights[name].T for name in names], axis=1)
+        return self.keep("|".join(names), np.ascontiguousarray(joined, np.float32))
+
+    def quantized(self, *names: str) -> tuple[str, str, Quantized]:
+        """Matrices one below the other, quantised; names of values and scales."""
+        parts = [self._weights[name] for name in names]
+        bits, columns = BITS[self.dtype], parts[0].shape[1]
+        matrix = quantize_blocks(
+            parts[0] if len(parts) == 1 else np.concatenate(parts), bits, _block_size(columns, bits), self._pool
+        )
+        name = "|".join(names)
+        return self.keep(f"{name}.values", matrix.values), self.keep(f"{name}.scales", matrix.scales), matrix
+
+
+def _block_size(columns: int, bits: int) -> int:
+    """The longest block of the usual ones that a row divides into."""
+    size = _BLOCKS[bits]
+    while size > _LEAST_BLOCK and columns % size:
+        size //= 2
+    return size
