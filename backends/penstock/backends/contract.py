@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ __all__ = [
     "DType",
     "DeviceConfig",
     "GenerativeModel",
+    "InvalidTensor",
     "KvChunk",
     "KvSpec",
     "ModelSpec",
@@ -35,6 +36,8 @@ __all__ = [
     "StepBatch",
     "StepOutput",
     "Task",
+    "TensorModel",
+    "TensorSpec",
     "Unavailable",
     "Unsupported",
 ]
@@ -274,6 +277,50 @@ class GenerativeModel(Protocol):
 
     def close(self) -> None:
         """Give all memory back. Idempotent, and safe after a start that failed; a step after it raises."""
+
+
+class InvalidTensor(ValueError):
+    """A tensor that a model can not take: names it, and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named tensor of a model.
+
+    Attributes:
+        dtype: numpy's name of it: ``float32``, ``int64``, ``bool`` …
+        shape: of each dimension the size, or a name where it may differ from call to call; the same name is the same size.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class TensorModel(Protocol):
+    """A model in memory that maps named tensors to named tensors: embeddings, rerankers, classifiers."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """What it takes; all of them at each call."""
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """What it gives."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Compute every output. Any number of threads may call at once; the interpreter lock is released while it computes.
+
+        Raises:
+            InvalidTensor: an input is missing, unknown, or of another type or shape; nothing has been computed then.
+            RuntimeError: the model is closed, or the runtime failed.
+        """
+
+    def close(self) -> None:
+        """Give all memory back. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
