@@ -45,7 +45,9 @@ def create(spec):
         model.close()
 
 
-@pytest.mark.parametrize(("dtype", "product"), [(DType.F32, "MatMul"), (DType.INT8, "MatMulNBits"), (DType.INT4, "MatMulNBits")])
+@pytest.mark.parametrize(
+    ("dtype", "product"), [(DType.F32, "FusedMatMul"), (DType.INT8, "MatMulNBits"), (DType.INT4, "MatMulNBits")]
+)
 def test_each_layer_is_a_dozen_operators(spec, dtype, product):
     with Weights(spec) as weights:
         graph = build(spec.decoder, WeightSource(weights, dtype, threads=1), 512).graph

@@ -152,7 +152,7 @@ class _Builder:
     def weight_product(self, x: ir.Value, *names: str) -> ir.Value:
         """The product of `x` with weights [rows, columns], transposed; with several as one, which reads `x` once."""
         if self.weights.dtype not in BITS:
-            return self.op("MatMul", x, self.held(self.weights.exact(*names)))
+            return self.op("FusedMatMul", x, self.held(self.weights.exact(*names)), domain=_CONTRIB, transB=1)
         values, scales, matrix = self.weights.quantized(*names)
         return self.op(
             "MatMulNBits",

@@ -15,7 +15,8 @@ from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.onnxruntime.cache import BLOCK_SIZE, LaneCache, bytes_per_block
 from penstock.backends.onnxruntime.groups import Group, groups
 from penstock.backends.onnxruntime.registration import REGISTRATION
-from penstock.backends.onnxruntime.session import decoder_session
+from penstock.backends.onnxruntime.session import decoder_session, release_unused
+from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
 __all__ = ["OnnxRuntimeModel"]
@@ -39,15 +40,19 @@ class OnnxRuntimeModel:
             raise StartError(f"backend onnxruntime has no {self._dtype}, but {', '.join(dtypes)}")
         decoder = spec.decoder
         context = min(config.max_context or decoder.context_length, decoder.context_length)
-        self._session, self._held = decoder_session(spec, self._dtype, config.threads or len(os.sched_getaffinity(0)), context)
         self._vocabulary = decoder.vocabulary_size
         self._logits = np.empty((0, self._vocabulary), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
-        blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block(decoder), free_memory())
-        self._cache: LaneCache | None = LaneCache(
-            decoder, blocks, min(blocks, _LANES_PER_SEQUENCE * config.max_batch_size), context
-        )
+        self._cache: LaneCache | None = None
+        self._session, self._held = decoder_session(spec, self._dtype, config.threads or len(os.sched_getaffinity(0)), context)
+        try:
+            blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block(decoder), free_memory())
+            self._cache = LaneCache(decoder, blocks, min(blocks, _LANES_PER_SEQUENCE * config.max_batch_size), context)
+        except BaseException:
+            self.close()
+            raise
         self._kv = self._cache.kv
+        self._limits = StepLimits.of(decoder, config, self._kv)
 
     @property
     def kv(self) -> KvSpec:
@@ -68,9 +73,11 @@ class OnnxRuntimeModel:
         """Compute one step, in as many runs of the graph as it has groups.
 
         Raises:
+            ValueError: the batch is not within what the model was created for.
             RuntimeError: the model is closed, the past of a sequence is not in its cache, or the runtime failed.
         """
         session, cache = self._open()
+        self._limits.check(batch)
         count = len(batch.logits_rows)
         if len(self._logits) < count:
             self._logits = np.empty((count, self._vocabulary), np.float32)
@@ -101,6 +108,7 @@ class OnnxRuntimeModel:
         self._session = self._cache = None
         self._logits = self._logits[:0].copy()
         self._held.clear()
+        release_unused()
 
     def _open(self) -> tuple[ort.InferenceSession, LaneCache]:
         if self._session is None or self._cache is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from penstock.backends.onnxruntime.graph import EXTERNAL, build
 from penstock.backends.onnxruntime.weights import WeightSource
 from penstock.backends.safetensors import Weights
 
-__all__ = ["decoder_session", "options"]
+__all__ = ["decoder_session", "options", "release_unused"]
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -51,6 +52,13 @@ def decoder_session(spec: ModelSpec, dtype: DType, threads: int, context: int) -
             chosen.add_initializer(name, value)
             held += [array, value]
         return _load(graph, chosen), held
+
+
+def release_unused() -> None:
+    """Give back what the C library keeps of memory that was freed: weights of an ended session, say."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _load(graph: ir.Model, chosen: ort.SessionOptions) -> ort.InferenceSession:

@@ -5,7 +5,9 @@ The graph names them and nothing more; whoever runs it hands the arrays over, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import mmap
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +52,8 @@ def quantize_blocks(matrix: NDArray[Any], bits: int, block_size: int, pool: Thre
     """
     rows, columns = matrix.shape
     blocks, half = -(-columns // block_size), 1 << (bits - 1)
-    values = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
+    values = _empty((rows, blocks, block_size * bits // 8), np.dtype(np.uint8))
+    scales = _empty((rows, blocks), np.dtype(np.float32))
 
     def quantize(start: int) -> None:
         stop = min(start + _ROWS, rows)
@@ -101,19 +103,28 @@ class WeightSource:
         return self.keep(f"{name}.table", self._weights[name])
 
     def exact(self, *names: str) -> str:
-        """Matrices side by side, to be multiplied from the right: float32 [columns, all rows]; its name."""
-        joined = np.concatenate([self._weights[name].T for name in names], axis=1)
-        return self.keep("|".join(names), np.ascontiguousarray(joined, np.float32))
+        """Matrices one below the other, float32; its name."""
+        return self.keep("|".join(names), self._joined(names).astype(np.float32, copy=False))
 
     def quantized(self, *names: str) -> tuple[str, str, Quantized]:
         """Matrices one below the other, quantised; names of values and scales."""
-        parts = [self._weights[name] for name in names]
-        bits, columns = BITS[self.dtype], parts[0].shape[1]
-        matrix = quantize_blocks(
-            parts[0] if len(parts) == 1 else np.concatenate(parts), bits, _block_size(columns, bits), self._pool
-        )
+        bits, joined = BITS[self.dtype], self._joined(names)
+        matrix = quantize_blocks(joined, bits, _block_size(joined.shape[1], bits), self._pool)
         name = "|".join(names)
         return self.keep(f"{name}.values", matrix.values), self.keep(f"{name}.scales", matrix.scales), matrix
+
+    def _joined(self, names: Sequence[str]) -> NDArray[Any]:
+        parts = [self._weights[name] for name in names]
+        if len(parts) == 1:
+            return parts[0]
+        out = _empty((sum(len(part) for part in parts), parts[0].shape[1]), parts[0].dtype)
+        return np.concatenate(parts, out=out)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array in a mapping of its own, which goes back to the system when the array goes."""
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def _block_size(columns: int, bits: int) -> int:
