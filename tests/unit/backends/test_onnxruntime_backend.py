@@ -22,6 +22,7 @@ from penstock.backends.onnxruntime import REGISTRATION, registration
 from penstock.backends.onnxruntime.cache import LaneCache
 from penstock.backends.onnxruntime.graph import build
 from penstock.backends.onnxruntime.weights import WeightSource, quantize_blocks
+from penstock.backends.openvino.arrays import MappedArrays
 from penstock.backends.safetensors import Weights
 from penstock.common.service import StartError
 
@@ -48,9 +49,9 @@ def create(spec):
 @pytest.mark.parametrize(
     ("dtype", "product"), [(DType.F32, "FusedMatMul"), (DType.INT8, "MatMulNBits"), (DType.INT4, "MatMulNBits")]
 )
-def test_each_layer_is_a_dozen_operators(spec, dtype, product):
-    with Weights(spec) as weights:
-        graph = build(spec.decoder, WeightSource(weights, dtype, threads=1), 512).graph
+def test_each_layer_is_a_dozen_operators(spec, dtype, product, tmp_path):
+    with Weights(spec) as weights, MappedArrays(tmp_path) as memory:
+        graph = build(spec.decoder, WeightSource(weights, dtype, 1, memory), 512).graph
         found = Counter(node.op_type for node in graph)
     layers = spec.decoder.layers
     assert found[product] == 4 * layers + 1  # query, key and value are one; so are gate and up
@@ -69,13 +70,29 @@ def weights_of(graph):
 @pytest.mark.parametrize("bits", [4, 8])
 @given(matrix=arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(-1e6, 1e6, width=32)))
 def test_rounding_is_off_by_a_step_at_most(bits, matrix):
+    blocks = -(-matrix.shape[1] // 16)
+    values, scales = np.empty((len(matrix), blocks, 2 * bits), np.uint8), np.empty((len(matrix), blocks), np.float32)
     with ThreadPoolExecutor(1) as pool:
-        rounded = quantize_blocks(matrix, bits, 16, pool)
-    values = rounded.values if bits == 8 else np.stack([rounded.values & 15, rounded.values >> 4], -1)
-    blocks = values.reshape(*rounded.scales.shape, 16).astype(np.float64) - (1 << (bits - 1))
-    back = (blocks * rounded.scales[..., None]).reshape(len(matrix), -1)[:, : matrix.shape[1]]
-    step = np.repeat(np.abs(rounded.scales), 16, axis=1)[:, : matrix.shape[1]]
+        quantize_blocks(matrix, bits, values, scales, pool)
+    whole = values if bits == 8 else np.stack([values & 15, values >> 4], -1)
+    shifted = whole.reshape(*scales.shape, 16).astype(np.float64) - (1 << (bits - 1))
+    back = (shifted * scales[..., None]).reshape(len(matrix), -1)[:, : matrix.shape[1]]
+    step = np.repeat(np.abs(scales), 16, axis=1)[:, : matrix.shape[1]]
     assert np.all(np.abs(back - matrix) <= step * 1.0001)  # by half a step, but for what would have to be 2^(bits - 1)
+
+
+def test_rounded_weights_are_kept_for_the_next_start(create, tmp_path):
+    ids = list(range(20))
+    first = Driver(create(DType.INT4, weight_cache=tmp_path / "kept")).prefill(ids)[1]
+    (kept,) = (tmp_path / "kept").rglob("*.arrays")
+    written = kept.stat().st_mtime_ns
+    np.testing.assert_array_equal(Driver(create(DType.INT4, weight_cache=tmp_path / "kept")).prefill(ids)[1], first)
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_a_device_that_it_has_not_is_refused(create):
+    with pytest.raises(StartError, match="on cpu alone, not on cuda:0"):
+        create(device="cuda:0")
 
 
 def test_shorter_types_agree_with_float32(create):

@@ -106,8 +106,9 @@ class _Builder:
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
         if name not in self.initializers:
-            tensor = ir.tensor(np.array(values, np.int64), name=name)
-            self.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            array = np.array(values, np.int64)
+            tensor = ir.tensor(array, name=name)
+            self.initializers[name] = ir.Value(name=name, shape=_shape(array), type=ir.TensorType(tensor.dtype), const_value=tensor)
         return self.initializers[name]
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: float) -> ir.Value:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 __all__ = ["Lanes"]
 
 _NOBODY = -1
+
+T = TypeVar("T")
 
 
 class Lanes:
@@ -127,13 +130,18 @@ class Lanes:
             self._free.remove(target)
             heapq.heapify(self._free)
             self._move(source, target, self.lengths[source])
-        for of_lane in (self.lengths, self._held, self._used):
-            of_lane[source], of_lane[target] = of_lane[target], of_lane[source]  # type: ignore[index]  # one list at a time
+        _exchange(self.lengths, source, target)
+        _exchange(self._held, source, target)
+        _exchange(self._used, source, target)
         for lane in (source, target):
             self._owner[self._held[lane]] = lane
         if not len(self._held[source]):
             heapq.heappush(self._free, source)
         return target
+
+
+def _exchange(values: list[T], one: int, other: int) -> None:
+    values[one], values[other] = values[other], values[one]
 
 
 def _best_window(lanes: Sequence[int], count: int) -> range:

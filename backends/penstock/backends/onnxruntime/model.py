@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, Mod
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.onnxruntime.cache import BLOCK_SIZE, LaneCache, bytes_per_block
 from penstock.backends.onnxruntime.groups import Group, groups
-from penstock.backends.onnxruntime.registration import REGISTRATION
+from penstock.backends.onnxruntime.registration import DTYPES
 from penstock.backends.onnxruntime.session import decoder_session, release_unused
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
@@ -30,21 +29,22 @@ class OnnxRuntimeModel:
     """A `GenerativeModel` on the CPU.
 
     Raises:
-        StartError: it has not that type, or memory holds no cache.
+        StartError: it has not that type or device, or memory holds no cache.
     """
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
-        dtypes = REGISTRATION.capabilities(spec).dtypes
-        self._dtype = config.dtype or dtypes[0]
-        if self._dtype not in dtypes:
-            raise StartError(f"backend onnxruntime has no {self._dtype}, but {', '.join(dtypes)}")
+        self._dtype = config.dtype or DTYPES[0]
+        if self._dtype not in DTYPES:
+            raise StartError(f"backend onnxruntime has no {self._dtype}, but {', '.join(DTYPES)}")
+        if config.device not in {None, "cpu"}:
+            raise StartError(f"device: backend onnxruntime decodes on cpu alone, not on {config.device}")
         decoder = spec.decoder
         context = min(config.max_context or decoder.context_length, decoder.context_length)
         self._vocabulary = decoder.vocabulary_size
         self._logits = np.empty((0, self._vocabulary), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._cache: LaneCache | None = None
-        self._session, self._held = decoder_session(spec, self._dtype, config.threads or len(os.sched_getaffinity(0)), context)
+        self._session, self._held = decoder_session(spec, config, self._dtype)
         try:
             blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block(decoder), free_memory())
             self._cache = LaneCache(decoder, blocks, min(blocks, _LANES_PER_SEQUENCE * config.max_batch_size), context)
@@ -121,8 +121,8 @@ class OnnxRuntimeModel:
         together = last - first < len(rows)
         found = logits[first : last + 1] if together else np.empty((len(rows), self._vocabulary), np.float32)
         binding = self._bind(session, cache, group.first_lane, len(group.token_ids))
-        inputs = (group.token_ids, group.last_positions, group.longest, group.logits_rows)
-        for name, array in zip(("token_ids", "last_positions", "longest", "logits_rows"), inputs, strict=True):
+        for name in ("token_ids", "last_positions", "longest", "logits_rows"):
+            array = getattr(group, name)
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, found.shape, found.ctypes.data)
         session.run_with_iobinding(binding)

@@ -19,7 +19,10 @@ from penstock.backends.contract import (
     Unsupported,
 )
 
-__all__ = ["REGISTRATION"]
+__all__ = ["DTYPES", "REGISTRATION"]
+
+DTYPES = (DType.INT8, DType.INT4, DType.F32)
+"""Types of weights, the preferred one first."""
 
 # The runtime's distributions, of which each brings the same module.
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-rocm", "onnxruntime-migraphx", "onnxruntime-directml")
@@ -42,7 +45,7 @@ def _capabilities(spec: ModelSpec) -> Capabilities | Unsupported:
     if decoder.rope.dim != decoder.head_dim:
         return Unsupported(f"rotates {decoder.rope.dim} of {decoder.head_dim} dimensions of a head; only all can be")
     return Capabilities(
-        dtypes=(DType.INT8, DType.INT4, DType.F32),
+        dtypes=DTYPES,
         prefix_cache=False,
         export_kv=True,
         import_kv=True,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import ml_dtypes
@@ -13,9 +14,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 import onnxruntime as ort
-from penstock.backends.contract import DType, ModelSpec
+from penstock.backends.contract import DeviceConfig, DType, ModelSpec
 from penstock.backends.onnxruntime.graph import EXTERNAL, build
 from penstock.backends.onnxruntime.weights import WeightSource
+from penstock.backends.openvino.arrays import MappedArrays
 from penstock.backends.safetensors import Weights
 
 __all__ = ["decoder_session", "options", "release_unused"]
@@ -37,10 +39,15 @@ def options(threads: int) -> ort.SessionOptions:
     return chosen
 
 
-def decoder_session(spec: ModelSpec, dtype: DType, threads: int, context: int) -> tuple[ort.InferenceSession, list[Any]]:
-    """A session over a checkpoint's decoder, and what must live as long as it."""
-    with Weights(spec) as tensors:
-        source = WeightSource(tensors, dtype, threads)
+def decoder_session(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[ort.InferenceSession, list[Any]]:
+    """A session over a checkpoint's decoder, and what must live as long as it.
+
+    The runtime lays out copies of the weights of its own, and looks at ours no more; so their pages are given back.
+    """
+    threads = config.threads or len(os.sched_getaffinity(0))
+    context = min(config.max_context or spec.decoder.context_length, spec.decoder.context_length)
+    with Weights(spec) as tensors, _memory(spec, config, dtype) as memory:
+        source = WeightSource(tensors, dtype, threads, memory)
         try:
             graph = build(spec.decoder, source, context)
         finally:
@@ -51,7 +58,22 @@ def decoder_session(spec: ModelSpec, dtype: DType, threads: int, context: int) -
             value = _shared(array)
             chosen.add_initializer(name, value)
             held += [array, value]
-        return _load(graph, chosen), held
+        tensors.release()
+        session = _load(graph, chosen)
+        memory.keep()
+        memory.release()
+        tensors.release()
+        return session, held
+
+
+def _memory(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
+    """Where what is joined or rounded lies; rounded weights are worth keeping for the next start."""
+    if config.weight_cache is None or not dtype.quantised:
+        return MappedArrays(Path(gettempdir()))
+    # The fingerprint reads a little of each tensor; a file that was written to since is another one.
+    written = max(shard.stat().st_mtime_ns for shard in spec.shards)
+    folder = config.weight_cache / "onnxruntime"
+    return MappedArrays(folder, folder / f"{spec.fingerprint}-{written:x}-{dtype}.arrays")
 
 
 def release_unused() -> None:

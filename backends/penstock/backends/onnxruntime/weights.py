@@ -5,8 +5,6 @@ The graph names them and nothing more; whoever runs it hands the arrays over, so
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import DType
+from penstock.backends.openvino.arrays import MappedArrays
 
 __all__ = ["BITS", "Quantized", "WeightSource", "quantize_blocks"]
 
@@ -44,16 +43,24 @@ class Quantized:
     block_size: int
 
 
-def quantize_blocks(matrix: NDArray[Any], bits: int, block_size: int, pool: ThreadPoolExecutor) -> Quantized:
+def quantize_blocks(
+    matrix: NDArray[Any], bits: int, values: NDArray[np.uint8], scales: NDArray[np.float32], pool: ThreadPoolExecutor
+) -> None:
     """Round each block of a row to whole numbers times a scale: matrix ≈ (values - 2^(bits - 1)) · scales.
 
     The scale is signed, such that the block's element of largest size becomes -2^(bits - 1): of the numbers that there are, that
     is the one whose opposite is missing, so none goes unused.
+
+    Args:
+        matrix: [rows, columns].
+        bits: 4 or 8.
+        values: [rows, blocks, block size * bits / 8], to be filled.
+        scales: [rows, blocks], to be filled.
+        pool: computes.
     """
     rows, columns = matrix.shape
-    blocks, half = -(-columns // block_size), 1 << (bits - 1)
-    values = _empty((rows, blocks, block_size * bits // 8), np.dtype(np.uint8))
-    scales = _empty((rows, blocks), np.dtype(np.float32))
+    blocks, half = values.shape[1], 1 << (bits - 1)
+    block_size = values.shape[2] * 8 // bits
 
     def quantize(start: int) -> None:
         stop = min(start + _ROWS, rows)
@@ -69,7 +76,6 @@ def quantize_blocks(matrix: NDArray[Any], bits: int, block_size: int, pool: Thre
         scales[start:stop] = scale
 
     list(pool.map(quantize, range(0, rows, _ROWS)))
-    return Quantized(values, scales, columns, bits, block_size)
 
 
 class WeightSource:
@@ -80,10 +86,10 @@ class WeightSource:
         arrays: every initialiser made so far.
     """
 
-    def __init__(self, weights: Mapping[str, NDArray[Any]], dtype: DType, threads: int) -> None:
+    def __init__(self, weights: Mapping[str, NDArray[Any]], dtype: DType, threads: int, memory: MappedArrays) -> None:
         self.dtype = dtype
         self.arrays: dict[str, NDArray[Any]] = {}
-        self._weights = weights
+        self._weights, self._memory = weights, memory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
     def close(self) -> None:
@@ -104,27 +110,32 @@ class WeightSource:
 
     def exact(self, *names: str) -> str:
         """Matrices one below the other, float32; its name."""
-        return self.keep("|".join(names), self._joined(names).astype(np.float32, copy=False))
+        parts = self._parts(names)
+        if len(parts) == 1 and parts[0].dtype == np.float32:
+            return self.keep(names[0], parts[0])
+        name, rows = "|".join(names), sum(len(part) for part in parts)
+        out = self._memory.array(name, (rows, parts[0].shape[1]), np.float32)
+        np.concatenate(parts, out=out, casting="same_kind")
+        return self.keep(name, out)
 
     def quantized(self, *names: str) -> tuple[str, str, Quantized]:
         """Matrices one below the other, quantised; names of values and scales."""
-        bits, joined = BITS[self.dtype], self._joined(names)
-        matrix = quantize_blocks(joined, bits, _block_size(joined.shape[1], bits), self._pool)
-        name = "|".join(names)
-        return self.keep(f"{name}.values", matrix.values), self.keep(f"{name}.scales", matrix.scales), matrix
+        parts, bits = self._parts(names), BITS[self.dtype]
+        rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
+        block_size = _block_size(columns, bits)
+        blocks = -(-columns // block_size)
+        name = f"{'|'.join(names)}|{bits}x{block_size}"
+        values = self._memory.array(f"{name}|values", (rows, blocks, block_size * bits // 8), np.uint8)
+        scales = self._memory.array(f"{name}|scales", (rows, blocks), np.float32)
+        first = 0
+        for part in () if self._memory.complete else parts:
+            own = slice(first, first := first + len(part))
+            quantize_blocks(part, bits, values[own], scales[own], self._pool)
+        matrix = Quantized(values, scales, columns, bits, block_size)
+        return self.keep(f"{name}|values", values), self.keep(f"{name}|scales", scales), matrix
 
-    def _joined(self, names: Sequence[str]) -> NDArray[Any]:
-        parts = [self._weights[name] for name in names]
-        if len(parts) == 1:
-            return parts[0]
-        out = _empty((sum(len(part) for part in parts), parts[0].shape[1]), parts[0].dtype)
-        return np.concatenate(parts, out=out)
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array in a mapping of its own, which goes back to the system when the array goes."""
-    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+    def _parts(self, names: Sequence[str]) -> list[NDArray[Any]]:
+        return [self._weights[name] for name in names]
 
 
 def _block_size(columns: int, bits: int) -> int:
