@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -66,11 +67,10 @@ class Runner:
         (new_tokens,) = {request.new_tokens for request in work}
         if self._process.stdin is None:
             raise ContestantError("no pipe to it")
-        print(
-            json.dumps({"prompts": [r.prompt for r in work], "new_tokens": new_tokens}),
-            file=self._process.stdin,
-            flush=True,
-        )
+        try:
+            print(json.dumps({"prompts": [r.prompt for r in work], "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
+        except BrokenPipeError as error:
+            raise ContestantError(f"it ended with status {self._process.wait()}; its log is {self._log.name}") from error
         seconds: float = self._answer(_RUN_SECONDS)["seconds"]
         return seconds
 
@@ -79,15 +79,18 @@ class Runner:
 
     def close(self) -> None:
         tree = _tree(self._process.pid)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
         try:
+            if self._process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                    self._process.stdin.close()
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         for process in psutil.wait_procs(tree, 10)[1]:
             process.kill()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         self._log.close()
 
     def _answer(self, timeout: float) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def test_a_runner_that_does_not_load_says_why(tmp_path):
         runner(tmp_path, "raise MemoryError('3 GB too little')")
 
 
+def test_a_runner_that_dies_is_named_with_its_status_and_log(tmp_path):
+    it = runner(tmp_path, "if len(prompts) == 2: sys.exit(3)\nreturn [new_tokens] * len(prompts)")
+    try:
+        with pytest.raises(ContestantError, match=r"ended with status 3; its log is .*int8\.log"):
+            it.run([Request([1], 1), Request([2], 1)])
+        with pytest.raises(ContestantError, match="ended with status 3"):
+            it.run([Request([1], 1)])
+    finally:
+        it.close()
+
+
 class Instant:
     """A contestant that takes the seconds it is told to take, and notes its work."""
 
