@@ -31,6 +31,7 @@ __all__ = [
     "InvalidTensor",
     "KvChunk",
     "KvSpec",
+    "ModelLost",
     "ModelSpec",
     "Registration",
     "StepBatch",
@@ -237,6 +238,10 @@ class KvChunk:
     data: NDArray[np.generic]
 
 
+class ModelLost(RuntimeError):
+    """A model can compute nothing any more, whatever it is asked; the text names the backend and says why. The engine then ends."""
+
+
 class GenerativeModel(Protocol):
     """A model in memory: paged, batched, one engine step at a time."""
 
@@ -258,7 +263,8 @@ class GenerativeModel(Protocol):
         Raises:
             ValueError: the batch is beyond what the model was created for (its most sequences, tokens or context), or names a block
                 or a token that is not there, or too few blocks; nothing is written then. `step_limits` checks for that.
-            Exception: any; the executor fails the sequences of the batch, and the process if it happens again.
+            ModelLost: there is no more model.
+            Exception: any other; the executor fails the sequences of the batch, and the process if it happens again.
         """
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:

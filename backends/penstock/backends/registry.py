@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from penstock.backends.apart.model import registration_apart
 from penstock.backends.contract import Available, Capabilities, DType, ModelSpec, Registration
 from penstock.backends.discovery import DuplicateBackend, NoBackend, Source, sources
 from penstock.backends.inspection import PROBE_SECONDS, BackendReport, inspect
@@ -32,6 +33,7 @@ class Choice:
     """The backend that is to run a model.
 
     Attributes:
+        registration: how it is made; of another package's backend, how it is made in a process of its own.
         version: of its library.
         device: where it runs.
         dtype: that it runs: the one that was asked for, or its own first.
@@ -93,7 +95,8 @@ def choose(
     capabilities, availability = best.report.capabilities, best.report.availability
     if not isinstance(capabilities, Capabilities) or not isinstance(availability, Available):
         raise TypeError(f"{best.report.name} was chosen and can not run")
-    registration = known[best.report.name].registration()
+    source = known[best.report.name]
+    registration = source.registration() if source.built_in else registration_apart(best.report)
     return Choice(registration, capabilities, availability.version, availability.devices[0], best.dtype, tuple(judged))
 
 

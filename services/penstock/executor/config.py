@@ -30,7 +30,7 @@ class ExecutorConfig:
         max_context: Tokens that one sequence holds at most; the model's own limit where absent.
         prefix_cache: Whether requests share the KV cache of equal prefixes.
         probe_seconds: Seconds that a backend has to say what it is.
-        load_seconds: Seconds that fetching and loading the model may take.
+        load_seconds: Seconds that the backend may take to load the model.
         stall_seconds: A decoding step that takes longer makes the executor NOT_SERVING.
         stall_seconds_per_prompt_token: What each prompt token in a step adds to that.
         scheduler: HOST:PORT of the scheduler to register with; none where absent.
@@ -58,7 +58,7 @@ class ExecutorConfig:
     max_context: int | None = None
     prefix_cache: bool = True
     probe_seconds: float = 20
-    load_seconds: float = 3600
+    load_seconds: float = 900
     stall_seconds: float = 2.5
     stall_seconds_per_prompt_token: float = 0.05
     scheduler: str | None = None

@@ -16,7 +16,8 @@ is told finished exactly once, unless it was aborted. Sinks stand for gateways: 
 What can be done beside a running step is done in other threads, since a backend releases the interpreter's lock: a sequence's
 hashes are computed by who submits it, and frames become messages in the sink's event loop.
 
-A backend that raises costs the batch's sequences; one that raises twice in a row is taken for broken, and the engine is dead.
+A backend that raises costs the batch's sequences; one that raises twice in a row, or has lost its model, is taken for broken, and
+the engine is dead.
 `progress` tells a watchdog whether the engine moves: a step may take `stall_seconds`, and `stall_seconds_per_prompt_token` more
 for each prompt token in it.
 """
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.backends.contract import GenerativeModel
+from penstock.backends.contract import GenerativeModel, ModelLost
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
 from penstock.executor.meter import Meter, StepFacts
@@ -221,6 +222,8 @@ class Engine:
         try:
             while self._wait_for_work():
                 self.step()
+        except EngineDead as error:
+            self._die(str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing can be computed any more, and who waits must hear of it
             self._die(f"{type(error).__name__}: {error}")
 
@@ -292,6 +295,8 @@ class Engine:
         self.meter.begin(began + self._config.stall_seconds + prompt_tokens * self._config.stall_seconds_per_prompt_token)
         try:
             logits = self.model.step(built.batch).logits
+        except ModelLost as error:
+            raise EngineDead(str(error)) from error
         except Exception as error:  # noqa: BLE001 - the contract lets a backend raise anything
             self._fail(step, f"{type(error).__name__}: {error}")
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +16,23 @@ from penstock.common.cache import cache_folder
 from penstock.common.service import StartError
 from penstock.common.sources import resolve
 from penstock.executor.config import ExecutorConfig
-from penstock.executor.engine import Engine, EngineConfig
+from penstock.executor.engine import Engine, EngineConfig, EngineDead
 from penstock.executor.sequence import Finish, Frame, SequenceRequest
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "Prepared", "create", "load", "prepare"]
 
 _WARM_UP_PROMPT = 128
 _WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model whose headers have been read, and the backend that is to load it. Nothing is held."""
+
+    config: ExecutorConfig
+    spec: ModelSpec
+    choice: Choice
+    device: DeviceConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +49,57 @@ class Loaded:
     engine: Engine
 
 
-def load(config: ExecutorConfig, at: Callable[[str], object] = lambda _: None) -> Loaded:
+def load(config: ExecutorConfig) -> Loaded:
     """Load a model and make its engine. Takes as long as the weights take.
-
-    Args:
-        config: the settings.
-        at: told what is done next, from this thread, for who waits.
 
     Raises:
         StartError: the settings, the checkpoint or the backend do not allow it.
     """
+    return create(prepare(config))
+
+
+def prepare(config: ExecutorConfig) -> Prepared:
+    """Fetch and read the checkpoint's headers, choose a backend, and see that the model fits. Nothing of a weight is read.
+
+    Raises:
+        StartError: the settings, the checkpoint, every backend or the memory does not allow it.
+    """
     _check(config)
-    at("the checkpoint is fetched and read")
     folder = resolve(config.model)
     name = config.served_name or (config.model if not Path(config.model).is_dir() else folder.resolve().name)
-    asked = None if config.dtype == "auto" else DType(config.dtype)
+    dtype = None if config.dtype == "auto" else DType(config.dtype)
     try:
         spec = read_model(folder, name)
-        at("the backends are asked")
-        choice = choose(spec, config.backend, asked, seconds=config.probe_seconds)
+        choice = choose(spec, config.backend, dtype, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
     backend, capabilities = choice.registration.name, choice.capabilities
-    device = _device_config(config, spec, capabilities, asked)
+    device = _device_config(config, spec, capabilities, dtype)
     if device.kv_cache_dtype not in (None, *capabilities.kv_dtypes):
         raise StartError(f"kv_cache_dtype: backend {backend} has no KV cache of {device.kv_cache_dtype}; leave it auto")
     if choice.device == "cpu":
         check_memory(backend, spec.decoder, capabilities, replace(device, dtype=choice.dtype), free_memory())
-    at(f"backend {backend} creates the model")
-    model = _create(choice, spec, device)
+    return Prepared(config, spec, choice, device)
+
+
+def create(prepared: Prepared) -> Loaded:
+    """Have the chosen backend load the model, make its engine, and run a first sequence.
+
+    Raises:
+        StartError: the backend can not.
+    """
+    spec, choice = prepared.spec, prepared.choice
+    model = _create(choice, spec, prepared.device)
     try:
-        engine = Engine(model, _engine_config(config, spec, capabilities, device))
-        at(f"backend {backend} runs the first step")
+        engine = Engine(model, _engine_config(prepared.config, spec, choice.capabilities, prepared.device))
         _warm_up(engine)
+    except EngineDead as error:
+        model.close()
+        raise StartError(str(error)) from error
     except BaseException:
         model.close()
         raise
-    return Loaded(folder, name, backend, choice.version, spec, capabilities, model, engine)
+    return Loaded(spec.folder, spec.name, choice.registration.name, choice.version, spec, choice.capabilities, model, engine)
 
 
 def _create(choice: Choice, spec: ModelSpec, device: DeviceConfig) -> GenerativeModel:

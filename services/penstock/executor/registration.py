@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -33,19 +34,28 @@ class Registration:
         description: scheduler_pb2.ExecutorDescription,
         engine: Engine,
         healthy: Callable[[], bool],
+        why: Callable[[], str],
         tick_seconds: float = _TICK_SECONDS,
     ) -> None:
         self._scheduler = scheduler
         self._description = description
         self._engine = engine
         self._healthy = healthy
+        self._why = why
         self._tick = tick_seconds
         self._changed = asyncio.Event()
         self.registered = asyncio.Event()
+        self._left = asyncio.Event()
 
     def drain(self) -> None:
         """Tell the scheduler at once that the engine drains."""
         self._changed.set()
+
+    async def leave(self, seconds: float) -> None:
+        """Return when the scheduler has heard that this executor is not healthy any more, or after so many seconds."""
+        self._changed.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), seconds if self.registered.is_set() else 0)
 
     async def run(self) -> None:
         """Stay registered until cancelled."""
@@ -101,9 +111,10 @@ class Registration:
 
     async def _tell_stalled(self, call: Any, listening: asyncio.Task[None]) -> None:
         """Have what runs here placed elsewhere. The scheduler ends the stream once it has heard."""
-        await call.write(scheduler_pb2.RegisterRequest(stalled=True))
+        await call.write(scheduler_pb2.RegisterRequest(stalled=True, failure=self._why()))
         await call.done_writing()
         await asyncio.wait((listening,), timeout=_FAREWELL_SECONDS)
+        self._left.set()
 
     async def _next_tick(self, listening: asyncio.Task[None]) -> None:
         changed = asyncio.create_task(self._changed.wait())

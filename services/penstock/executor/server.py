@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
+from penstock.backends.ranking import Standing
 from penstock.common import metrics as endpoint
 from penstock.common import tracing
 from penstock.common.addresses import reachable
@@ -17,7 +18,7 @@ from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import EngineDead
-from penstock.executor.loading import Loaded, load
+from penstock.executor.loading import Loaded, create, prepare
 from penstock.executor.messages import describe
 from penstock.executor.metrics import ExecutorMetrics
 from penstock.executor.registration import Registration
@@ -28,6 +29,7 @@ __all__ = ["ExecutorServer"]
 
 _NAME = "penstock.internal.v1.ExecutorService"
 _WATCH_SECONDS = 0.25
+_FAREWELL_SECONDS = 2.0
 
 
 class ExecutorServer:
@@ -44,18 +46,21 @@ class ExecutorServer:
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: asyncio.Future[str] | None = None
         self._serving = False
+        self._servicer = ExecutorServicer()
 
     async def start(self) -> Mapping[str, str]:
-        """Load the model, then bind and serve."""
+        """Bind, load the model while health says NOT_SERVING, then serve."""
         config = self._config
         tracing.configure(self.name, config.otlp_endpoint)
         began = time.monotonic()
-        loaded = self._loaded = await asyncio.to_thread(load, config)
         server = self._grpc = GrpcServer()
         try:
             bound = {"grpc": server.listen(config.listen)}
         except RuntimeError as error:
             raise StartError(f"listen: can not listen on {config.listen}: {error}") from error
+        server.add(executor_pb2_grpc.add_ExecutorServiceServicer_to_server, self._servicer, _NAME)
+        await server.start()
+        loaded = self._loaded = await self._load()
         description = describe(
             loaded,
             executor_id=uuid.uuid4().hex,
@@ -63,19 +68,16 @@ class ExecutorServer:
             tokenizer=tokenizer_fingerprint(loaded.folder),
             limits=(config.max_batch_size, config.max_batch_tokens),
         )
-        server.add(executor_pb2_grpc.add_ExecutorServiceServicer_to_server, ExecutorServicer(loaded.engine, description), _NAME)
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
         if config.metrics is not None:
             self._endpoint = endpoint.serve(metrics.registry, config.metrics)
             bound["metrics"] = self._endpoint.address
         self._start_engine(loaded)
-        await server.start()
+        self._servicer.serve(loaded.engine, description)
         await self._set_serving(serving=True)
         self._spawn(self._watch())
         if config.scheduler is not None:
-            self._registration = Registration(
-                config.scheduler, description, loaded.engine, lambda: self._serving or loaded.engine.draining
-            )
+            self._registration = Registration(config.scheduler, description, loaded.engine, self._healthy, self._why)
             self._spawn(self._registration.run())
         logger().info(
             "model loaded",
@@ -97,7 +99,12 @@ class ExecutorServer:
         """
         if self._dead is None:
             return
-        raise EngineDead(await asyncio.shield(self._dead))
+        reason = await asyncio.shield(self._dead)
+        # Who watches health, and the scheduler, hear it from the executor itself; gateways then place elsewhere what ran here.
+        await self._set_serving(serving=False, why=reason)
+        if self._registration is not None:
+            await self._registration.leave(_FAREWELL_SECONDS)
+        raise EngineDead(reason)
 
     async def drain(self) -> None:
         """Refuse new sequences, and return when the running ones have finished and been told."""
@@ -105,7 +112,7 @@ class ExecutorServer:
             return
         engine = self._loaded.engine
         engine.drain()
-        await self._set_serving(serving=False)
+        await self._set_serving(serving=False, why="the executor is draining")
         if self._registration is not None:
             self._registration.drain()
         await asyncio.to_thread(engine.wait_until_idle)
@@ -126,6 +133,30 @@ class ExecutorServer:
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
+
+    async def _load(self) -> Loaded:
+        """The model, in time. A backend that does not come back is left behind in its thread: the process ends."""
+        config, told = self._config, self._servicer
+        told.failure = "the checkpoint is read and the backends are asked"
+        prepared = await asyncio.to_thread(prepare, config)
+        backend = prepared.choice.registration.name
+        told.failure = f"backend {backend} loads {prepared.spec.name}"
+        logger().info("backend chosen", backend=backend, others=[_line(s) for s in prepared.choice.standings if s.reason])
+        try:
+            async with asyncio.timeout(config.load_seconds):
+                return await asyncio.to_thread(create, prepared)
+        except TimeoutError as error:
+            raise StartError(
+                f"backend {backend} has not loaded {prepared.spec.name} within {config.load_seconds:g} s: it hangs, or needs more "
+                "--load-seconds"
+            ) from error
+
+    def _healthy(self) -> bool:
+        engine = None if self._loaded is None else self._loaded.engine
+        return engine is not None and engine.failure is None and (self._serving or engine.draining)
+
+    def _why(self) -> str:
+        return self._servicer.failure
 
     def _start_engine(self, loaded: Loaded) -> None:
         loop = asyncio.get_running_loop()
@@ -159,10 +190,16 @@ class ExecutorServer:
             engine = self._loaded.engine
             moves = engine.progress(time.monotonic())
             if moves is not self._serving and not engine.draining:
-                logger().warning("the engine moves again" if moves else "the engine is stalled", failure=engine.failure)
-                await self._set_serving(serving=moves)
+                why = "" if moves else engine.failure or f"a step of backend {self._loaded.backend} takes longer than it may"
+                logger().warning("the engine moves again" if moves else "the engine is stalled", failure=why)
+                await self._set_serving(serving=moves, why=why)
 
-    async def _set_serving(self, *, serving: bool) -> None:
+    async def _set_serving(self, *, serving: bool, why: str = "") -> None:
         self._serving = serving
+        self._servicer.failure = why
         if self._grpc is not None:
             await self._grpc.set_serving(serving=serving)
+
+
+def _line(standing: Standing) -> str:
+    return f"{standing.report.name}: {standing.verdict}: {standing.reason}"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
-from penstock.common.errors import Overloaded
+from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
 from penstock.executor.messages import load_of, merge, read_start
@@ -74,16 +74,39 @@ class Outbox:
 
 
 class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
-    """Streams of gateways over one engine."""
+    """Streams of gateways over one engine, once `serve` has given it one.
 
-    def __init__(self, engine: Engine, description: scheduler_pb2.ExecutorDescription) -> None:
-        self._engine = engine
-        self._description = description
+    Attributes:
+        failure: why the executor is NOT_SERVING; empty while it serves.
+    """
+
+    def __init__(self) -> None:
+        self._serving: tuple[Engine, scheduler_pb2.ExecutorDescription] | None = None
+        self.failure = ""
+
+    def serve(self, engine: Engine, description: scheduler_pb2.ExecutorDescription) -> None:
+        """Take streams from now on."""
+        self._serving = engine, description
+        self.failure = ""
+
+    @property
+    def _engine(self) -> Engine:
+        return self._served()[0]
+
+    @property
+    def _description(self) -> scheduler_pb2.ExecutorDescription:
+        return self._served()[1]
+
+    def _served(self) -> tuple[Engine, scheduler_pb2.ExecutorDescription]:
+        if self._serving is None:
+            raise Unavailable(f"no model is loaded yet: {self.failure}")
+        return self._serving
 
     async def Run(  # type: ignore[override] # a coroutine that writes, so that a write which does not end can be given up
         self, request_iterator: AsyncIterator[pb.RunRequest], context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]
     ) -> None:
         """One gateway's stream; whatever ends it ends its sequences."""
+        engine, _ = self._served()
         outbox = Outbox(_MOST_WAITING)
         traces = StreamTraces()
         writer = asyncio.create_task(_write(outbox, traces, context))
@@ -99,7 +122,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         finally:
             for task in (writer, reader, overflow):
                 task.cancel()
-            self._engine.abort_all(outbox.put)
+            engine.abort_all(outbox.put)
 
     async def _read(self, requests: AsyncIterator[pb.RunRequest], outbox: Outbox, traces: StreamTraces) -> None:
         try:
@@ -122,7 +145,9 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         self._engine.submit(read_start(start, now), outbox.put)
 
     async def GetExecutor(self, request: pb.GetExecutorRequest, context: object) -> pb.GetExecutorResponse:
-        """What the executor is, how busy, and the state of every KV block."""
+        """What the executor is, how busy, and the state of every KV block; before it has loaded, what it waits for."""
+        if self._serving is None:
+            return pb.GetExecutorResponse(failure=self.failure)
         counts = self._engine.blocks.counts()
         return pb.GetExecutorResponse(
             description=self._description,
@@ -130,6 +155,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             kv_blocks_used=counts.used,
             kv_blocks_cached=counts.cached,
             kv_blocks_free=counts.free,
+            failure=self.failure,
         )
 
 

@@ -19,6 +19,8 @@ from penstock.scheduler.executors import Executor
 
 __all__ = ["SchedulerServicer"]
 
+_LONGEST = 500
+
 
 class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     """Streams of gateways and executors."""
@@ -87,6 +89,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     async def _read_reports(self, executor: Executor, frames: AsyncIterator[pb.RegisterRequest]) -> None:
         async for frame in frames:
+            if frame.stalled:
+                told = executor.description
+                logger().warning(
+                    "executor stalled", executor_id=told.executor_id, model=told.model, failure=frame.failure[:_LONGEST]
+                )
             messages.apply_register(self._core, executor, frame)
             self._driver.kick()
 

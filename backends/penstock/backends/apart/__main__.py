@@ -1,8 +1,13 @@
-"""``python -m penstock.backends.apart inspect NAME FD [FOLDER MODEL]``: the process in which an outside backend is asked."""
+"""The process of an outside backend.
+
+``python -m penstock.backends.apart inspect NAME FD [FOLDER MODEL]`` writes what it says of itself to a file,
+``… serve NAME SOCKET_FD SHARED_FD LIFE_FD FOLDER MODEL`` runs a model.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -14,10 +19,19 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
-    """Answer the one question, and leave without waiting for anything that the backend has started."""
-    _, name, fd, *model = arguments
-    spec = read_model(Path(model[0]), model[1]) if model else None
-    tell(int(fd), sources()[name], spec)
+    """Do the one thing, and leave without waiting for anything that the backend has started."""
+    what, name, fd, *rest = arguments
+    *others, folder, model = rest or ("", "")
+    spec = read_model(Path(folder), model) if folder else None
+    if what == "inspect":
+        tell(int(fd), sources()[name], spec)
+    elif spec is not None:
+        from penstock.backends.apart.serving import serve
+
+        with socket.socket(fileno=int(fd)) as connection:
+            serve(connection, int(others[0]), int(others[1]), sources()[name], spec)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 

@@ -1,0 +1,83 @@
+"""What goes between an executor and the process of a backend: frames of a JSON head and the raw bytes of arrays.
+
+A frame is the length of its head (4 bytes, little-endian), the head, and the arrays end to end in the order in which the head tells
+their types and shapes. Nothing in it can be executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Arrays", "Ended", "receive", "send"]
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_LENGTH = struct.Struct("<I")
+_LARGEST_HEAD = 1 << 20
+_LARGEST_ARRAYS = 1 << 34
+_TYPES = {np.dtype(t).name: np.dtype(t) for t in ("int64", "int32", "float32", "float16", "uint8", "int8", ml_dtypes.bfloat16)}
+
+
+class Ended(ConnectionError):
+    """The other side is gone."""
+
+
+def send(connection: socket.socket, kind: str, told: Mapping[str, Any], arrays: Arrays | None = None) -> None:
+    """Write a frame.
+
+    Raises:
+        Ended: nobody reads.
+    """
+    raw = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    shapes = {name: [array.dtype.name, list(array.shape)] for name, array in raw.items()}
+    head = json.dumps({"kind": kind, "told": told, "arrays": shapes}).encode()
+    try:
+        connection.sendall(b"".join((_LENGTH.pack(len(head)), head, *(array.tobytes() for array in raw.values()))))
+    except OSError as error:
+        raise Ended(str(error)) from error
+
+
+def receive(connection: socket.socket) -> tuple[str, Any, Arrays]:
+    """Read a frame: its kind, what it tells and its arrays.
+
+    Raises:
+        Ended: nothing comes any more.
+        ValueError: it is no frame.
+    """
+    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+    if length > _LARGEST_HEAD:
+        raise ValueError(f"a head of {length} bytes")
+    head = json.loads(_read(connection, length))
+    if head.keys() != {"kind", "told", "arrays"}:
+        raise ValueError("no frame")
+    return head["kind"], head["told"], {name: _array(connection, *told) for name, told in head["arrays"].items()}
+
+
+def _array(connection: socket.socket, name: str, shape: list[int]) -> NDArray[Any]:
+    dtype = _TYPES.get(name)
+    if dtype is None or not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * 8 > _LARGEST_ARRAYS:
+        raise ValueError(f"an array of {name} {shape}")
+    return np.frombuffer(_read(connection, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
+def _read(connection: socket.socket, size: int) -> bytearray:
+    buffer = bytearray(size)
+    view, got = memoryview(buffer), 0
+    while got < size:
+        try:
+            count = connection.recv_into(view[got:])
+        except OSError as error:
+            raise Ended(str(error)) from error
+        if not count:
+            raise Ended("closed")
+        got += count
+    return buffer

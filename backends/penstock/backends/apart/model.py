@@ -1,0 +1,192 @@
+"""A model in a process of its own, as the executor uses it: a call is a frame there and one back; logits lie in shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from penstock.backends.apart.frames import Arrays, Ended, receive, send
+from penstock.backends.contract import (
+    Availability,
+    Capabilities,
+    DeviceConfig,
+    DType,
+    KvChunk,
+    KvSpec,
+    ModelLost,
+    ModelSpec,
+    Registration,
+    StepBatch,
+    StepOutput,
+    Unsupported,
+)
+from penstock.backends.inspection import BackendReport, manner_of_death
+from penstock.common.service import StartError
+
+__all__ = ["ModelApart", "registration_apart"]
+
+_FIELDS = tuple(field.name for field in fields(StepBatch))
+_ENDING_SECONDS = 10.0
+_COMMAND = (sys.executable, "-P", "-m", "penstock.backends.apart")
+
+
+class ModelApart:
+    """A `GenerativeModel` whose backend runs in a child process.
+
+    Raises:
+        StartError: the backend refused, raised or died; says which.
+    """
+
+    def __init__(self, name: str, spec: ModelSpec, config: DeviceConfig) -> None:
+        self._name = name
+        self._spec = spec
+        self._doing = "import"
+        self._lock = threading.Lock()
+        # As large as the largest step's logits; what no step has written to takes no memory.
+        size = max(1, config.max_batch_tokens) * spec.decoder.vocabulary_size * 4
+        self._ours, theirs = socket.socketpair()
+        with theirs, _memory_file(size) as shared:
+            self._memory = mmap.mmap(shared.fileno(), size)
+            # Its other end ends with this process, however that dies, and the child with it.
+            life, self._life = os.pipe()
+            fds = (theirs.fileno(), shared.fileno(), life)
+            self._process = subprocess.Popen(  # noqa: S603  this interpreter and a module of this package
+                [*_COMMAND, "serve", name, *map(str, fds), str(spec.folder), spec.name],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a backend prints is a log line, and never the executor's own
+                pass_fds=fds,
+            )
+            os.close(life)
+        self._began(config)
+
+    def _began(self, config: DeviceConfig) -> None:
+        try:
+            told, _ = self._ask("create", asdict(config))
+            self._kv, self._dtype, self._device = KvSpec(**told["kv"]), DType(told["dtype"]), str(told["device"])
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            self.close()
+            raise StartError(str(error) if self._name in str(error) else f"backend {self._name}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def kv(self) -> KvSpec:
+        """The cache it was created with."""
+        return self._kv
+
+    @property
+    def dtype(self) -> DType:
+        """The type it was created with."""
+        return self._dtype
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self._device
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        """Compute one step there.
+
+        Raises:
+            ModelLost: the process died, or tells what can not be.
+            RuntimeError: the backend raised.
+        """
+        self._ask("step", {}, {name: getattr(batch, name) for name in _FIELDS})
+        rows, columns = len(batch.logits_rows), self._spec.decoder.vocabulary_size
+        logits = np.frombuffer(self._memory, np.float32, rows * columns).reshape(rows, columns)
+        return StepOutput(logits)
+
+    def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
+        """Copy KV out of the cache there.
+
+        Raises:
+            ValueError: these tokens are not within these blocks.
+        """
+        _, arrays = self._ask("export_kv", {"blocks": list(blocks), "tokens": [tokens.start, tokens.stop]})
+        return KvChunk(tokens, arrays["data"])
+
+    def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
+        """Copy a chunk into the cache there.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        told = {"blocks": list(blocks), "tokens": [chunk.tokens.start, chunk.tokens.stop]}
+        self._ask("import_kv", told, {"data": chunk.data})
+
+    def close(self) -> None:
+        """End the process, and with it all that it holds. Idempotent."""
+        self._ours.close()
+        try:
+            self._process.wait(_ENDING_SECONDS if self._doing == "" else 0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
+        # Logits of the last step may still be held; then the memory is given back with them.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+    def _ask(self, kind: str, told: dict[str, Any], arrays: Arrays | None = None) -> tuple[Any, Arrays]:
+        with self._lock:
+            self._doing = kind
+            try:
+                send(self._ours, kind, told, arrays)
+                answer, said, given = receive(self._ours)
+            except Ended:
+                raise self._lost() from None
+            except (ValueError, TypeError, KeyError) as error:
+                raise ModelLost(f"backend {self._name} answers with what is no frame: {error}") from error
+            self._doing = ""
+        if answer == "raised":
+            error = ValueError if said["kind"] == "ValueError" else RuntimeError
+            raise error(f"backend {self._name} raised in {kind}: {said['kind']}: {said['text']}")
+        return said, given
+
+    def _lost(self) -> ModelLost:
+        if self._ours.fileno() < 0:
+            return ModelLost(f"the model of backend {self._name} is closed")
+        try:
+            how = manner_of_death(self._process.wait(_ENDING_SECONDS))
+        except subprocess.TimeoutExpired:
+            how = "it hung up, and runs on"
+        return ModelLost(f"backend {self._name} died in {self._doing}: {how}")
+
+
+def registration_apart(report: BackendReport) -> Registration:
+    """A backend that was asked in a process of its own, to be run in another one."""
+
+    def probe() -> Availability:
+        return report.availability
+
+    def capabilities(_: ModelSpec) -> Capabilities | Unsupported:
+        return report.capabilities or Unsupported("was not asked")
+
+    def create(spec: ModelSpec, config: DeviceConfig) -> ModelApart:
+        return ModelApart(report.name, spec, config)
+
+    return Registration(report.name, probe, capabilities, create)
+
+
+def _memory_file(size: int) -> BinaryIO:
+    """An unnamed file of zeros that takes memory where it is written to. Containers limit /dev/shm, but not this."""
+    if sys.platform == "linux":
+        file: BinaryIO = os.fdopen(os.memfd_create("penstock-logits"), "r+b")
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    file.truncate(size)
+    return file

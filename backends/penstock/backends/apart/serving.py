@@ -1,0 +1,89 @@
+"""The process of an outside backend: it imports it, creates one model and computes what the executor asks, until it hangs up."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from penstock.backends.apart.frames import Arrays, Ended, receive, send
+from penstock.backends.contract import DeviceConfig, DType, GenerativeModel, KvChunk, ModelSpec, StepBatch
+from penstock.backends.discovery import Source
+
+__all__ = ["serve"]
+
+Answer = tuple[dict[str, Any], Arrays]
+
+
+def serve(connection: socket.socket, shared: int, life: int, source: Source, spec: ModelSpec) -> None:
+    """Answer frames until the other side ends."""
+    # The kernel's SIGIO ends this process when the executor's end of the pipe closes, even if it hangs with the interpreter's lock.
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    # The executor's own signals reach its group: it says when this process is to end.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    rooms = _Rooms(shared, source, spec)
+    try:
+        while True:
+            kind, told, arrays = receive(connection)
+            try:
+                said, given = rooms.calls[kind](told, arrays)
+            except Exception as error:  # noqa: BLE001  whatever a backend raises, the executor is told
+                send(connection, "raised", {"kind": type(error).__name__, "text": str(error)})
+            else:
+                send(connection, "done", said, given)
+    except Ended:
+        rooms.close()
+
+
+class _Rooms:
+    def __init__(self, shared: int, source: Source, spec: ModelSpec) -> None:
+        self._source = source
+        self._spec = spec
+        self._memory = mmap.mmap(shared, 0)
+        self._model: GenerativeModel | None = None
+        self.calls: dict[str, Callable[[dict[str, Any], Arrays], Answer]] = {
+            "create": self._create,
+            "step": self._step,
+            "export_kv": self._export_kv,
+            "import_kv": self._import_kv,
+        }
+
+    def close(self) -> None:
+        """Let the backend give back what it holds."""
+        if self._model is not None:
+            self._model.close()
+
+    def _create(self, told: dict[str, Any], _: Arrays) -> Answer:
+        dtype = told["dtype"]
+        config = DeviceConfig(**told | {"dtype": None if dtype is None else DType(dtype)})
+        model = self._model = self._source.registration().create(self._spec, config)
+        return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device}, {}
+
+    def _step(self, _: dict[str, Any], arrays: Arrays) -> Answer:
+        logits = self._open().step(StepBatch(**arrays)).logits
+        rows, columns = len(arrays["logits_rows"]), self._spec.decoder.vocabulary_size
+        if logits.shape != (rows, columns):
+            raise ValueError(f"logits are {list(logits.shape)}, and {[rows, columns]} were asked for")
+        np.frombuffer(self._memory, np.float32, rows * columns).reshape(rows, columns)[...] = logits
+        return {}, {}
+
+    def _export_kv(self, told: dict[str, Any], _: Arrays) -> Answer:
+        return {}, {"data": self._open().export_kv(told["blocks"], range(*told["tokens"])).data}
+
+    def _import_kv(self, told: dict[str, Any], arrays: Arrays) -> Answer:
+        self._open().import_kv(told["blocks"], KvChunk(range(*told["tokens"]), arrays["data"]))
+        return {}, {}
+
+    def _open(self) -> GenerativeModel:
+        if self._model is None:
+            raise RuntimeError("no model was created")
+        return self._model
