@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable
@@ -24,9 +25,7 @@ Answer = tuple[dict[str, Any], Arrays]
 
 def serve(connection: socket.socket, shared: int, life: int, source: Source, spec: ModelSpec) -> None:
     """Answer frames until the other side ends."""
-    # The kernel's SIGIO ends this process when the executor's end of the pipe closes, even if it hangs with the interpreter's lock.
-    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    _end_with(life)
     # The executor's own signals reach its group: it says when this process is to end.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
@@ -42,6 +41,16 @@ def serve(connection: socket.socket, shared: int, life: int, source: Source, spe
                 send(connection, "done", said, given)
     except Ended:
         rooms.close()
+
+
+def _end_with(pipe: int) -> None:
+    """Have the kernel's SIGIO end this process when the pipe's other end closes, even if it hangs with the interpreter's lock."""
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    closed = select.poll()
+    closed.register(pipe, 0)
+    if closed.poll(0):  # before the kernel was asked
+        os._exit(1)
 
 
 class _Rooms:
