@@ -22,6 +22,7 @@ def backends(
     *,
     model: str | None = None,
     dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto",
+    threads: int | None = None,
     probe_seconds: float = 20.0,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
@@ -32,17 +33,21 @@ def backends(
     Args:
         model: Folder of a checkpoint, builtin, or a Hugging Face id.
         dtype: As the executor's; auto leaves it to each backend.
+        threads: Of computation, whose measured speeds are compared; every core of the process where absent.
         probe_seconds: Seconds that a backend has to say what it is.
         as_json: One JSON list instead of a table.
     """
     from penstock.backends.contract import DType
     from penstock.backends.registry import describe, standings
+    from penstock.backends.speed import kept_speeds
+    from penstock.common.cache import cache_folder
 
     if model is None:
         rows = [_row(report) for report in describe(seconds=probe_seconds)]
     else:
         spec = _read(model)
-        judged = standings(spec, None if dtype == "auto" else DType(dtype), seconds=probe_seconds)
+        asked = None if dtype == "auto" else DType(dtype)
+        judged = standings(spec, asked, speeds=kept_speeds(cache_folder(), spec.fingerprint, threads), seconds=probe_seconds)
         rows = [_row(standing.report) | _judged(standing, spec) for standing in judged]
     if as_json:
         print(json.dumps(rows, indent=2))

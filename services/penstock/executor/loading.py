@@ -11,6 +11,7 @@ from penstock.backends.contract import Capabilities, DeviceConfig, DType, Genera
 from penstock.backends.kv_memory import free_memory
 from penstock.backends.memory_need import check_memory
 from penstock.backends.registry import Choice, NoBackend, choose
+from penstock.backends.speed import kept_speeds
 from penstock.backends.validation import fault_of_model
 from penstock.common.cache import cache_folder
 from penstock.common.service import StartError
@@ -70,7 +71,8 @@ def prepare(config: ExecutorConfig) -> Prepared:
     dtype = None if config.dtype == "auto" else DType(config.dtype)
     try:
         spec = read_model(folder, name)
-        choice = choose(spec, config.backend, dtype, seconds=config.probe_seconds)
+        speeds = kept_speeds(_weight_cache(), spec.fingerprint, config.threads)
+        choice = choose(spec, config.backend, dtype, speeds=speeds, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
     backend, capabilities = choice.registration.name, choice.capabilities

@@ -10,14 +10,18 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arrays", "Ended", "receive", "send"]
+from penstock.backends.contract import DeviceConfig, DType
+
+__all__ = ["Arrays", "Ended", "read_device_config", "receive", "send", "write_device_config"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -25,6 +29,10 @@ _LENGTH = struct.Struct("<I")
 _LARGEST_HEAD = 1 << 20
 _LARGEST_ARRAYS = 1 << 34
 _TYPES = {np.dtype(t).name: np.dtype(t) for t in ("int64", "int32", "float32", "float16", "uint8", "int8", ml_dtypes.bfloat16)}
+
+
+# Types of fields that JSON does not have.
+_KINDS: Mapping[str, Callable[[str], Any]] = {"DType | None": DType, "Path | None": Path}
 
 
 class Ended(ConnectionError):
@@ -60,6 +68,21 @@ def receive(connection: socket.socket) -> tuple[str, Any, Arrays]:
     if head.keys() != {"kind", "told", "arrays"}:
         raise ValueError("no frame")
     return head["kind"], head["told"], {name: _array(connection, *told) for name, told in head["arrays"].items()}
+
+
+def write_device_config(config: DeviceConfig) -> dict[str, Any]:
+    """As JSON can tell it."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def read_device_config(told: Mapping[str, Any]) -> DeviceConfig:
+    """The inverse of `write_device_config`.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    kinds = {field.name: _KINDS[str(field.type)] for field in fields(DeviceConfig) if str(field.type) in _KINDS}
+    return DeviceConfig(**{**told, **{name: kind(told[name]) for name, kind in kinds.items() if told[name] is not None}})
 
 
 def _array(connection: socket.socket, name: str, shape: list[int]) -> NDArray[Any]:

@@ -11,12 +11,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from penstock.backends.apart.frames import Arrays, Ended, receive, send
+from penstock.backends.apart.frames import Arrays, Ended, receive, send, write_device_config
 from penstock.backends.contract import (
     Availability,
     Capabilities,
@@ -72,7 +72,7 @@ class ModelApart:
 
     def _began(self, config: DeviceConfig) -> None:
         try:
-            told, _ = self._ask("create", asdict(config))
+            told, _ = self._ask("create", write_device_config(config))
             self._kv, self._dtype, self._device = KvSpec(**told["kv"]), DType(told["dtype"]), str(told["device"])
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             self.close()

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from penstock.backends.apart.frames import Arrays, Ended, receive, send
-from penstock.backends.contract import DeviceConfig, DType, GenerativeModel, KvChunk, ModelSpec, StepBatch
+from penstock.backends.apart.frames import Arrays, Ended, read_device_config, receive, send
+from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, StepBatch
 from penstock.backends.discovery import Source
 
 __all__ = ["serve"]
@@ -72,9 +72,7 @@ class _Rooms:
             self._model.close()
 
     def _create(self, told: dict[str, Any], _: Arrays) -> Answer:
-        dtype = told["dtype"]
-        config = DeviceConfig(**told | {"dtype": None if dtype is None else DType(dtype)})
-        model = self._model = self._source.registration().create(self._spec, config)
+        model = self._model = self._source.registration().create(self._spec, read_device_config(told))
         return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device}, {}
 
     def _step(self, _: dict[str, Any], arrays: Arrays) -> Answer:
