@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -89,21 +90,41 @@ def test_what_it_does_wrong_is_said_of_it_alone(faulty, fault, why):
     ],
 )
 def test_an_executor_that_was_told_to_use_it_ends_with_one_line(faulty, fault, why):
+    environment = faulty(fault)
     done = penstock(
-        faulty(fault), "executor", "--backend", outside.NAME, "--model", "builtin", "--load-seconds", "2", "--listen", "127.0.0.1:0"
+        environment, "executor", "--backend", outside.NAME, "--model", "builtin", "--load-seconds", "2", "--listen", "127.0.0.1:0"
     )
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("penstock executor: ")]
     assert len(said) == 1
     assert why in said[0]
-    assert not [p for p in psutil.process_iter() if is_of(p, os.getpid())], "its process is left behind"
+    assert wait_for(lambda: not any(is_in(p, environment) for p in psutil.process_iter())), "its process is left behind"
 
 
-def is_of(process, parent):
+def is_in(process, environment):
     try:
-        return "penstock.backends.apart" in process.cmdline() and process.ppid() in {1, parent}
+        return process.environ().get("OUTSIDE_MARK") == environment["OUTSIDE_MARK"]
     except psutil.Error:
         return False
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded():
+    flags = (
+        "--model",
+        "builtin",
+        "--backend",
+        "openvino",
+        "--dtype",
+        "f32",
+        "--kv-cache-gib",
+        "1000000",
+        "--listen",
+        "127.0.0.1:0",
+    )
+    done = penstock({}, "executor", *flags)
+    assert done.returncode == 1
+    assert "not enough memory: openvino needs 1000000.00 GiB for weights in f32" in done.stderr
+    assert re.search(r"(?m)what would fit: --kv-cache-gib [\d.]+ with f32$", done.stderr)
 
 
 def test_an_executor_that_loads_says_not_serving_and_why(faulty):

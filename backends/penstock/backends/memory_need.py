@@ -60,7 +60,7 @@ def check_memory(name: str, decoder: DecoderSpec, capabilities: Capabilities, co
     remedies = [f"--dtype {other} ({_gib(need(other, None))})" for other in capabilities.dtypes if need(other, None) <= free]
     if asked is not None and need(dtype, None) <= free:
         # Two digits, rounded down: what is told fits.
-        remedies.insert(0, f"--kv-cache-gib {math.floor((free - weights) / _GIB * 100) / 100:g} with {dtype}")
+        remedies = [f"--kv-cache-gib {math.floor((free - weights) / _GIB * 100) / 100:g} with {dtype}"]
     cache = f"a KV cache of {_gib(asked)}" if asked is not None else f"a KV cache of {least} tokens"
     would = (
         f"what would fit: {', '.join(remedies)}"
