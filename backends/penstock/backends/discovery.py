@@ -20,6 +20,7 @@ BUILT_IN: Mapping[str, str] = {
     "openvino": "penstock.backends.openvino",
     "onnxruntime": "penstock.backends.onnxruntime",
     "torch": "penstock.backends.pytorch",
+    "tensorrt": "penstock.backends.tensorrt",
     "fake": "penstock.backends.fake",
 }
 

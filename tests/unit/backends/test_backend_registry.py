@@ -41,7 +41,7 @@ def spec(checkpoint):
 
 
 def test_built_in_backends_are_there():
-    assert list(sources([])) == ["openvino", "onnxruntime", "torch", "fake"]
+    assert list(sources([])) == ["openvino", "onnxruntime", "torch", "tensorrt", "fake"]
 
 
 def test_a_plugin_is_found_by_its_entry_point():

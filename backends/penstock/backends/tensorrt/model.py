@@ -1,0 +1,149 @@
+"""A model in TensorRT: an engine, the cache that it is bound to, and the step over both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.kv_blocks import transfer_slots
+from penstock.backends.kv_memory import count_blocks
+from penstock.backends.pytorch.loading import from_numpy, to_numpy
+from penstock.backends.step_limits import StepLimits
+from penstock.backends.tensorrt.api import TensorRt
+from penstock.backends.tensorrt.building import EngineBuilder
+from penstock.backends.tensorrt.device import Device
+from penstock.backends.tensorrt.execution import Executions
+from penstock.backends.tensorrt.memory import kv_rows
+from penstock.backends.tensorrt.plans import PlanCache
+from penstock.backends.tensorrt.profiles import make_profiles
+from penstock.backends.tensorrt.runs import plan_runs
+from penstock.common.service import StartError
+
+__all__ = ["BLOCK_SIZE", "DTYPES", "KV_LAYOUT", "TensorRtModel"]
+
+BLOCK_SIZE = 16
+KV_LAYOUT = "layer,kv,block,token,head,dim"
+DTYPES = {DType.BF16: torch.bfloat16, DType.F32: torch.float32}
+
+
+class TensorRtModel:
+    """A `GenerativeModel`. Its cache is one tensor, [layers, 2 (key, value), slots, kv heads, head dim], the canonical layout.
+
+    Args:
+        spec: the model.
+        config: what the operator asks.
+        trt: TensorRT.
+        device: where it runs.
+        plans: the folder of the plans that earlier starts built.
+
+    Raises:
+        StartError: the dtype is none of this backend's, TensorRT can not build the model, or memory holds no cache.
+    """
+
+    def __init__(self, spec: ModelSpec, config: DeviceConfig, trt: TensorRt, device: Device, plans: Path) -> None:
+        self._dtype = config.dtype or next(iter(DTYPES))
+        if self._dtype not in DTYPES:
+            raise StartError(f"backend tensorrt has no {self._dtype}, but {', '.join(DTYPES)}")
+        self._device, self._window = device, spec.decoder.sliding_window
+        self._vocabulary = spec.decoder.vocabulary_size
+        self._profiles = make_profiles(spec.decoder, config)
+        builder = EngineBuilder(trt, spec, self._dtype, device.identity, self._profiles, PlanCache(plans))
+        self._cache: Tensor | None = None
+        self._executions: Executions | None = None
+        try:
+            self._executions = executions = Executions(
+                trt, builder.engine(), spec.decoder, self._profiles, DTYPES[self._dtype], device
+            )
+            self._kv, self._cache = self._allocate(spec, config)
+            executions.bind(self._cache)
+            self._limits = StepLimits.of(spec.decoder, config, self._kv)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def kv(self) -> KvSpec:
+        """The cache it was created with."""
+        return self._kv
+
+    @property
+    def dtype(self) -> DType:
+        """The type it was created with."""
+        return self._dtype
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return str(self._device.torch)
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        """Compute one step: its decodes in as few runs as the profiles allow, and each prefill by itself.
+
+        Raises:
+            ValueError: the step is beyond what the model was created for; nothing is written then.
+            RuntimeError: the model is closed, or TensorRT or the device failed.
+        """
+        executions, _ = self._open()
+        self._limits.check(batch)
+        runs = list(plan_runs(batch, self._profiles, BLOCK_SIZE, self._window))
+        shape = (len(batch.logits_rows), self._vocabulary)
+        with torch.inference_mode(), self._device.stream() as stream:
+            logits = torch.empty(shape, dtype=torch.float32, device=self._device.torch)
+            for run in runs:
+                computed = executions.run(run, stream)
+                if len(run.rows):
+                    logits.index_copy_(0, torch.from_numpy(run.rows).to(self._device.torch), computed)
+            return StepOutput(logits.cpu().numpy())
+
+    def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
+        """Copy the KV of `tokens` out of the cache.
+
+        Raises:
+            ValueError: `tokens` are not consecutive positions within these blocks.
+        """
+        _, cache = self._open()
+        slots = transfer_slots(self._kv, blocks, tokens)
+        with torch.inference_mode(), self._device.stream():
+            return KvChunk(tokens, to_numpy(cache[:, :, torch.from_numpy(slots).to(cache.device)].cpu()))
+
+    def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
+        """Copy a chunk into the cache, converted to its type.
+
+        Raises:
+            ValueError: its positions are not within these blocks, or its shape is not this model's.
+        """
+        _, cache = self._open()
+        layers, kinds, _, heads, dim = cache.shape
+        expected = (layers, kinds, len(chunk.tokens), heads, dim)
+        if chunk.data.shape != expected:
+            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        slots = transfer_slots(self._kv, blocks, chunk.tokens)
+        with torch.inference_mode(), self._device.stream():
+            values = from_numpy(np.ascontiguousarray(chunk.data)).to(cache.device, cache.dtype)
+            cache.index_copy_(2, torch.from_numpy(slots).to(cache.device), values)
+
+    def close(self) -> None:
+        """Give all memory back. Idempotent."""
+        if self._executions is not None:
+            self._executions.close()
+        self._executions = self._cache = None
+        self._device.release()
+
+    def _open(self) -> tuple[Executions, Tensor]:
+        if self._executions is None or self._cache is None:
+            raise RuntimeError("the model is closed")
+        return self._executions, self._cache
+
+    def _allocate(self, spec: ModelSpec, config: DeviceConfig) -> tuple[KvSpec, Tensor]:
+        decoder, dtype = spec.decoder, DTYPES[self._dtype]
+        bytes_per_block = decoder.layers * 2 * BLOCK_SIZE * decoder.kv_heads * decoder.head_dim * dtype.itemsize
+        blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block, self._device.free_memory())
+        cache = kv_rows(decoder, blocks * BLOCK_SIZE, dtype, self._device.torch)
+        # Rows are written before they are read, but for this one: padding reads it, unseen, and no NaN may stand there.
+        cache[:, :, 0] = 0
+        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value), cache
