@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 __all__ = ["MappedArrays"]
 
 _MAGIC = b"penstock arrays 1"
+_SLICE = 1 << 22
 _TAIL = len(_MAGIC) + 8  # behind the index: its length, and what kind of file this is
 
 
@@ -74,8 +75,7 @@ class MappedArrays:
         if self._kept is None or self.complete:
             return
         for mapped, (name, (offset, size, _)) in zip(self._maps, self._index.items(), strict=True):
-            self._index[name] = (offset, size, zlib.crc32(mapped))
-            mapped.madvise(mmap.MADV_DONTNEED)
+            self._index[name] = (offset, size, _checksum(mapped))
         text = json.dumps(self._index).encode()
         with suppress(OSError), tempfile.TemporaryDirectory(dir=self._kept.parent, prefix=".new-") as folder:
             os.pwrite(self._file, text + len(text).to_bytes(8, "little") + _MAGIC, self._size)
@@ -137,10 +137,20 @@ class MappedArrays:
                 raise ValueError(path)
             for name, (offset, stored, checksum) in json.loads(os.pread(self._file, length, size - _TAIL - length)).items():
                 with mmap.mmap(self._file, stored, access=mmap.ACCESS_READ, offset=offset) as mapped:
-                    if zlib.crc32(mapped) != checksum:
+                    if _checksum(mapped) != checksum:
                         raise ValueError(path)
                 self._index[name] = (offset, stored, checksum)
         except (OSError, ValueError, TypeError, AttributeError):
             self.close()
             return False
         return True
+
+
+def _checksum(mapped: mmap.mmap) -> int:
+    """CRC-32 of all bytes, of which few are held at a time."""
+    checksum = 0
+    with memoryview(mapped) as view:
+        for start in range(0, len(view), _SLICE):
+            checksum = zlib.crc32(view[start : start + _SLICE], checksum)
+            mapped.madvise(mmap.MADV_DONTNEED)
+    return checksum
