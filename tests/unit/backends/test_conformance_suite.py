@@ -14,6 +14,7 @@ import wrong_backends as wrong
 from penstock.backends.conformance import CHECKS, PAIR_CHECKS, Outcome, Pair, run, runner, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DType, Unavailable
+from penstock.cli.app import app
 from penstock.cli.conformance import conformance
 from penstock.common.service import StartError
 
@@ -138,6 +139,14 @@ def test_the_command_tells_every_check_of_every_family(known, capsys):
     assert conformance("numpy", check=FEW) == 0
     rows, sums = table(capsys)
     assert [row[:4] for row in rows] == [[f, "f32", c, "passed"] for f in CONFIGS for c in CHECKS if c in FEW]
+    assert sums == "12 passed"
+
+
+def test_flags_choose_backend_type_and_checks(known, capsys):
+    words = ["conformance", "numpy", "--dtype", "f32", "--against", "numpy", "--check", FEW[2], "--check", "kv_serves_the_other"]
+    assert app(words, result_action="return_value") == 0
+    rows, sums = table(capsys)
+    assert {row[2] for row in rows} == {FEW[2], "kv_serves_the_other"}
     assert sums == "12 passed"
 
 

@@ -63,7 +63,7 @@ def reference(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids: Seque
     angles = positions[:, None] * spec.rope.inverse_frequencies().astype(np.float64)
     distance = positions[:, None] - positions[None]
     seen = (distance >= 0) & (distance < (spec.sliding_window or count))
-    x = weight(names.embedding)[np.asarray(ids)]
+    x = weights[names.embedding][np.asarray(ids)].astype(np.float64)
     kv = np.empty((spec.layers, 2, count, spec.kv_heads, spec.head_dim))
     for layer in range(spec.layers):
         h = norm(x, names.layer.input_norm.format(layer=layer))
