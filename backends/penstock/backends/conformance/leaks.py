@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from penstock.backends.contract import DType, GenerativeModel, ModelSpec
 
 __all__ = ["closed_models_leave_nothing", "failed_starts_leave_nothing"]
 
-_WARM_UP, _CYCLES = 3, 6
+_WARM_UP, _CYCLES = 2, 4
 _CACHE_BYTES = 32 << 20
 _WIDE_VOCABULARY = 65_536
 _BYTES = {DType.F32: 4.0, DType.BF16: 2.0, DType.INT8: 1.0, DType.INT4: 0.5}
@@ -27,17 +28,26 @@ _BYTES = {DType.F32: 4.0, DType.BF16: 2.0, DType.INT8: 1.0, DType.INT4: 0.5}
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What the process holds; `memory` in bytes: what may be written to, and what is mapped of a checkpoint."""
+    """What the process holds.
+
+    Attributes:
+        memory: bytes of mappings that may be written to, touched or not, and of those of the checkpoint.
+        resident: bytes of them, and of all others, that lie in memory: what the allocator hides in its own mappings shows here.
+    """
 
     memory: int
+    resident: int
     descriptors: int
     threads: int
 
     @classmethod
-    def now(cls, checkpoint: ModelSpec) -> _Held:
+    def after(cls, cycle: Callable[[], None], checkpoint: ModelSpec) -> _Held:
+        cycle()
         gc.collect()
+        with suppress(AttributeError):  # a C library other than glibc: it has no free memory of its own to give back
+            ctypes.CDLL(None).malloc_trim(0)
         process = psutil.Process()
-        return cls(_mapped(checkpoint), process.num_fds(), process.num_threads())
+        return cls(_mapped(checkpoint), process.memory_info().rss, process.num_fds(), process.num_threads())
 
 
 def closed_models_leave_nothing(subject: Subject) -> None:
@@ -64,18 +74,22 @@ def failed_starts_leave_nothing(subject: Subject) -> None:
 
 
 def _assert_nothing_stays(subject: Subject, spec: ModelSpec, cycle: Callable[[], None], what: str) -> None:
-    """Of `_CYCLES` cycles, behind a few that fill the caches of libraries, less may stay than half of them hold at least."""
+    """The least that the process holds behind the last cycles is what it held behind the first ones.
+
+    The least, because allocators keep what was given back for a while; the first cycles, because libraries fill their caches.
+    """
     for _ in range(_WARM_UP):
         cycle()
-    before = _Held.now(spec)
-    for _ in range(_CYCLES):
-        cycle()
-    after = _Held.now(spec)
+    first, last = ([_Held.after(cycle, spec) for _ in range(_CYCLES)] for _ in range(2))
     least = min(_weight_bytes(spec, subject.dtype) if subject.computes else _CACHE_BYTES, _cache_bytes(subject))
-    memory = after.memory - before.memory
+    memory, resident, descriptors, threads = (
+        min(getattr(held, kind) for held in last) - min(getattr(held, kind) for held in first)
+        for kind in ("memory", "resident", "descriptors", "threads")
+    )
+    memory = max(memory, resident)
     require(memory < least * _CYCLES // 2, f"{_CYCLES} {what} left {memory >> 20} MiB; each held {least >> 20} MiB or more")
-    require(after.descriptors <= before.descriptors, f"{what} left {after.descriptors - before.descriptors} descriptors")
-    require(after.threads < before.threads + _CYCLES, f"{what} left {after.threads - before.threads} threads")
+    require(descriptors < _CYCLES, f"{_CYCLES} {what} left {descriptors} descriptors")
+    require(threads < _CYCLES, f"{_CYCLES} {what} left {threads} threads")
 
 
 @contextmanager
