@@ -123,7 +123,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded():
     )
     done = penstock({}, "executor", *flags)
     assert done.returncode == 1
-    assert "not enough memory: openvino needs 1000000.00 GiB for weights in f32" in done.stderr
+    assert "not enough memory: openvino needs 1000000.01 GiB for weights in f32" in done.stderr
     assert re.search(r"(?m)what would fit: --kv-cache-gib [\d.]+ with f32$", done.stderr)
 
 

@@ -126,6 +126,7 @@ def _beaten(standing: Standing, best: Standing) -> Standing:
     if _accelerated(best) and not _accelerated(standing):
         reason = f"{name} has an accelerator"
     else:
-        unmeasured = " and ".join(s.report.name for s in (best, standing) if s.speed is None)
-        reason = f"{name} goes before it as long as {unmeasured or 'both'} was not measured with this model here"
+        unmeasured = [s.report.name for s in (best, standing) if s.speed is None]
+        were = f"{' and '.join(unmeasured)} {'were' if len(unmeasured) > 1 else 'was'}"
+        reason = f"{name} goes before it as long as {were} not measured with this model here"
     return Standing(standing.report, Verdict.BEHIND, reason, standing.dtype, standing.speed)

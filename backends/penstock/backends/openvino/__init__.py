@@ -46,7 +46,11 @@ def _capabilities(spec: ModelSpec) -> Capabilities | Unsupported:
     if spec.decoder.rope.dim != spec.decoder.head_dim:
         return Unsupported(f"rotates {spec.decoder.rope.dim} of {spec.decoder.head_dim} dimensions of a head; only all can be")
     return Capabilities(
-        dtypes=(DType.BF16, DType.INT8, DType.INT4, DType.F32), export_kv=True, import_kv=True, kv_dtypes=(DType.INT8,)
+        dtypes=(DType.BF16, DType.INT8, DType.INT4, DType.F32),
+        export_kv=True,
+        import_kv=True,
+        kv_layouts=("block.head.slot.dim",),
+        kv_dtypes=(DType.INT8,),
     )
 
 
