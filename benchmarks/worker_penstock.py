@@ -1,4 +1,4 @@
-"""Penstock's side of `engine_vs_genai.py`: its engine, with scheduler and sampler, in this process; greedy, no prefix cache."""
+"""Penstock's side of a comparison, FOLDER DTYPE [BACKEND]: its engine and sampler in this process; greedy, no prefix cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def main() -> None:
     start_again_with_huge_pages()
     folder: str = sys.argv[1]
     dtype: DTypeName = sys.argv[2]  # type: ignore[assignment]  # what engine_vs_genai.py accepts
-    engine = EngineTarget(folder, EngineOptions(backend="openvino", dtype=dtype, kv_cache_gib=4, prefix_cache=False))
+    backend = sys.argv[3] if len(sys.argv) > 3 else "openvino"
+    engine = EngineTarget(folder, EngineOptions(backend=backend, dtype=dtype, kv_cache_gib=4, prefix_cache=False))
 
     def run(work: list[list[int]], new: int) -> None:
         failed = [t.error for t in engine.run([Request(prompt, new) for prompt in work], lambda: None) if t.error]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from penstock.backends.checkpoint import read_model
+from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import Available, DeviceConfig, DType
 from penstock.backends.pytorch import REGISTRATION
@@ -76,9 +77,12 @@ def test_a_device_that_is_not_there_is_named(spec, device):
         create(spec, device=device)
 
 
-def test_a_type_that_it_has_not_is_named(spec):
-    with pytest.raises(StartError, match="int8"):
-        create(spec, dtype=DType.INT8)
+def test_a_type_that_it_has_not_is_named(tmp_path):
+    odd = CONFIGS["llama"] | {"intermediate_size": 88}  # no whole groups of 32
+    spec = read_model(write_checkpoint(tmp_path, odd).folder, "m")
+    assert DType.INT4 not in REGISTRATION.capabilities(spec).dtypes
+    with pytest.raises(StartError, match="int4"):
+        create(spec, dtype=DType.INT4)
 
 
 def test_it_says_where_it_runs():

@@ -13,50 +13,53 @@ __all__ = ["Decoder"]
 
 
 class RmsNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich, 2019)."""
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich, 2019); the weight may differ between heads."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, epsilon: float, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(shape))
         self._epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        unit = functional.rms_norm(x.float(), self.weight.shape, None, self._epsilon)
+        unit = functional.rms_norm(x.float(), x.shape[-1:], None, self._epsilon)
         return unit.to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with rotary positions over a paged cache."""
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions over a paged cache.
+
+    One product makes queries, keys and values; queries and keys are normalised and turned together.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         names, hidden, dim = spec.weights.layer, spec.hidden_size, spec.head_dim
-        self.q = nn.Linear(hidden, spec.heads * dim, bias=names.q_bias is not None)
-        self.k = nn.Linear(hidden, spec.kv_heads * dim, bias=names.k_bias is not None)
-        self.v = nn.Linear(hidden, spec.kv_heads * dim, bias=names.v_bias is not None)
+        both, biased = spec.heads + spec.kv_heads, any((names.q_bias, names.k_bias, names.v_bias))
+        self.qkv = nn.Linear(hidden, (both + spec.kv_heads) * dim, bias=biased)
         self.o = nn.Linear(spec.heads * dim, hidden, bias=names.o_bias is not None)
-        self.q_norm = RmsNorm(dim, spec.norm_epsilon) if names.q_norm is not None else nn.Identity()
-        self.k_norm = RmsNorm(dim, spec.norm_epsilon) if names.k_norm is not None else nn.Identity()
-        self._dim = dim
+        self.qk_norm = RmsNorm(spec.norm_epsilon, both, dim) if names.q_norm is not None else nn.Identity()
+        self._heads, self._dim = (spec.heads, spec.kv_heads), dim
 
-    def forward(self, x: Tensor, turn: Tensor, plan: AttentionPlan, cache: Tensor) -> Tensor:
-        queries, keys, values = (project(x).unflatten(-1, (-1, self._dim)) for project in (self.q, self.k, self.v))
-        queries, keys = rotate(self.q_norm(queries), turn), rotate(self.k_norm(keys), turn)
-        attended: Tensor = self.o(plan.attend(queries, keys, values, cache).flatten(1))
-        return attended
+    def forward(self, x: Tensor, turn: Tensor, plan: AttentionPlan, cache: Tensor, rows: Tensor | None) -> Tensor:
+        heads, kv_heads = self._heads
+        both, values = self.qkv(x).unflatten(-1, (-1, self._dim)).split((heads + kv_heads, kv_heads), dim=1)
+        queries, keys = rotate(self.qk_norm(both), turn).split((heads, kv_heads), dim=1)
+        attended = plan.attend(queries, keys, values, cache).flatten(1)
+        out: Tensor = self.o(attended if rows is None else attended[rows])
+        return out
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020)."""
+    """SwiGLU (Shazeer, 2020), its two inner products as one."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.gate = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
         self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(functional.silu(gate) * up)
         return out
 
 
@@ -65,25 +68,29 @@ class Layer(nn.Module):
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.input_norm = RmsNorm(spec.hidden_size, spec.norm_epsilon)
+        self.input_norm = RmsNorm(spec.norm_epsilon, spec.hidden_size)
         self.attention = Attention(spec)
-        self.post_attention_norm = RmsNorm(spec.hidden_size, spec.norm_epsilon)
+        self.post_attention_norm = RmsNorm(spec.norm_epsilon, spec.hidden_size)
         self.feed_forward = FeedForward(spec)
 
-    def forward(self, x: Tensor, turn: Tensor, plan: AttentionPlan, cache: Tensor) -> Tensor:
-        x = x + self.attention(self.input_norm(x), turn, plan, cache)
+    def forward(self, x: Tensor, turn: Tensor, plan: AttentionPlan, cache: Tensor, rows: Tensor | None) -> Tensor:
+        attended = self.attention(self.input_norm(x), turn, plan, cache, rows)
+        x = (x if rows is None else x[rows]) + attended
         out: Tensor = x + self.feed_forward(self.post_attention_norm(x))
         return out
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits of chosen rows out. Made on the ``meta`` device: the weights come from a checkpoint."""
+    """Token ids in, logits of chosen rows out. Made on the ``meta`` device: the weights come from a checkpoint.
+
+    Activations have the type of the norms' weights, which may be longer than that of the products'.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.embedding = nn.Embedding(spec.vocabulary_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
-        self.final_norm = RmsNorm(spec.hidden_size, spec.norm_epsilon)
+        self.final_norm = RmsNorm(spec.norm_epsilon, spec.hidden_size)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocabulary_size, bias=False)
 
     def forward(self, ids: Tensor, angles: Tensor, rows: Tensor, plan: AttentionPlan, cache: Tensor) -> Tensor:
@@ -94,16 +101,18 @@ class Decoder(nn.Module):
             angles: float32 [T, head dim / 2], by which each pair of a head's elements is turned.
             rows: [R], where logits are wanted.
             plan: which rows of the cache are written and read.
-            cache: [layers, 2 (key, value), slots, kv heads, head dim].
+            cache: [layers, 2 (key, value), blocks, block size, kv heads, head dim].
 
         Returns:
             float32 [R, vocabulary].
         """
-        x: Tensor = self.embedding(ids)
+        x: Tensor = self.embedding(ids).to(self.final_norm.weight.dtype)
         turn = torch.stack((angles.cos(), angles.sin()))[:, :, None]
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, turn, plan, layer_cache)
-        logits: Tensor = self.lm_head(self.final_norm(x[rows]))
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            # Behind the last layer's attention no token sees another: the rest is computed for the rows that are asked for alone.
+            x = layer(x, turn, plan, cache[i], rows if i == last else None)
+        logits: Tensor = self.lm_head(self.final_norm(x))
         return logits.float()
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
 from penstock.backends.kv_blocks import transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
-from penstock.backends.pytorch.attention import plan_attention
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
-from penstock.backends.pytorch.registration import REGISTRATION
+from penstock.backends.pytorch.planning import plan_attention
+from penstock.backends.pytorch.precision import precision_of
+from penstock.backends.pytorch.registration import KV_LAYOUT, REGISTRATION
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
@@ -25,11 +26,11 @@ __all__ = ["TorchModel"]
 
 BLOCK_SIZE = 16
 
-_TYPES = {DType.F32: torch.float32, DType.BF16: torch.bfloat16}
+_CACHE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class TorchModel:
-    """A `GenerativeModel`. Its cache is one tensor, [layers, 2 (key, value), slots, kv heads, head dim], the canonical layout.
+    """A `GenerativeModel`. Its cache is one tensor, [layers, 2 (key, value), blocks, block size, kv heads, head dim].
 
     Raises:
         StartError: the device is not there, or its memory holds no cache.
@@ -38,15 +39,18 @@ class TorchModel:
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
         capabilities = REGISTRATION.capabilities(spec)
         self._dtype = config.dtype or capabilities.dtypes[0]
-        if self._dtype not in _TYPES:
-            raise StartError(f"backend torch has no {self._dtype}, but {', '.join(_TYPES)}")
         self._device = _find_device(config.device)
+        if self._dtype not in capabilities.dtypes:
+            raise StartError(f"backend torch has no {self._dtype} for {spec.name}, but {', '.join(capabilities.dtypes)}")
+        if config.kv_cache_dtype is not None:
+            raise StartError(f"backend torch has no KV cache of {config.kv_cache_dtype}: leave kv_cache_dtype away")
+        precision = precision_of(self._dtype, self._device)
         self._threads = config.threads or len(os.sched_getaffinity(0))
         self._window = spec.decoder.sliding_window
         with _threads(self._threads):
-            self._decoder: Decoder | None = load_decoder(spec, _TYPES[self._dtype], self._device)
+            self._decoder: Decoder | None = load_decoder(spec, precision, self._device)
         self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
-        self._kv, self._cache = self._allocate(spec, config)
+        self._kv, self._cache = self._allocate(spec, config, precision.held)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
 
     @property
@@ -88,7 +92,7 @@ class TorchModel:
         """
         _, cache = self._open()
         with torch.inference_mode():
-            chosen = cache[:, :, self._slots(blocks, tokens)]
+            chosen = cache.flatten(2, 3)[:, :, self._slots(blocks, tokens)]
             return KvChunk(tokens, to_numpy(chosen.cpu()))
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
@@ -98,13 +102,14 @@ class TorchModel:
             ValueError: its positions are not within these blocks, or its shape is not this model's.
         """
         _, cache = self._open()
-        layers, kinds, _, kv_heads, dim = cache.shape
+        layers, kinds, _, _, kv_heads, dim = cache.shape
         expected = (layers, kinds, len(chunk.tokens), kv_heads, dim)
         if chunk.data.shape != expected:
             raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
         slots = self._slots(blocks, chunk.tokens)
         with torch.inference_mode():
-            cache[:, :, slots] = from_numpy(np.ascontiguousarray(chunk.data)).to(device=self._device, dtype=cache.dtype)
+            told = from_numpy(np.ascontiguousarray(chunk.data)).to(device=self._device, dtype=cache.dtype)
+            cache.flatten(2, 3)[:, :, slots] = told
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
@@ -123,16 +128,15 @@ class TorchModel:
     def _slots(self, blocks: Sequence[int], tokens: range) -> Tensor:
         return self._tensor(transfer_slots(self._kv, blocks, tokens))
 
-    def _allocate(self, spec: ModelSpec, config: DeviceConfig) -> tuple[KvSpec, Tensor | None]:
-        decoder, dtype = spec.decoder, _TYPES[self._dtype]
+    def _allocate(self, spec: ModelSpec, config: DeviceConfig, dtype: torch.dtype) -> tuple[KvSpec, Tensor | None]:
+        decoder = spec.decoder
         bytes_per_block = decoder.layers * 2 * BLOCK_SIZE * decoder.kv_heads * decoder.head_dim * dtype.itemsize
         free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
         blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block, free)
-        shape = (decoder.layers, 2, blocks * BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
-        # Not cleared: rows are written before they are read, and padding reads row 0 under a mask, where zeros keep NaN out.
-        cache = torch.empty(shape, dtype=dtype, device=self._device)
-        cache[:, :, 0] = 0
-        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, "layer,kv,block,token,head,dim", self._dtype.value), cache
+        # Cleared, since whole blocks are read, and under a mask zeros keep NaN out. Pages are not taken before they are written.
+        shape = (decoder.layers, 2, blocks, BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
+        cache = torch.zeros(shape, dtype=dtype, device=self._device)
+        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, _CACHE_NAMES[dtype]), cache
 
 
 def _find_device(name: str | None) -> torch.device:

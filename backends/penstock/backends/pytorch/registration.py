@@ -8,6 +8,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import (
     Availability,
     Available,
@@ -21,7 +22,9 @@ from penstock.backends.contract import (
     Unavailable,
 )
 
-__all__ = ["REGISTRATION"]
+__all__ = ["KV_LAYOUT", "REGISTRATION"]
+
+KV_LAYOUT = "layer,kv,block,token,head,dim"
 
 
 def _probe() -> Availability:
@@ -48,14 +51,20 @@ def _accelerators(built_for: str) -> tuple[str, ...]:
     return ("cuda:0",) if present else ()
 
 
-def _capabilities(_: ModelSpec) -> Capabilities:
+def _capabilities(spec: ModelSpec) -> Capabilities:
     available = _probe()
     accelerated = isinstance(available, Available) and available.devices[0] != "cpu"
-    return Capabilities(
-        dtypes=(DType.BF16, DType.F32) if accelerated or _fast_bfloat16() else (DType.F32, DType.BF16),
-        export_kv=True,
-        import_kv=True,
-    )
+    dtypes = (DType.BF16, DType.F32) if accelerated or _fast_bfloat16() else (DType.F32, DType.BF16)
+    if not accelerated:
+        dtypes += (DType.INT8, DType.INT4) if _fits_int4(spec.decoder) else (DType.INT8,)
+    return Capabilities(dtypes=dtypes, export_kv=True, import_kv=True, kv_layouts=(KV_LAYOUT,))
+
+
+def _fits_int4(decoder: DecoderSpec) -> bool:
+    """Whether PyTorch's four-bit kernel takes the shapes of all products: inputs in groups of 32, outputs in tiles of 32."""
+    heads, kv_heads = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    sizes = (decoder.hidden_size, decoder.intermediate_size, heads, heads + 2 * kv_heads)
+    return all(size % 32 == 0 for size in sizes)
 
 
 def _fast_bfloat16() -> bool:

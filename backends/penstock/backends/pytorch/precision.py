@@ -1,0 +1,55 @@
+"""In which type weights are held and activations computed, by what the device can multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from penstock.backends.contract import DType
+from penstock.backends.pytorch.products import HostProduct, Int4Product, Int8Product
+
+__all__ = ["Precision", "precision_of"]
+
+MakeProduct = Callable[[Tensor, Tensor | None], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How a dtype is served on a device.
+
+    Attributes:
+        held: the type of weights as they are read, and of the KV cache.
+        activations: the type of everything between products; biases and norms' weights have it too.
+        product: makes a linear map of a weight [outputs, inputs], in the type `held`, and a bias.
+        head: the same for the vocabulary's.
+    """
+
+    held: torch.dtype
+    activations: torch.dtype
+    product: MakeProduct
+    head: MakeProduct
+
+
+def precision_of(dtype: DType, device: torch.device) -> Precision:
+    """How `dtype` is served on `device`. Four-bit models keep their vocabulary's product in eight: that one shows in each logit."""
+    held = torch.float32 if dtype == DType.F32 else torch.bfloat16
+    if device.type == "cuda" or (dtype == DType.BF16 and multiplies_bfloat16()):
+        return Precision(held, held, _linear, _linear)
+    products = {DType.INT8: Int8Product, DType.INT4: Int4Product}
+    product: MakeProduct = products.get(dtype, HostProduct)
+    return Precision(held, torch.float32, product, Int8Product if dtype.quantised else HostProduct)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch hands products of bfloat16 on this processor to oneDNN; elsewhere they run in a scalar loop."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001  it has no other name
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
