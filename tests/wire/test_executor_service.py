@@ -17,6 +17,7 @@ from penstock.common.channel import connect
 from penstock.common.prefix import WIRE_BYTES, block_hashes, wire_form
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
+from penstock.executor import tuning
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import EngineDead
 from penstock.executor.server import ExecutorServer
@@ -344,6 +345,21 @@ async def test_the_scheduler_is_told_of_prefixes_and_again_when_it_comes_back():
         snapshot = await again.hear(lambda r: r.HasField("description"))
         assert (snapshot.kv_events.sequence, snapshot.kv_events.cleared) == (1, True)
         assert unpacked(snapshot.kv_events.stored) == hashes
+
+
+async def test_the_scheduler_hears_what_the_executor_has_measured_and_hears_the_same_of_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "_DISTURBED", 1000)  # steps of the fake backend are too short to be judged on a busy machine
+    heard = []
+    for _ in range(2):
+        pool = Pool()
+        async with pooling(pool) as address, serving(scheduler=address, cache_folder=str(tmp_path)):
+            heard.append((await pool.hear(lambda r: r.HasField("description"))).description)
+    calibration = heard[0].calibration
+    assert heard[1].calibration == calibration
+    assert heard[1].prefill_chunk == heard[0].prefill_chunk > 0
+    assert calibration.prefill.sizes[0] == 16
+    assert calibration.decode.sizes[0] == 1
+    assert all(seconds > 0 for seconds in (*calibration.prefill.seconds, *calibration.decode.seconds))
 
 
 async def test_the_scheduler_hears_at_once_that_an_executor_drains():

@@ -12,8 +12,11 @@ import grpc.aio
 import pytest
 from google.protobuf import duration_pb2
 
+from penstock.cli.connection import Connection
+from penstock.cli.models import models
 from penstock.client import (
     AsyncClient,
+    Calibration,
     Client,
     DeadlineExceeded,
     FieldViolation,
@@ -83,9 +86,14 @@ class FakeServer(pb_grpc.InferenceServicer, models_pb2_grpc.ModelsServicer):
         return pb.CountTokensResponse(count=2, token_ids=[5, 6] if request.token_ids else [], context_length=128)
 
     async def ListModels(self, request, context):  # noqa: N802 - the name in the proto
-        executor = models_pb2.ModelExecutor(executor_id="e1", backend="fake", kv_blocks=9)
+        decode = [models_pb2.DecodeSpeed(batch=n, tokens_per_second=1000.5 * n) for n in (1, 2, 4)]
+        speeds = models_pb2.Calibration(prefill_tokens_per_second=2500, decode=decode, prefill_chunk=64)
+        executors = [
+            models_pb2.ModelExecutor(executor_id="e1", backend="fake", kv_blocks=9, calibration=speeds),
+            models_pb2.ModelExecutor(executor_id="e2", backend="fake", kv_blocks=9),
+        ]
         return models_pb2.ListModelsResponse(
-            models=[models_pb2.Model(name="m", context_length=128, executors=[executor], created_unix_seconds=60)]
+            models=[models_pb2.Model(name="m", context_length=128, executors=executors, created_unix_seconds=60)]
         )
 
     async def GetModel(self, request, context):  # noqa: N802 - the name in the proto
@@ -309,6 +317,17 @@ def test_counts_tokens_and_tells_models(fake, connect):
     (model,) = client.models()
     assert (model.name, model.executors[0].kv_blocks, model.created.timestamp()) == ("m", 9, 60)
     assert client.model("m").name == "m"
+    first, second = model.executors
+    assert first.calibration == Calibration(2500, {1: 1000.5, 2: 2001, 4: 4002}, 64)
+    assert second.calibration is None
+
+
+def test_models_are_listed_with_their_executors_speeds(fake, capsys):
+    assert models(executors=True, connection=Connection(target=fake.address)) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "2,500" in first
+    assert "1:1,000.5 4:4,002.0" in first
+    assert "e2" in second
 
 
 @pytest.mark.parametrize("leave", ["break", "with", "close", "garbage"])

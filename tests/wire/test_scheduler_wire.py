@@ -335,6 +335,29 @@ async def test_no_executor_in_time_is_told():
         assert (await gateway.refusal()).reason == pb.REFUSAL_REASON_NO_EXECUTOR
 
 
+CALIBRATION = pb.Calibration(
+    prefill=pb.StepCurve(sizes=[16, 256], seconds=[0.02, 0.2]),
+    decode=pb.StepCurve(sizes=[1, 8], seconds=[0.01, 1 / 30]),
+    decode_context=16,
+    decode_token_seconds=1e-7,
+)
+
+
+async def test_calibration_of_an_executor_is_heard_and_told():
+    async with served() as stub:
+        executor = await Executor(stub, calibration=CALIBRATION, prefill_chunk=96).ready()
+        told = (await states(stub))[0]["e1"].description
+        assert (told.calibration, told.prefill_chunk) == (CALIBRATION, 96)
+        await executor.end()
+
+
+async def test_calibration_that_can_not_be_is_refused_by_field():
+    async with served() as stub:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"description\.calibration.*must rise") as caught:
+            await Executor(stub, calibration=pb.Calibration(prefill=pb.StepCurve(sizes=[2, 1], seconds=[1, 1]))).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_executor_without_identity_is_refused_by_field():
     async with served() as stub:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from penstock.cli.connection import Connection, connected
 from penstock.cli.tables import print_table
-from penstock.client import Model, ModelExecutor
+from penstock.client import Calibration, Model, ModelExecutor
 
 __all__ = ["models"]
 
@@ -56,6 +56,8 @@ def _print_tables(listed: Sequence[Model], *, executors: bool) -> None:
             "waiting",
             "KV blocks free",
             "state",
+            "prefill tokens/s",
+            "decode tokens/s by batch",
             "features",
         )
         print_table(columns, ((model.name, *_cells(executor)) for model in listed for executor in model.executors))
@@ -66,4 +68,14 @@ def _cells(executor: ModelExecutor) -> tuple[object, ...]:
     free = f"{e.kv_blocks_free}/{e.kv_blocks}"
     state = "draining" if e.draining else "serving"
     features = " ".join(e.features)
-    return (e.executor_id, e.backend, e.backend_version, e.device, e.dtype, e.running, e.waiting, free, state, features)
+    what = (e.executor_id, e.backend, e.backend_version, e.device, e.dtype)
+    return (*what, e.running, e.waiting, free, state, *_speeds(e.calibration), features)
+
+
+def _speeds(calibration: Calibration | None) -> tuple[str, str]:
+    """Calibrated speeds of prefill, and of decoding at one sequence and at the most that were measured."""
+    if calibration is None:
+        return "", ""
+    decode = calibration.decode_tokens_per_second
+    batches = sorted({min(decode), max(decode)}) if decode else []
+    return f"{calibration.prefill_tokens_per_second:,.0f}", " ".join(f"{batch}:{decode[batch]:,.1f}" for batch in batches)

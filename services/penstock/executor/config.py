@@ -24,9 +24,15 @@ class ExecutorConfig:
         kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
         kv_cache_share: Share of the free memory that the KV cache takes where kv_cache_gib is absent.
         weight_cache: Whether weights rounded to int8 or int4 are kept in the cache folder, for the next start to find.
-        max_batch_tokens: Tokens that one step computes at most.
+        max_batch_tokens: Tokens that one step computes at most; where absent, what measured step times ask for, 2048 at most.
         max_batch_size: Sequences that run at a time at most.
-        prefill_chunk: Prompt tokens that one step computes at most while others are being answered.
+        prefill_chunk: Prompt tokens that one step computes at most while others are being answered; where absent, what measured
+            step times ask for, 512 at most.
+        itl_target_ms: Milliseconds that the prompt tokens of such a step may take; where absent, five decoding steps of a full
+            batch, or more where prefill would lose a fifth of its speed.
+        calibration_seconds: Seconds that measuring step times takes at the first start; 0 leaves it out.
+        calibration_cache: Whether measured step times are kept in the cache folder, for the next start to find.
+        cache_folder: The cache folder; $XDG_CACHE_HOME/penstock or ~/.cache/penstock where absent.
         max_context: Tokens that one sequence holds at most; the model's own limit where absent.
         prefix_cache: Whether requests share the KV cache of equal prefixes.
         probe_seconds: Seconds that a backend has to say what it is.
@@ -52,9 +58,13 @@ class ExecutorConfig:
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     kv_cache_share: float = 0.5
     weight_cache: bool = True
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
     max_batch_size: int = 64
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
+    itl_target_ms: float | None = None
+    calibration_seconds: float = 3
+    calibration_cache: bool = True
+    cache_folder: str | None = None
     max_context: int | None = None
     prefix_cache: bool = True
     probe_seconds: float = 20

@@ -28,7 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +148,12 @@ class Engine:
         self.blocks.clear()
         self.scheduler.counts = SchedulerCounts()
         self.meter = Meter()
+
+    def limit(self, max_batch_tokens: int, prefill_chunk: int) -> None:
+        """Let steps hold other numbers of tokens, as `EngineConfig` names them. Only before `start`."""
+        config = self._config = replace(self._config, max_batch_tokens=max_batch_tokens, prefill_chunk=prefill_chunk)
+        limits = self.scheduler.limits
+        self.scheduler.limits = replace(limits, max_batch_tokens=config.max_batch_tokens, prefill_chunk=config.prefill_chunk)
 
     def drain(self) -> None:
         """Refuse whatever comes from now on. What runs or waits goes on."""

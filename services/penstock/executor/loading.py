@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +14,22 @@ from penstock.backends.memory_need import check_memory
 from penstock.backends.registry import Choice, NoBackend, choose
 from penstock.backends.speed import kept_speeds
 from penstock.backends.validation import fault_of_model
-from penstock.common.cache import cache_folder
+from penstock.common.cache import found_cache
 from penstock.common.service import StartError
 from penstock.common.sources import resolve
+from penstock.common.step_times import StepTimes
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import Engine, EngineConfig, EngineDead
 from penstock.executor.sequence import Finish, Frame, SequenceRequest
+from penstock.executor.tuning import Identity, tune
 
 __all__ = ["Loaded", "Prepared", "create", "load", "prepare"]
 
 _WARM_UP_PROMPT = 128
 _WARM_UP_TOKENS = 4
+# Where the operator gives none, what steps hold before their times are known, and at most after that.
+_MOST_TOKENS = 2048
+_LARGEST_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,7 @@ class Loaded:
     capabilities: Capabilities
     model: GenerativeModel
     engine: Engine
+    times: StepTimes | None = None
 
 
 def load(config: ExecutorConfig) -> Loaded:
@@ -71,7 +78,7 @@ def prepare(config: ExecutorConfig) -> Prepared:
     dtype = None if config.dtype == "auto" else DType(config.dtype)
     try:
         spec = read_model(folder, name)
-        speeds = kept_speeds(_weight_cache(), spec.fingerprint, config.threads)
+        speeds = kept_speeds(found_cache(config.cache_folder), spec.fingerprint, config.threads)
         choice = choose(spec, config.backend, dtype, speeds=speeds, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
@@ -93,15 +100,19 @@ def create(prepared: Prepared) -> Loaded:
     spec, choice = prepared.spec, prepared.choice
     model = _create(choice, spec, prepared.device)
     try:
-        engine = Engine(model, _engine_config(prepared.config, spec, choice.capabilities, prepared.device))
-        _warm_up(engine)
+        engine_config = _engine_config(prepared.config, spec, choice.capabilities, prepared.device)
+        engine = Engine(model, engine_config)
+        fastest = _warm_up(engine)
+        identity = Identity(spec.fingerprint, choice.registration.name, choice.version)
+        times = tune(engine, engine_config, prepared.config, identity, fastest)
     except EngineDead as error:
         model.close()
         raise StartError(str(error)) from error
     except BaseException:
         model.close()
         raise
-    return Loaded(spec.folder, spec.name, choice.registration.name, choice.version, spec, choice.capabilities, model, engine)
+    backend, capabilities = choice.registration.name, choice.capabilities
+    return Loaded(spec.folder, spec.name, backend, choice.version, spec, capabilities, model, engine, times)
 
 
 def _create(choice: Choice, spec: ModelSpec, device: DeviceConfig) -> GenerativeModel:
@@ -129,18 +140,11 @@ def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
         kv_cache_share=config.kv_cache_share,
         kv_cache_dtype=None if config.kv_cache_dtype == "auto" else DType(config.kv_cache_dtype),
-        max_batch_tokens=config.max_batch_tokens,
+        max_batch_tokens=_most_tokens(config),
         max_batch_size=min(config.max_batch_size, capabilities.max_batch_size or config.max_batch_size),
         max_context=min(limit for limit in longest if limit is not None),
-        weight_cache=_weight_cache() if config.weight_cache else None,
+        weight_cache=found_cache(config.cache_folder) if config.weight_cache else None,
     )
-
-
-def _weight_cache() -> Path | None:
-    try:
-        return cache_folder()
-    except RuntimeError:  # a user without a home
-        return None
 
 
 def _check(config: ExecutorConfig) -> None:
@@ -152,6 +156,8 @@ def _check(config: ExecutorConfig) -> None:
         "max_context": (config.max_context, 2),
         "probe_seconds": (config.probe_seconds, 0.1),
         "load_seconds": (config.load_seconds, 0.1),
+        "calibration_seconds": (config.calibration_seconds, 0),
+        "itl_target_ms": (config.itl_target_ms, 1),
     }
     for name, (value, at_least) in least.items():
         if value is not None and value < at_least:
@@ -167,9 +173,9 @@ def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
     return EngineConfig(
         vocabulary_size=spec.decoder.vocabulary_size,
         context_length=device.max_context or spec.decoder.context_length,
-        max_batch_tokens=config.max_batch_tokens,
+        max_batch_tokens=device.max_batch_tokens,
         max_batch_size=device.max_batch_size,
-        prefill_chunk=config.prefill_chunk,
+        prefill_chunk=min(_LARGEST_CHUNK, device.max_batch_tokens) if config.prefill_chunk is None else config.prefill_chunk,
         prefix_cache=config.prefix_cache and capabilities.prefix_cache,
         chunked_prefill=capabilities.chunked_prefill,
         prompt_logits=capabilities.prompt_logits,
@@ -178,9 +184,16 @@ def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
     )
 
 
-def _warm_up(engine: Engine) -> None:
-    """Run one sequence, so that the first request finds kernels compiled and speeds measured; then forget it."""
+def _most_tokens(config: ExecutorConfig) -> int:
+    """What the model has to be able to compute in one step."""
+    return max(_MOST_TOKENS, 2 * config.max_batch_size) if config.max_batch_tokens is None else config.max_batch_tokens
+
+
+def _warm_up(engine: Engine) -> float:
+    """Run one sequence, so that the first request finds kernels compiled; then forget it. Seconds of its fastest decoding step."""
     frames: list[Frame] = []
+    decoding: list[float] = []
+    engine.meter.on_step = lambda facts: decoding.append(facts.seconds if facts.decodes else math.inf)
     length = max(1, min(_WARM_UP_PROMPT, engine.context_length - _WARM_UP_TOKENS))
     engine.submit(
         SequenceRequest(sequence_id=0, prompt=[0] * length, max_tokens=_WARM_UP_TOKENS, salt=os.urandom(16)), frames.append
@@ -191,3 +204,4 @@ def _warm_up(engine: Engine) -> None:
     if last.reason is not Finish.LENGTH:
         raise StartError(f"the model does not run: {last.message}")
     engine.forget()
+    return min(decoding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from penstock.common.prefix import wire_form
+from penstock.common.step_times import Curve, StepTimes
 from penstock.executor.engine import Engine
 from penstock.executor.kv_events import KvChanges
 from penstock.executor.loading import Loaded
@@ -134,11 +135,10 @@ def kv_events(changes: KvChanges) -> scheduler_pb2.KvEvents:
     )
 
 
-def describe(
-    loaded: Loaded, executor_id: str, address: str, tokenizer: str, limits: tuple[int, int]
-) -> scheduler_pb2.ExecutorDescription:
-    """What the executor is. `limits` are max_batch_size and max_batch_tokens."""
+def describe(loaded: Loaded, executor_id: str, address: str, tokenizer: str) -> scheduler_pb2.ExecutorDescription:
+    """What the executor is."""
     spec, decoder, defaults = loaded.spec, loaded.spec.decoder, loaded.spec.defaults
+    limits = loaded.engine.scheduler.limits
     prompt_fields = ("reporting.prompt_logprobs",) if loaded.capabilities.prompt_logits else ()
     return scheduler_pb2.ExecutorDescription(
         executor_id=executor_id,
@@ -159,8 +159,10 @@ def describe(
         vocabulary_size=decoder.vocabulary_size,
         kv_block_size=loaded.model.kv.block_size,
         kv_blocks=loaded.model.kv.blocks,
-        max_batch_size=limits[0],
-        max_batch_tokens=limits[1],
+        max_batch_size=limits.max_batch_size,
+        max_batch_tokens=limits.max_batch_tokens,
+        prefill_chunk=limits.prefill_chunk,
+        calibration=None if loaded.times is None else _calibration(loaded.times),
         fields=[*_FIELDS, *prompt_fields],
         prefix_cache=loaded.engine.blocks.caching,
         eos_token_ids=decoder.eos_token_ids,
@@ -172,6 +174,20 @@ def describe(
             repetition_penalty=defaults.repetition_penalty,
         ),
     )
+
+
+def _calibration(times: StepTimes) -> scheduler_pb2.Calibration:
+    return scheduler_pb2.Calibration(
+        prefill=_curve(times.prefill),
+        prefill_pair_seconds=times.prefill_pair_seconds,
+        decode=_curve(times.decode),
+        decode_context=times.decode_context,
+        decode_token_seconds=times.decode_token_seconds,
+    )
+
+
+def _curve(curve: Curve) -> scheduler_pb2.StepCurve:
+    return scheduler_pb2.StepCurve(sizes=curve.sizes, seconds=curve.seconds)
 
 
 def _features(loaded: Loaded) -> list[str]:

@@ -86,7 +86,7 @@ class Scheduler:
         self.counts = SchedulerCounts()
         self._blocks = blocks
         self._block_size = block_size
-        self._limits = limits
+        self.limits = limits
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []
 
@@ -123,10 +123,10 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step; blocks for it are allocated. Empty only where nothing waits or runs."""
-        plan = _Plan(self._limits.max_batch_tokens)
+        plan = _Plan(self.limits.max_batch_tokens)
         self._plan_decodes(plan)
-        if plan.counts and self._limits.chunked:
-            plan.room = min(plan.room, self._limits.prefill_chunk)
+        if plan.counts and self.limits.chunked:
+            plan.room = min(plan.room, self.limits.prefill_chunk)
         self._plan_prefills(plan)
         self._admit(plan)
         return Step(list(plan.counts), list(plan.counts.values()))
@@ -166,9 +166,9 @@ class Scheduler:
         Nobody overtakes the first, unless it had better wait for a prefix that another is computing right now: the choices of one
         request arrive together.
         """
-        coming = self._coming() if self.waiting and self._limits.caching else set()
+        coming = self._coming() if self.waiting and self.limits.caching else set()
         place = 0
-        while place < len(self.waiting) and len(self.running) < self._limits.max_batch_size:
+        while place < len(self.waiting) and len(self.running) < self.limits.max_batch_size:
             sequence = self.waiting[place]
             shared = self._find_cached(sequence)
             if coming and self._should_wait(sequence, len(shared), coming):
@@ -188,7 +188,7 @@ class Scheduler:
             insort(self.running, sequence, key=_rank)
             self._count_cached(sequence, cached)
             plan.add(sequence, count)
-            if self._limits.caching:
+            if self.limits.caching:
                 coming.update(sequence.hashes[sequence.registered :])
 
     def _coming(self) -> set[bytes]:
@@ -206,7 +206,7 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, room: int, cached: int = 0) -> int:
         """How many tokens of a prompt come next; 0: none, there is no room."""
         left = sequence.remaining - cached
-        if not self._limits.chunked:
+        if not self.limits.chunked:
             return left if left <= room else 0
         if sequence.wants_prompt_logprobs:
             room = min(room, PROMPT_LOGITS_CHUNK)
@@ -214,12 +214,12 @@ class Scheduler:
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
         """Cached blocks that the sequence can begin with. Its last token is computed in any case, for its logits."""
-        if not self._limits.caching or sequence.wants_prompt_logprobs:
+        if not self.limits.caching or sequence.wants_prompt_logprobs:
             return []
         return self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
 
     def _count_cached(self, sequence: Sequence, cached: int) -> None:
-        if sequence.preemptions or not self._limits.caching:
+        if sequence.preemptions or not self.limits.caching:
             return
         sequence.cached_tokens = cached
         self.counts.prefix_queries += len(sequence.ids)

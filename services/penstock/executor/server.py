@@ -66,7 +66,6 @@ class ExecutorServer:
             executor_id=uuid.uuid4().hex,
             address=config.advertise or reachable(bound["grpc"]),
             tokenizer=tokenizer_fingerprint(loaded.folder),
-            limits=(config.max_batch_size, config.max_batch_tokens),
         )
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
         if config.metrics is not None:

@@ -6,6 +6,9 @@ from penstock.scheduler.model import Description, Load
 
 __all__ = ["Executor", "Hold"]
 
+# Sequences and tokens of each. Executors are compared by one step, since what they report depends on how many run on each.
+_COMMON_STEP = (8, 1024)
+
 
 class Hold:
     """What is leased on one executor. Leases announced to a new scheduler stand here before the executor has registered."""
@@ -40,12 +43,15 @@ class Executor:
         fresh_tokens: prompt tokens to prefill that were leased after its last report.
         foreign: sequences that it reports beyond the leases known here, such as those of gateways that have not announced yet. Two
             reports in a row have to tell of them: one alone may have crossed the releases of sequences that had just ended.
-        slowness: how many times longer than the model's fastest executor it takes for a token of prefill.
+        prefill_slowness: how many times longer than the model's fastest executor it takes for a token of prefill.
+        decode_slowness: the same for a step of decoding.
+        step_seconds: of a step of decoding that is the same on all executors; 0 where it has not measured its steps.
     """
 
     __slots__ = (
         "_excess",
         "bit",
+        "decode_slowness",
         "description",
         "draining",
         "expires",
@@ -56,8 +62,9 @@ class Executor:
         "kv_tokens",
         "limit",
         "load",
+        "prefill_slowness",
         "sequence_tokens",
-        "slowness",
+        "step_seconds",
     )
 
     def __init__(self, description: Description, hold: Hold, *, bit: int, look_ahead: int, expires: float) -> None:
@@ -73,8 +80,16 @@ class Executor:
         self.fresh_tokens = 0
         self.foreign = 0
         self._excess: int | None = None
-        self.slowness = 1.0
+        self.prefill_slowness = self.decode_slowness = 1.0
+        times = description.times
+        self.step_seconds = 0.0 if times is None else times.step_seconds(*_COMMON_STEP)
         self.kv_sequence: int | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """What it reports, or has measured at its start until it reports; 0 where unknown."""
+        times = self.description.times
+        return self.load.prefill_tokens_per_second or (0.0 if times is None else times.prefill_tokens_per_second)
 
     def report(self, load: Load) -> None:
         """Take over what the executor tells of itself."""

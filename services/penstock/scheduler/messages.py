@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.common.errors import InvalidRequest
+from penstock.common.step_times import Curve, StepTimes
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.executors import Executor
@@ -55,7 +56,7 @@ def read_description(message: pb.ExecutorDescription) -> Description:
     """What an executor is.
 
     Raises:
-        InvalidRequest: it lacks what it is found or placed by.
+        InvalidRequest: it lacks what it is found or placed by, or its calibration is none.
     """
     for field in ("executor_id", "address", "model", "context_length", "kv_block_size", "kv_blocks", "max_batch_size"):
         if not getattr(message, field):
@@ -70,7 +71,25 @@ def read_description(message: pb.ExecutorDescription) -> Description:
         kv_blocks=message.kv_blocks,
         max_batch_size=message.max_batch_size,
         fields=frozenset(message.fields),
+        times=_read_times(message.calibration) if message.HasField("calibration") else None,
     )
+
+
+def _read_times(message: pb.Calibration) -> StepTimes:
+    try:
+        return StepTimes(
+            prefill=_read_curve(message.prefill),
+            prefill_pair_seconds=message.prefill_pair_seconds,
+            decode=_read_curve(message.decode),
+            decode_context=message.decode_context,
+            decode_token_seconds=message.decode_token_seconds,
+        )
+    except ValueError as error:
+        raise InvalidRequest.field("description.calibration", str(error)) from error
+
+
+def _read_curve(message: pb.StepCurve) -> Curve:
+    return Curve(tuple(message.sizes), tuple(message.seconds))
 
 
 def apply_register(core: Scheduler, executor: Executor, frame: pb.RegisterRequest) -> None:

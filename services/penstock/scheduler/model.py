@@ -6,6 +6,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.common.step_times import StepTimes
+
 __all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "Reason", "Refused"]
 
 
@@ -32,7 +34,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What an executor is; limits in tokens, sequences and KV blocks."""
+    """What an executor is; limits in tokens, sequences and KV blocks. `times`: of its steps, where measured."""
 
     executor_id: str
     address: str
@@ -43,6 +45,7 @@ class Description:
     kv_blocks: int
     max_batch_size: int
     fields: frozenset[str] = frozenset()
+    times: StepTimes | None = None
 
     @property
     def kv_tokens(self) -> int:

@@ -2,13 +2,15 @@
 
 The cost of an executor for a request, in tokens, the least being chosen:
 
-    cost = slowness * (prefill_weight * (uncached + waiting + fresh) + leased)
+    cost = prefill_slowness * prefill_weight * (uncached + waiting + fresh) + decode_slowness * leased
 
 where *uncached* is the part of the request's prompt that is not expected in the executor's prefix cache, *waiting* the prompt
 tokens that the executor reported as waiting for prefill, *fresh* those leased since that report, and *leased* all tokens that the
 scheduler holds against the executor. The first three delay this request's first token, the last slows every step of its decoding;
-the shape is that of NVIDIA Dynamo's KV router (overlap weight times prefill blocks, plus decode blocks). *slowness* is the model's
-highest measured prefill rate over the executor's own, 1 where unknown. Equal costs go to the executor with fewer sequences.
+the shape is that of NVIDIA Dynamo's KV router (overlap weight times prefill blocks, plus decode blocks). *prefill_slowness* is the
+model's highest prefill rate over the executor's own, as reported or, until it has prefilled, as calibrated; 1 where unknown.
+*decode_slowness* is the calibrated time of a common step of decoding over that of the model's quickest executor; where the executor
+has none, its prefill_slowness. Equal costs go to the executor with fewer sequences.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def cached_tokens(executor: Executor, depths: Mapping[int, int], prompt_tokens: 
 def cost(executor: Executor, uncached: int, prefill_weight: float) -> float:
     """The module's formula."""
     prefill = uncached + executor.load.waiting_tokens + executor.fresh_tokens
-    return executor.slowness * (prefill_weight * prefill + executor.hold.tokens)
+    return executor.prefill_slowness * prefill_weight * prefill + executor.decode_slowness * executor.hold.tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,9 +114,9 @@ class Registry:
         """It tells its load."""
         if self._executors.get(executor.description.executor_id) is not executor:
             return
-        changed = load.prefill_tokens_per_second != executor.load.prefill_tokens_per_second
+        before = executor.prefill_tokens_per_second
         executor.report(load)
-        if changed:
+        if executor.prefill_tokens_per_second != before:
             self._weigh(executor.description.model)
         self._on_freed(executor)
 
@@ -162,10 +162,13 @@ class Registry:
 
     def _weigh(self, model: str) -> None:
         peers = self.of_model(model)
-        fastest = max((e.load.prefill_tokens_per_second for e in peers), default=0.0)
+        fastest = max((e.prefill_tokens_per_second for e in peers), default=0.0)
+        quickest = min((e.step_seconds for e in peers if e.step_seconds > 0), default=0.0)
         for executor in peers:
-            own = executor.load.prefill_tokens_per_second
-            executor.slowness = fastest / own if own > 0 else 1.0
+            own = executor.prefill_tokens_per_second
+            executor.prefill_slowness = fastest / own if own > 0 else 1.0
+            step = executor.step_seconds
+            executor.decode_slowness = step / quickest if step > 0 else executor.prefill_slowness
 
     def _change(self, model: str) -> None:
         self._weigh(model)

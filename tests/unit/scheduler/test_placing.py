@@ -1,5 +1,6 @@
 import pytest
 
+from penstock.common.step_times import Curve, StepTimes
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.model import Description, Grant, Load, Lost, Needs, Reason
@@ -322,3 +323,43 @@ def test_placing_an_id_again_gives_its_first_lease_back():
     world.core.place(world.gateway, request_id, Needs(model="m", replacing=True))
     assert [o.request_id for o in world.core.step()] == [request_id]
     assert executor.hold.leases == 1
+
+
+def step_times(scale):
+    return StepTimes(
+        prefill=Curve((16, 256), (0.02 * scale, 0.2 * scale)),
+        prefill_pair_seconds=0.0,
+        decode=Curve((1, 16), (0.01 * scale, 0.04 * scale)),
+        decode_context=16,
+        decode_token_seconds=0.0,
+    )
+
+
+def test_calibrated_executor_takes_its_share_before_anything_was_measured_live():
+    world = World()
+    for name, scale in (("slow", 3), ("fast", 1)):
+        world.join(name, max_batch_size=99, times=step_times(scale))
+    placed = [world.where() for _ in range(40)]
+    assert placed.count("fast") == pytest.approx(30, abs=2)
+
+
+def test_live_rate_of_prefill_takes_over_from_the_calibrated_one():
+    world = World()
+    a, b = world.join("a", max_batch_size=99, times=step_times(1)), world.join("b", max_batch_size=99, times=step_times(1))
+    calibrated = step_times(1).prefill_tokens_per_second
+    world.core.executors.report(a, Load(prefill_tokens_per_second=calibrated / 4))
+    assert (a.prefill_slowness, b.prefill_slowness) == (4.0, 1.0)
+    assert (a.decode_slowness, b.decode_slowness) == (1.0, 1.0)
+    world.core.executors.report(a, Load(prefill_tokens_per_second=calibrated))
+    assert a.prefill_slowness == 1.0
+
+
+def test_slow_decoding_counts_for_long_answers_even_where_prefill_is_as_fast():
+    world = World()
+    prefill = step_times(1).prefill
+    slow = StepTimes(
+        prefill=prefill, prefill_pair_seconds=0.0, decode=Curve((1,), (0.2,)), decode_context=16, decode_token_seconds=0.0
+    )
+    world.join("slow", max_batch_size=99, times=slow), world.join("fast", max_batch_size=99, times=step_times(1))
+    placed = [world.where(prompt_tokens=1, max_tokens=2000) for _ in range(10)]
+    assert placed.count("fast") > 7

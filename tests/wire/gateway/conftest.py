@@ -288,6 +288,12 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
             kv_blocks=100,
             fields=FIELDS,
             eos_token_ids=[EOS],
+            prefill_chunk=96,
+            calibration=scheduler_pb2.Calibration(
+                prefill=scheduler_pb2.StepCurve(sizes=[16, 256], seconds=[0.5, 2.0]),
+                decode=scheduler_pb2.StepCurve(sizes=[1, 8], seconds=[0.25, 0.5]),
+                decode_context=16,
+            ),
         )
 
     async def Place(self, requests, context):

@@ -45,7 +45,10 @@ async def test_http_answers_as_grpc_does(suite):
 async def test_models_tell_what_is_served(suite):
     listed = await suite.models.ListModels(models_pb2.ListModelsRequest())
     assert [(m.name, m.context_length, len(m.executors)) for m in listed.models] == [("story", 4096, 2)]
-    assert listed.models[0].executors[0].kv_blocks_free == 99
+    executor = listed.models[0].executors[0]
+    assert executor.kv_blocks_free == 99
+    assert (executor.calibration.prefill_tokens_per_second, executor.calibration.prefill_chunk) == (128, 96)
+    assert [(speed.batch, speed.tokens_per_second) for speed in executor.calibration.decode] == [(1, 4), (8, 16)]
 
 
 async def test_times_begin_when_a_request_arrives(suite):

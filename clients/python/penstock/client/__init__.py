@@ -10,6 +10,7 @@ from penstock.client._async import AsyncClient, AsyncStream
 from penstock.client._options import Message, Options
 from penstock.client._results import (
     Alternative,
+    Calibration,
     Choice,
     Closing,
     Event,
@@ -43,6 +44,7 @@ __all__ = [
     "Alternative",
     "AsyncClient",
     "AsyncStream",
+    "Calibration",
     "Cancelled",
     "Choice",
     "Client",

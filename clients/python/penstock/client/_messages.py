@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from penstock.client._results import (
     Alternative,
+    Calibration,
     Closing,
     Event,
     Finish,
@@ -91,6 +92,15 @@ def _executor(executor: models_pb2.ModelExecutor) -> ModelExecutor:
         features=tuple(executor.features),
         kv_layout=executor.kv_layout,
         kv_dtype=executor.kv_dtype,
+        calibration=_calibration(executor.calibration) if executor.HasField("calibration") else None,
+    )
+
+
+def _calibration(calibration: models_pb2.Calibration) -> Calibration:
+    return Calibration(
+        calibration.prefill_tokens_per_second,
+        {speed.batch: speed.tokens_per_second for speed in calibration.decode},
+        calibration.prefill_chunk,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
 __all__ = [
     "Alternative",
+    "Calibration",
     "Choice",
     "Closing",
     "Event",
@@ -152,6 +153,21 @@ class TokenCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """How fast an executor is when it has nothing else to do, as it has measured.
+
+    Attributes:
+        prefill_tokens_per_second: of a prompt.
+        decode_tokens_per_second: of all sequences together, by how many decode.
+        prefill_chunk: prompt tokens of a step at most in which other sequences decode.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: Mapping[int, float]
+    prefill_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelExecutor:
     """One live executor of a model, as it last reported. `features` are what its backend is set up to do beyond generating."""
 
@@ -168,6 +184,7 @@ class ModelExecutor:
     features: tuple[str, ...] = ()
     kv_layout: str = ""
     kv_dtype: str = ""
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)

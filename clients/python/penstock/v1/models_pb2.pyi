@@ -153,6 +153,7 @@ class ModelExecutor(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     backend: _builtins.str
     device: _builtins.str
@@ -170,6 +171,10 @@ class ModelExecutor(_message.Message):
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its backend can do and is set up to do beyond generating, such as prefix_cache or batch_invariant."""
 
+    @_builtins.property
+    def calibration(self) -> Global___Calibration:
+        """Absent where the executor has not measured itself."""
+
     def __init__(
         self,
         *,
@@ -186,11 +191,66 @@ class ModelExecutor(_message.Message):
         features: _abc.Iterable[_builtins.str] | None = ...,
         kv_layout: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_version", b"backend_version", "device", b"device", "draining", b"draining", "dtype", b"dtype", "executor_id", b"executor_id", "features", b"features", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "device", b"device", "draining", b"draining", "dtype", b"dtype", "executor_id", b"executor_id", "features", b"features", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelExecutor: _TypeAlias = ModelExecutor  # noqa: Y015
+
+@_typing.final
+class Calibration(_message.Message):
+    """How fast an executor is when it has nothing else to do, as it measured at its start or at an earlier one on the same machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    prefill_tokens_per_second: _builtins.float
+    """Of a prompt, in the best chunk that was measured."""
+    prefill_chunk: _builtins.int
+    """Prompt tokens of a step at most in which other sequences decode."""
+    @_builtins.property
+    def decode(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeSpeed]: ...
+    def __init__(
+        self,
+        *,
+        prefill_tokens_per_second: _builtins.float = ...,
+        decode: _abc.Iterable[Global___DecodeSpeed] | None = ...,
+        prefill_chunk: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill_chunk", b"prefill_chunk", "prefill_tokens_per_second", b"prefill_tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
+
+@_typing.final
+class DecodeSpeed(_message.Message):
+    """Output tokens of all of `batch` sequences together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    batch: _builtins.int
+    tokens_per_second: _builtins.float
+    def __init__(
+        self,
+        *,
+        batch: _builtins.int = ...,
+        tokens_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeSpeed: _TypeAlias = DecodeSpeed  # noqa: Y015

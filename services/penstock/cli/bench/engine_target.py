@@ -34,7 +34,7 @@ class EngineOptions:
         threads: Threads of computation; every core where absent.
         kv_cache_gib: KV cache in GiB; from the memory that is free where absent.
         kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
-        max_batch_tokens: Tokens of one engine step at most.
+        max_batch_tokens: Tokens of one engine step at most; what measured step times ask for where absent.
         max_batch_size: Sequences of one engine step at most.
         prefix_cache: Whether requests share the KV of prefixes that are equal.
     """
@@ -44,7 +44,7 @@ class EngineOptions:
     threads: int | None = None
     kv_cache_gib: float | None = None
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
     max_batch_size: int = 64
     prefix_cache: bool = True
 

@@ -83,4 +83,17 @@ def _executor(executor: Executor, state: scheduler_pb2.ExecutorState | None) -> 
         told.waiting = state.load.waiting
         told.kv_blocks_free = state.load.kv_blocks_free
         told.draining = state.draining
+        if state.description.HasField("calibration"):
+            told.calibration.CopyFrom(_calibration(state.description))
     return told
+
+
+def _calibration(description: scheduler_pb2.ExecutorDescription) -> models_pb2.Calibration:
+    prefill, decode = description.calibration.prefill, description.calibration.decode
+    return models_pb2.Calibration(
+        prefill_tokens_per_second=max((n / s for n, s in zip(prefill.sizes, prefill.seconds, strict=True)), default=0.0),
+        decode=[
+            models_pb2.DecodeSpeed(batch=n, tokens_per_second=n / s) for n, s in zip(decode.sizes, decode.seconds, strict=True)
+        ],
+        prefill_chunk=description.prefill_chunk,
+    )

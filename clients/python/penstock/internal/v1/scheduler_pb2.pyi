@@ -327,6 +327,8 @@ class ExecutorDescription(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Minted by the executor at its start: a restarted executor is another one."""
     address: _builtins.str
@@ -348,6 +350,8 @@ class ExecutorDescription(_message.Message):
     kv_layout: _builtins.str
     """How and in which type its KV cache lies."""
     kv_dtype: _builtins.str
+    prefill_chunk: _builtins.int
+    """Prompt tokens of a step at most in which other sequences decode."""
     @_builtins.property
     def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Public request fields that the executor supports."""
@@ -363,6 +367,10 @@ class ExecutorDescription(_message.Message):
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What it can do beyond that and is set up to do: "prefix_cache", "export_kv" and the like."""
+
+    @_builtins.property
+    def calibration(self) -> Global___Calibration:
+        """Absent where the executor has not measured itself."""
 
     def __init__(
         self,
@@ -391,14 +399,83 @@ class ExecutorDescription(_message.Message):
         features: _abc.Iterable[_builtins.str] | None = ...,
         kv_layout: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
+        calibration: Global___Calibration | None = ...,
+        prefill_chunk: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "prefix_cache", b"prefix_cache", "tasks", b"tasks", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "prefill_chunk", b"prefill_chunk", "prefix_cache", b"prefix_cache", "tasks", b"tasks", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecutorDescription: _TypeAlias = ExecutorDescription  # noqa: Y015
+
+@_typing.final
+class Calibration(_message.Message):
+    """How long an executor's steps take when it has nothing else to do, measured at its start or at an earlier one on the same machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: _builtins.int
+    PREFILL_PAIR_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
+    DECODE_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    prefill_pair_seconds: _builtins.float
+    """What each pair of a new token and one that stands before the step adds."""
+    decode_context: _builtins.int
+    decode_token_seconds: _builtins.float
+    """What each token of context beyond these adds, of each sequence."""
+    @_builtins.property
+    def prefill(self) -> Global___StepCurve:
+        """By prompt tokens of one step, behind nothing."""
+
+    @_builtins.property
+    def decode(self) -> Global___StepCurve:
+        """By sequences that decode, each with `decode_context` tokens."""
+
+    def __init__(
+        self,
+        *,
+        prefill: Global___StepCurve | None = ...,
+        prefill_pair_seconds: _builtins.float = ...,
+        decode: Global___StepCurve | None = ...,
+        decode_context: _builtins.int = ...,
+        decode_token_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "decode_context", b"decode_context", "decode_token_seconds", b"decode_token_seconds", "prefill", b"prefill", "prefill_pair_seconds", b"prefill_pair_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
+
+@_typing.final
+class StepCurve(_message.Message):
+    """Seconds of a step over its size, from the smallest size to the largest; as many of one as of the other. Seconds never fall."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCurve: _TypeAlias = StepCurve  # noqa: Y015
 
 @_typing.final
 class GenerationDefaults(_message.Message):
