@@ -122,7 +122,7 @@ def test_made_up_answers_are_never_taken_by_themselves(spec):
 
 
 def test_an_unknown_name_tells_the_known_ones(spec):
-    with pytest.raises(NoBackend, match="no backend cuda; there are openvino, onnxruntime, torch, fake"):
+    with pytest.raises(NoBackend, match="no backend cuda; there are openvino, onnxruntime, torch, tensorrt, fake"):
         select(spec, "cuda", found=sources([]))
 
 
