@@ -93,13 +93,13 @@ class Decoder(nn.Module):
         self.final_norm = RmsNorm(spec.norm_epsilon, spec.hidden_size)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocabulary_size, bias=False)
 
-    def forward(self, ids: Tensor, angles: Tensor, rows: Tensor, plan: AttentionPlan, cache: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, angles: Tensor, rows: Tensor | None, plan: AttentionPlan, cache: Tensor) -> Tensor:
         """One step.
 
         Args:
             ids: [T].
             angles: float32 [T, head dim / 2], by which each pair of a head's elements is turned.
-            rows: [R], where logits are wanted.
+            rows: [R], where logits are wanted; None: everywhere.
             plan: which rows of the cache are written and read.
             cache: [layers, 2 (key, value), blocks, block size, kv heads, head dim].
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
 from penstock.backends.kv_blocks import transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.pytorch.decode_graphs import DecodeGraphs, Replay, StaticStep, capture_cuda
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
 from penstock.backends.pytorch.planning import plan_attention
@@ -52,6 +53,7 @@ class TorchModel:
         self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
         self._kv, self._cache = self._allocate(spec, config, precision.held)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
+        self._graphs = self._record_by(capture_cuda) if self._device.type == "cuda" else None
 
     @property
     def kv(self) -> KvSpec:
@@ -76,13 +78,10 @@ class TorchModel:
             RuntimeError: the model is closed, or the device failed.
         """
         self._limits.check(batch)
-        decoder, cache = self._open()
+        self._open()
         with torch.inference_mode(), _threads(self._threads):
-            plan = plan_attention(batch, BLOCK_SIZE, self._window, self._device)
-            positions = self._tensor(batch.positions)
-            angles = positions[:, None].float() * self._frequencies
-            logits = decoder(self._tensor(batch.token_ids), angles, self._tensor(batch.logits_rows), plan, cache)
-            return StepOutput(to_numpy(logits.cpu()))
+            logits = None if self._graphs is None else self._graphs.step(batch)
+            return StepOutput(to_numpy(_on_host(self._compute(batch) if logits is None else logits)))
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy the KV of `tokens` out of the cache.
@@ -113,9 +112,34 @@ class TorchModel:
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
-        self._decoder = self._cache = None
+        self._decoder = self._cache = self._graphs = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _compute(self, batch: StepBatch) -> Tensor:
+        decoder, cache = self._open()
+        plan = plan_attention(batch, BLOCK_SIZE, self._window, self._device)
+        angles = self._angles(self._tensor(batch.positions))
+        logits: Tensor = decoder(self._tensor(batch.token_ids), angles, self._tensor(batch.logits_rows), plan, cache)
+        return logits
+
+    def _compute_static(self, step: StaticStep) -> Tensor:
+        decoder, cache = self._open()
+        logits: Tensor = decoder(step.ids, self._angles(step.positions), None, step.plan, cache)
+        return logits
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        return positions[:, None].float() * self._frequencies
+
+    def _record_by(self, capture: Callable[[Replay], Replay]) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._compute_static,
+            capture,
+            block_size=BLOCK_SIZE,
+            spare_block=self._kv.blocks,
+            window=self._window,
+            device=self._device,
+        )
 
     def _open(self) -> tuple[Decoder, Tensor]:
         if self._decoder is None or self._cache is None:
@@ -134,9 +158,17 @@ class TorchModel:
         free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
         blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block, free)
         # Cleared, since whole blocks are read, and under a mask zeros keep NaN out. Pages are not taken before they are written.
-        shape = (decoder.layers, 2, blocks, BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
+        # The block behind the last one is what the padding of recorded steps writes to.
+        shape = (decoder.layers, 2, blocks + 1, BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
         cache = torch.zeros(shape, dtype=dtype, device=self._device)
         return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, _CACHE_NAMES[dtype]), cache
+
+
+def _on_host(logits: Tensor) -> Tensor:
+    """The same on the CPU: from a device into pinned memory, which PyTorch keeps for the next step."""
+    if logits.device.type == "cpu":
+        return logits
+    return torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True).copy_(logits)
 
 
 def _find_device(name: str | None) -> torch.device:
