@@ -27,6 +27,8 @@ __all__ = ["Shape", "measure"]
 _DECODE_CONTEXT = 16
 _FIRST_CHUNK = 16
 _LONG_PAST = 2048
+# Contexts that differ by less are told apart by noise alone.
+_LEAST_DIFFERENCE = 8
 # Of the budget: one step at most, repeats of one step, and all of decoding without context.
 _STEP_SHARE, _REPEAT_SHARE, _DECODE_SHARE = 0.3, 0.03, 0.35
 _MOST_REPEATS = 5
@@ -130,7 +132,7 @@ class _Measurement:
         else:
             batch = max(decode)
             long = min(_LONG_PAST, self._longest - 1, self._model.kv.blocks // batch * self._block_size - 1)
-        if long < context or not self._affords(2 * decode[batch], within=1.0):
+        if long < _LEAST_DIFFERENCE * context or not self._affords(2 * decode[batch], within=1.0):
             return 0.0
         return max(0.0, self._time(batch, 1, long) - decode[batch]) / (batch * (long + 1 - context))
 
