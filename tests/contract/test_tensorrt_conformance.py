@@ -1,14 +1,20 @@
 """The TensorRT backend, everything of it but TensorRT and the GPU, against the suite that every backend has to pass."""
 
+import numpy as np
 import pytest
 import tensorrt_stand_in
+import torch
 from tensorrt_stand_in import HostDevice
 
+from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance import CHECKS, NotApplicable, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS
-from penstock.backends.contract import Available, DType, Registration
+from penstock.backends.conformance.driver import Driver, Piece
+from penstock.backends.contract import Available, DeviceConfig, DType, Registration
 from penstock.backends.tensorrt import REGISTRATION
 from penstock.backends.tensorrt.model import TensorRtModel
+
+VARIANTS = ("llama-tied", "llama-3-rope", "llama-linear-rope", "mistral-window", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +52,30 @@ def test_it_conforms(family, check, subject_of):
 @pytest.mark.parametrize("check", ["prompt_agrees_with_the_formulas", "mixed_batch_agrees_with_each_alone", "imported_kv_is_used"])
 def test_it_conforms_in_bfloat16(check, subject_of):
     conform(subject_of("qwen3", DType.BF16), check)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_ids_are_those_of_transformers(name, checkpoints, tmp_path):
+    checkpoint = checkpoints(name)
+    spec = read_model(checkpoint.folder, name)
+    prompts = [np.random.default_rng(length).integers(0, 512, length).tolist() for length in (1, 40, 90)]
+    config = DeviceConfig(dtype=DType.F32, kv_cache_bytes=8 << 20, max_batch_size=4, max_batch_tokens=256)
+    model = TensorRtModel(spec, config, tensorrt_stand_in, HostDevice(), tmp_path)
+    driver = Driver(model)
+    sequences = [driver.sequence() for _ in prompts]
+    new, told = prompts, [[] for _ in prompts]
+    for _ in range(16):
+        found = driver.step(*(Piece(s, ids) for s, ids in zip(sequences, new, strict=True)))
+        new = [[int(logits[0].argmax())] for logits in found]
+        for ids, (token,) in zip(told, new, strict=True):
+            ids.append(token)
+    model.close()
+    for prompt, ids in zip(prompts, told, strict=True):
+        with torch.inference_mode():
+            right = checkpoint.model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=16,
+            )
+        assert ids == right[0, len(prompt) :].tolist()
