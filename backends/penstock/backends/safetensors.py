@@ -159,10 +159,10 @@ def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         size = _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_SIZES[dtype]
         right = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and end - begin == math.prod(shape) * size
-    except (TypeError, KeyError, ValueError):
-        right = False
-    if not right:
-        raise CheckpointError(f"{path}: not a safetensors file: its header's entry of {name} is malformed")
+        if not right:
+            raise ValueError("its extent is not that of its shape")
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file: its header's entry of {name} is malformed") from error
     return TensorEntry(path, dtype, shape, start + begin, start + end)
 
 

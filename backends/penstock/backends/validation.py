@@ -1,5 +1,8 @@
 """What a backend says of itself, checked before anything is made of it: types, known names, sizes."""
 
+# What a backend says is of no type until it was looked at, whatever the annotations promise.
+# mypy: disable-error-code="redundant-expr"
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

@@ -85,7 +85,7 @@ def read_device_config(told: Mapping[str, Any]) -> DeviceConfig:
     return DeviceConfig(**{**told, **{name: kind(told[name]) for name, kind in kinds.items() if told[name] is not None}})
 
 
-def _array(connection: socket.socket, name: str, shape: list[int]) -> NDArray[Any]:
+def _array(connection: socket.socket, name: str, shape: list[Any]) -> NDArray[Any]:
     dtype = _TYPES.get(name)
     if dtype is None or not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * 8 > _LARGEST_ARRAYS:
         raise ValueError(f"an array of {name} {shape}")

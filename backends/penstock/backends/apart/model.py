@@ -153,8 +153,8 @@ class ModelApart:
                 raise ModelLost(f"backend {self._name} answers with what is no frame: {error}") from error
             self._doing = ""
         if answer == "raised":
-            error = ValueError if said["kind"] == "ValueError" else RuntimeError
-            raise error(f"backend {self._name} raised in {kind}: {said['kind']}: {said['text']}")
+            kind_of_error = ValueError if said["kind"] == "ValueError" else RuntimeError
+            raise kind_of_error(f"backend {self._name} raised in {kind}: {said['kind']}: {said['text']}")
         return said, given
 
     def _lost(self) -> ModelLost:

@@ -86,8 +86,8 @@ def kv_serves_the_other_while_it_decodes(pair: Pair) -> None:
         pair.target.assert_close(found, here.follow(alone, answer), "a sequence that ran beside an import")
         sent, back = (model.export_kv(s.blocks, range(50)).data for model, s in ((first, sequence), (second, moved)))
         for kind, name in enumerate(("keys", "values")):
-            rows = (data[:, kind].astype(np.float64).reshape(-1, data.shape[-1]) for data in (back, sent))
-            assert_close(*rows, _ROUND_TRIP, f"{name} that went in and came out")
+            came_out, went_in = (data[:, kind].astype(np.float64).reshape(-1, data.shape[-1]) for data in (back, sent))
+            assert_close(came_out, went_in, _ROUND_TRIP, f"{name} that went in and came out")
 
 
 # What is lost where the second's cache is of a shorter type than the first's.

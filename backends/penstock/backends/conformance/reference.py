@@ -59,8 +59,8 @@ def reference(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids: Seque
         x = x if normed is None else norm(x, normed.format(layer=layer))
         return (x if position is None else _rotate(x, position)).transpose(1, 0, 2)
 
-    positions = np.arange(count)
-    angles = positions[:, None] * spec.rope.inverse_frequencies().astype(np.float64)
+    positions: NDArray[np.int64] = np.arange(count)
+    angles: Array = positions[:, None].astype(np.float64) * spec.rope.inverse_frequencies().astype(np.float64)
     distance = positions[:, None] - positions[None]
     seen = (distance >= 0) & (distance < (spec.sliding_window or count))
     x = weights[names.embedding][np.asarray(ids)].astype(np.float64)

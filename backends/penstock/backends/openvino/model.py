@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import openvino as ov
-from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
@@ -30,6 +30,8 @@ class OpenVinoModel:
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
         can = REGISTRATION.capabilities(spec)
+        if isinstance(can, Unsupported):
+            raise StartError(f"backend openvino {can.reason}")
         self._dtype = config.dtype or can.dtypes[0]
         if self._dtype not in can.dtypes:
             raise StartError(f"backend openvino has no {self._dtype}, but {', '.join(can.dtypes)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def capture_cuda(compute: Replay) -> Replay:
     """
     global _pool  # noqa: PLW0603  a handle that outlives its graphs, one a process
     _pool = _pool or torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -141,7 +141,7 @@ def capture_cuda(compute: Replay) -> Replay:
     return replay
 
 
-_pool: tuple[int, int] | None = None
+_pool: Any = None  # a handle that torch names by no public type
 
 
 def _power_of_two(count: int) -> int:

@@ -42,8 +42,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turn: Tensor, plan: AttentionPlan, cache: Tensor, rows: Tensor | None) -> Tensor:
         heads, kv_heads = self._heads
-        both, values = self.qkv(x).unflatten(-1, (-1, self._dim)).split((heads + kv_heads, kv_heads), dim=1)
-        queries, keys = rotate(self.qk_norm(both), turn).split((heads, kv_heads), dim=1)
+        both, values = torch.split(self.qkv(x).unflatten(-1, (-1, self._dim)), [heads + kv_heads, kv_heads], dim=1)
+        queries, keys = torch.split(rotate(self.qk_norm(both), turn), [heads, kv_heads], dim=1)
         attended = plan.attend(queries, keys, values, cache).flatten(1)
         out: Tensor = self.o(attended if rows is None else attended[rows])
         return out
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(spec.vocabulary_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.final_norm = RmsNorm(spec.norm_epsilon, spec.hidden_size)
-        self.lm_head = nn.Linear(spec.hidden_size, spec.vocabulary_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(spec.hidden_size, spec.vocabulary_size, bias=False)
 
     def forward(self, ids: Tensor, angles: Tensor, rows: Tensor | None, plan: AttentionPlan, cache: Tensor) -> Tensor:
         """One step.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
 from penstock.backends.kv_blocks import transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.pytorch.decode_graphs import DecodeGraphs, Replay, StaticStep, capture_cuda
@@ -39,6 +39,8 @@ class TorchModel:
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
         capabilities = REGISTRATION.capabilities(spec)
+        if isinstance(capabilities, Unsupported):
+            raise StartError(f"backend torch {capabilities.reason}")
         self._dtype = config.dtype or capabilities.dtypes[0]
         self._device = _find_device(config.device)
         if self._dtype not in capabilities.dtypes:

@@ -33,7 +33,8 @@ def written_slots(batch: StepBatch, block_size: int) -> NDArray[np.int64]:
     """[T], the slot of the cache, counted in tokens, that each new token's KV goes to."""
     sequence = np.repeat(np.arange(len(batch.past_lengths)), np.diff(batch.starts))
     blocks = batch.block_ids[batch.block_starts[sequence] + batch.positions // block_size].astype(np.int64)
-    return blocks * block_size + batch.positions % block_size
+    slots: NDArray[np.int64] = blocks * block_size + batch.positions % block_size
+    return slots
 
 
 def group_by_width(widths: Mapping[int, int]) -> list[list[int]]:

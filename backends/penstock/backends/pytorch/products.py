@@ -84,7 +84,7 @@ class Int4Product(nn.Module):
         super().__init__()
         outputs, inputs = weight.shape
         self._group = next(group for group in self.GROUPS if inputs % group == 0)
-        grouped = weight.float().unflatten(1, (-1, self._group))
+        grouped = weight.float().unflatten(1, (-1, self._group))  # type: ignore[no-untyped-call]  # torch gives it no types
         least, most = grouped.aminmax(dim=2, keepdim=True)
         scales = _positive((most - least) / 15).bfloat16().float()
         middle = (least + 8 * scales).bfloat16().float()  # the kernel's zero point: what the code 8 stands for
@@ -110,7 +110,7 @@ def _widened(x: Tensor, weight: Tensor) -> Tensor:
     """Float32 [T, outputs] of float32 `x` [T, inputs] and `weight` [outputs, inputs] of any type."""
     outputs, inputs = weight.shape
     if len(x) == 1 or len(x) >= _MANY_ROWS:
-        parts = [functional.linear(x, part.float()) for part in weight.split(_WIDE_TILE)]
+        parts = [functional.linear(x, part.float()) for part in torch.split(weight, _WIDE_TILE)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     columns = x.t()
     # The weight stands on the left: of a few columns, the library's product is up to twice as quick as of a few rows.

@@ -54,7 +54,7 @@ def _accelerators(built_for: str) -> tuple[str, ...]:
 def _capabilities(spec: ModelSpec) -> Capabilities:
     available = _probe()
     accelerated = isinstance(available, Available) and available.devices[0] != "cpu"
-    dtypes = (DType.BF16, DType.F32) if accelerated or _fast_bfloat16() else (DType.F32, DType.BF16)
+    dtypes: tuple[DType, ...] = (DType.BF16, DType.F32) if accelerated or _fast_bfloat16() else (DType.F32, DType.BF16)
     if not accelerated:
         dtypes += (DType.INT8, DType.INT4) if _fits_int4(spec.decoder) else (DType.INT8,)
     return Capabilities(dtypes=dtypes, export_kv=True, import_kv=True, kv_layouts=(KV_LAYOUT,))

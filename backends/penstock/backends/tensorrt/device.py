@@ -47,7 +47,7 @@ class CudaDevice:
         self.torch = _find(name)
         properties = torch.cuda.get_device_properties(self.torch)
         self.identity = f"{properties.name} {properties.major}.{properties.minor}"
-        self._stream = torch.cuda.Stream(self.torch)
+        self._stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]  # torch gives it no types
 
     @contextmanager
     def stream(self) -> Iterator[int]:

@@ -48,12 +48,13 @@ class Executions:
     ) -> None:
         self._spec, self._device = spec, device
         _check(engine, spec, profiles)
-        self._engine = engine  # its contexts do not keep it alive
+        self._engine: ICudaEngine | None = engine  # its contexts do not keep it alive
         most = max(profile.most_tokens for profile in profiles)
-        self._new = kv_rows(spec, most, dtype, device.torch)
+        self._new: Tensor = kv_rows(spec, most, dtype, device.torch)
         sizes = [engine.get_device_memory_size_for_profile_v2(i) for i in range(len(profiles))]
-        self._activations = torch.empty(max(*sizes, ALIGNMENT), dtype=torch.uint8, device=device.torch)
-        self._contexts = [self._context(trt, i) for i in range(len(profiles))]
+        self._activations: Tensor = torch.empty(max(*sizes, ALIGNMENT), dtype=torch.uint8, device=device.torch)
+        self._cache: Tensor = self._new[:0]
+        self._contexts = [self._context(trt, engine, i) for i in range(len(profiles))]
 
     def bind(self, cache: Tensor) -> None:
         """Let every context read this cache, [layers, 2 (key, value), slots, kv heads, head dim]."""
@@ -88,10 +89,11 @@ class Executions:
     def close(self) -> None:
         """Let go of everything; idempotent."""
         self._contexts.clear()
-        self._engine = self._cache = self._new = self._activations = None
+        self._engine = None
+        self._cache = self._new = self._activations = torch.empty(0)
 
-    def _context(self, trt: TensorRt, profile: int) -> IExecutionContext:
-        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def _context(self, trt: TensorRt, engine: ICudaEngine, profile: int) -> IExecutionContext:
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise RuntimeError("TensorRT makes no execution context of the engine")
         with self._device.stream() as stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -42,7 +42,7 @@ def put(message: Message, name: str, value: object, path: str) -> None:
     try:
         message.MergeFrom(type(message)(**{name: value}))
     except (TypeError, ValueError) as error:
-        right = _right(message.DESCRIPTOR.fields_by_name[name])
+        right = _right(cast("FieldDescriptor", message.DESCRIPTOR.fields_by_name[name]))  # the two kinds of it have one face
         raise InvalidRequest.field(path, f"must be {right}, and is {_shown(value)}") from error
 
 
