@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penstock.backends.openvino.arrays import MappedArrays
+from penstock.backends.mapped_arrays import MappedArrays, scratch_folder
 
 RIGHT = {"one": np.arange(5000, dtype=np.int8).reshape(50, 100), "two": np.linspace(0, 1, 3000, dtype=np.float32)}
 
@@ -116,3 +116,11 @@ def test_without_a_folder_to_write_to_arrays_lie_in_memory(tmp_path):
     found, computed = fill(blocked / "below", blocked / "below" / "model.arrays")
     assert computed is True
     assert_right(found)
+
+
+def test_large_files_go_where_tmpdir_says_and_else_to_a_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert scratch_folder() == tmp_path
+    monkeypatch.delenv("TMPDIR")
+    assert scratch_folder() == Path("/var/tmp")

@@ -18,11 +18,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.driver import NONE, Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType, Unavailable, Unsupported
+from penstock.backends.mapped_arrays import MappedArrays
 from penstock.backends.onnxruntime import REGISTRATION, registration
 from penstock.backends.onnxruntime.cache import LaneCache
 from penstock.backends.onnxruntime.graph import build
 from penstock.backends.onnxruntime.weights import WeightSource, quantize_blocks
-from penstock.backends.openvino.arrays import MappedArrays
 from penstock.backends.safetensors import Weights
 from penstock.common.service import StartError
 

@@ -21,8 +21,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DeviceConfig, DType, StepBatch, Unsupported
+from penstock.backends.mapped_arrays import MappedArrays
 from penstock.backends.openvino import REGISTRATION
-from penstock.backends.openvino.arrays import MappedArrays
 from penstock.backends.openvino.graph import build
 from penstock.backends.openvino.quantization import Groups, Rows, quantize_groups, quantize_rows
 from penstock.backends.openvino.source import Source

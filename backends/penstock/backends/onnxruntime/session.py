@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 import onnxruntime as ort
 from penstock.backends.contract import DeviceConfig, DType, ModelSpec
+from penstock.backends.mapped_arrays import MappedArrays, scratch_folder
 from penstock.backends.onnxruntime.graph import EXTERNAL, build
 from penstock.backends.onnxruntime.weights import WeightSource
-from penstock.backends.openvino.arrays import MappedArrays
 from penstock.backends.safetensors import Weights
 
 __all__ = ["decoder_session", "options", "release_unused"]
@@ -69,7 +69,7 @@ def decoder_session(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tupl
 def _memory(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
     """Where what is joined or rounded lies; rounded weights are worth keeping for the next start."""
     if config.weight_cache is None or not dtype.quantised:
-        return MappedArrays(Path(gettempdir()))
+        return MappedArrays(scratch_folder())
     # The fingerprint reads a little of each tensor; a file that was written to since is another one.
     written = max(shard.stat().st_mtime_ns for shard in spec.shards)
     folder = config.weight_cache / "onnxruntime"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import DType
-from penstock.backends.openvino.arrays import MappedArrays
+from penstock.backends.mapped_arrays import MappedArrays
 
 __all__ = ["BITS", "Quantized", "WeightSource", "quantize_blocks"]
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from numpy.typing import NDArray
 
 import openvino as ov
 from penstock.backends.contract import DeviceConfig, DType, ModelSpec
-from penstock.backends.openvino.arrays import MappedArrays
+from penstock.backends.mapped_arrays import MappedArrays, scratch_folder
 from penstock.backends.openvino.graph import build
 from penstock.backends.openvino.properties import OPTIONAL, properties
 from penstock.backends.openvino.weights import Constants
@@ -88,7 +86,7 @@ class Source:
 def _arrays(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
     """Only rounded weights are worth keeping: others are the checkpoint's own, joined."""
     if config.weight_cache is None or not dtype.quantised:
-        return MappedArrays(Path(tempfile.gettempdir()))
+        return MappedArrays(scratch_folder())
     # The fingerprint reads a little of each tensor; a file that was written to since is another one.
     written = max(shard.stat().st_mtime_ns for shard in spec.shards)
     folder = config.weight_cache / "openvino"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import openvino as ov
 from openvino import opset13 as ops
 from penstock.backends.contract import DType
-from penstock.backends.openvino.arrays import MappedArrays
+from penstock.backends.mapped_arrays import MappedArrays
 from penstock.backends.openvino.quantization import Groups, Rows, group_size, quantize_groups, quantize_rows
 from penstock.backends.safetensors import Weights
 

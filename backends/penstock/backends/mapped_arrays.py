@@ -19,11 +19,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MappedArrays"]
+__all__ = ["MappedArrays", "scratch_folder"]
 
 _MAGIC = b"penstock arrays 1"
 _SLICE = 1 << 22
 _TAIL = len(_MAGIC) + 8  # behind the index: its length, and what kind of file this is
+
+
+def scratch_folder() -> Path:
+    """Where large files without a name go: ``TMPDIR``, or else /var/tmp, since /tmp is often memory itself."""
+    large = Path("/var/tmp")  # noqa: S108  only files without a name are made there
+    return large if "TMPDIR" not in os.environ and os.access(large, os.W_OK) else Path(tempfile.gettempdir())
 
 
 class MappedArrays:
