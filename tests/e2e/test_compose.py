@@ -33,6 +33,7 @@ def _compose() -> list[str] | None:
 
 COMPOSE = _compose()
 pytestmark = [
+    pytest.mark.docker,
     pytest.mark.skipif(COMPOSE is None, reason="needs a Docker engine and Compose"),
     pytest.mark.timeout(1800),  # images are built where they are not cached
 ]

@@ -74,8 +74,6 @@ class IBuilderConfig(Protocol):
 class INetworkDefinition(Protocol):
     """A network, strongly typed since TensorRT 11."""
 
-    num_layers: int
-
 
 class Builder(Protocol):
     """Makes engines of networks."""
