@@ -70,7 +70,14 @@ class Standing:
     speed: Speed | None = None
 
 
-def rank(reports: Sequence[BackendReport], dtype: DType | None, speeds: Speeds = no_speeds, *, auto: bool) -> list[Standing]:
+def rank(
+    reports: Sequence[BackendReport],
+    dtype: DType | None,
+    kv_dtype: DType | None = None,
+    speeds: Speeds = no_speeds,
+    *,
+    auto: bool,
+) -> list[Standing]:
     """Judge backends, given in the order that holds where nothing was measured; at most one is chosen.
 
     Those with an accelerator go before those without. Within a kind the first stands until another one was measured to be faster.
@@ -78,10 +85,11 @@ def rank(reports: Sequence[BackendReport], dtype: DType | None, speeds: Speeds =
     Args:
         reports: with capabilities for the model.
         dtype: the one that is asked for; None: each one's own first.
+        kv_dtype: the one that is asked for of the KV cache; None: the type that each computes with.
         speeds: what was measured.
         auto: whether the choice is free; else the one report there is was named.
     """
-    standings = [_judge(report, dtype, speeds, auto=auto) for report in reports]
+    standings = [_judge(report, dtype, kv_dtype, speeds, auto=auto) for report in reports]
     able = [s for s in standings if s.verdict is Verdict.CHOSEN]
     if not able:
         return standings
@@ -93,7 +101,7 @@ def rank(reports: Sequence[BackendReport], dtype: DType | None, speeds: Speeds =
     return [s if s is best or s not in able else _beaten(s, best) for s in standings]
 
 
-def _judge(report: BackendReport, dtype: DType | None, speeds: Speeds, *, auto: bool) -> Standing:
+def _judge(report: BackendReport, dtype: DType | None, kv_dtype: DType | None, speeds: Speeds, *, auto: bool) -> Standing:
     """What holds of a backend by itself; `CHOSEN` is one that could be."""
     availability, capabilities = report.availability, report.capabilities
     if not isinstance(availability, Available):
@@ -102,14 +110,24 @@ def _judge(report: BackendReport, dtype: DType | None, speeds: Speeds, *, auto: 
     if not isinstance(capabilities, Capabilities):
         reason = capabilities.reason if isinstance(capabilities, Unsupported) else "was not asked"
         return Standing(report, Verdict.UNSUPPORTED, reason)
-    if Task.GENERATE not in capabilities.tasks:
-        return Standing(report, Verdict.UNSUPPORTED, f"generates nothing with it; its tasks are {', '.join(capabilities.tasks)}")
-    if dtype is not None and dtype not in capabilities.dtypes:
-        return Standing(report, Verdict.UNSUPPORTED, f"has no {dtype} for it, but {', '.join(capabilities.dtypes)}")
+    if lack := _lack(capabilities, dtype, kv_dtype):
+        return Standing(report, Verdict.UNSUPPORTED, lack)
     runs = dtype or capabilities.dtypes[0]
     if auto and report.name in _BY_NAME_ALONE:
         return Standing(report, Verdict.NAMED_ONLY, "makes its answers up; only --backend with its name takes it", runs)
     return Standing(report, Verdict.CHOSEN, dtype=runs, speed=speeds(report, runs))
+
+
+def _lack(capabilities: Capabilities, dtype: DType | None, kv_dtype: DType | None) -> str | None:
+    """What it has not of what is asked for."""
+    if Task.GENERATE not in capabilities.tasks:
+        return f"generates nothing with it; its tasks are {', '.join(capabilities.tasks)}"
+    if dtype not in (None, *capabilities.dtypes):
+        return f"has no {dtype} for it, but {', '.join(capabilities.dtypes)}"
+    if kv_dtype not in (None, *capabilities.kv_dtypes):
+        others = f", but {', '.join(capabilities.kv_dtypes)}" if capabilities.kv_dtypes else ""
+        return f"has no KV cache of {kv_dtype}{others}; leave kv_cache_dtype auto"
+    return None
 
 
 def _accelerated(standing: Standing) -> bool:

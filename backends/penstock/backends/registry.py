@@ -63,6 +63,7 @@ def choose(
     spec: ModelSpec,
     name: str = AUTO,
     dtype: DType | None = None,
+    kv_dtype: DType | None = None,
     *,
     found: Mapping[str, Source] | None = None,
     speeds: Speeds = no_speeds,
@@ -77,6 +78,7 @@ def choose(
         spec: the model.
         name: of the backend, or `auto`.
         dtype: None: each backend's own first.
+        kv_dtype: of the KV cache; None: the type that each backend computes with.
         found: the backends; None: all that are installed.
         speeds: what was measured.
         seconds: that a backend has to say what it is.
@@ -88,7 +90,7 @@ def choose(
     if name != AUTO and name not in known:
         raise NoBackend(f"there is no backend {name}; there are {', '.join(known)}")
     asked = list(known.values()) if name == AUTO else [known[name]]
-    judged = rank(inspect(asked, spec, seconds), dtype, speeds, auto=name == AUTO)
+    judged = rank(inspect(asked, spec, seconds), dtype, kv_dtype, speeds, auto=name == AUTO)
     best = next((s for s in judged if s.verdict is Verdict.CHOSEN), None)
     if best is None or best.dtype is None:
         raise NoBackend(f"no backend can run {spec.name}: {'; '.join(_refusal(s) for s in judged)}")
@@ -118,13 +120,14 @@ def describe(
 def standings(
     model: ModelSpec,
     dtype: DType | None = None,
+    kv_dtype: DType | None = None,
     *,
     found: Mapping[str, Source] | None = None,
     speeds: Speeds = no_speeds,
     seconds: float = PROBE_SECONDS,
 ) -> list[Standing]:
     """Every backend as `auto` sees it for a model."""
-    return rank(describe(model, found=found, seconds=seconds), dtype, speeds, auto=True)
+    return rank(describe(model, found=found, seconds=seconds), dtype, kv_dtype, speeds, auto=True)
 
 
 def _refusal(standing: Standing) -> str:

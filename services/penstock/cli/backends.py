@@ -22,6 +22,7 @@ def backends(
     *,
     model: str | None = None,
     dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto",
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
     threads: int | None = None,
     probe_seconds: float = 20.0,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -33,6 +34,7 @@ def backends(
     Args:
         model: Folder of a checkpoint, builtin, or a Hugging Face id.
         dtype: As the executor's; auto leaves it to each backend.
+        kv_cache_dtype: As the executor's; auto is the type that each backend computes with.
         threads: Of computation, whose measured speeds are compared; every core of the process where absent.
         probe_seconds: Seconds that a backend has to say what it is.
         as_json: One JSON list instead of a table.
@@ -46,8 +48,8 @@ def backends(
         rows = [_row(report) for report in describe(seconds=probe_seconds)]
     else:
         spec = _read(model)
-        asked = None if dtype == "auto" else DType(dtype)
-        judged = standings(spec, asked, speeds=kept_speeds(cache_folder(), spec.fingerprint, threads), seconds=probe_seconds)
+        asked = [None if name == "auto" else DType(name) for name in (dtype, kv_cache_dtype)]
+        judged = standings(spec, *asked, speeds=kept_speeds(cache_folder(), spec.fingerprint, threads), seconds=probe_seconds)
         rows = [_row(standing.report) | _judged(standing, spec) for standing in judged]
     if as_json:
         print(json.dumps(rows, indent=2))

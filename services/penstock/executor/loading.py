@@ -75,19 +75,18 @@ def prepare(config: ExecutorConfig) -> Prepared:
     _check(config)
     folder = resolve(config.model)
     name = config.served_name or (config.model if not Path(config.model).is_dir() else folder.resolve().name)
-    dtype = None if config.dtype == "auto" else DType(config.dtype)
+    dtype, kv_dtype = _asked(config.dtype), _asked(config.kv_cache_dtype)
     try:
         spec = read_model(folder, name)
         speeds = kept_speeds(found_cache(config.cache_folder), spec.fingerprint, config.threads)
-        choice = choose(spec, config.backend, dtype, speeds=speeds, seconds=config.probe_seconds)
+        choice = choose(spec, config.backend, dtype, kv_dtype, speeds=speeds, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
-    backend, capabilities = choice.registration.name, choice.capabilities
-    device = _device_config(config, spec, capabilities, dtype)
-    if device.kv_cache_dtype not in (None, *capabilities.kv_dtypes):
-        raise StartError(f"kv_cache_dtype: backend {backend} has no KV cache of {device.kv_cache_dtype}; leave it auto")
+    device = _device_config(config, spec, choice.capabilities)
     if choice.device == "cpu":
-        check_memory(backend, spec.decoder, capabilities, replace(device, dtype=choice.dtype), free_memory())
+        check_memory(
+            choice.registration.name, spec.decoder, choice.capabilities, replace(device, dtype=choice.dtype), free_memory()
+        )
     return Prepared(config, spec, choice, device)
 
 
@@ -131,15 +130,19 @@ def _create(choice: Choice, spec: ModelSpec, device: DeviceConfig) -> Generative
     return model
 
 
-def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities, dtype: DType | None) -> DeviceConfig:
+def _asked(dtype: str) -> DType | None:
+    return None if dtype == "auto" else DType(dtype)
+
+
+def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities) -> DeviceConfig:
     """What is asked of the backend, within its limits."""
     longest = (spec.decoder.context_length, config.max_context, capabilities.max_context)
     return DeviceConfig(
-        dtype=dtype,
+        dtype=_asked(config.dtype),
         threads=config.threads,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
         kv_cache_share=config.kv_cache_share,
-        kv_cache_dtype=None if config.kv_cache_dtype == "auto" else DType(config.kv_cache_dtype),
+        kv_cache_dtype=_asked(config.kv_cache_dtype),
         max_batch_tokens=_most_tokens(config),
         max_batch_size=min(config.max_batch_size, capabilities.max_batch_size or config.max_batch_size),
         max_context=min(limit for limit in longest if limit is not None),

@@ -207,3 +207,12 @@ def test_a_built_in_backend_that_raises_or_hangs_is_named_with_its_stage(spec):
     release.set()
     assert bad.availability == Broken("raised OSError: no such device")
     assert slow.availability == Broken("hangs in probe: no answer within 0.2 s")
+
+
+def test_auto_passes_over_what_has_not_the_kv_cache_that_is_asked_for(spec):
+    small = registration("two", capabilities=Capabilities(dtypes=(DType.F32,), kv_dtypes=(DType.INT8,)))
+    choice = choose(spec, kv_dtype=DType.INT8, found=among(registration("one"), small))
+    assert choice.registration.name == "two"
+    one = choice.standings[0]
+    assert (one.verdict, one.reason) == (Verdict.UNSUPPORTED, "has no KV cache of int8; leave kv_cache_dtype auto")
+    assert choose(spec, found=among(registration("one"), small)).registration.name == "one"

@@ -1,5 +1,7 @@
 """The KV cache in 8 bits: near what float32 gives, the same however a prompt came, and in the canonical form for other caches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,9 +13,10 @@ from penstock.backends.conformance.driver import NONE, Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.kv_rounding import HEADER, round_rows, unrounded
+from penstock.backends.ranking import Speed
 from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
-from penstock.executor.loading import load
+from penstock.executor.loading import load, prepare
 
 TOKENS = 70
 # Root-mean-square error of logits over their size; rounding weights to int8 is allowed ten times as much.
@@ -106,7 +109,7 @@ def test_rounding_is_off_by_half_a_step_at_most(exact):
 def test_a_cache_that_a_backend_has_not_is_refused_by_name(spec):
     with pytest.raises(StartError, match="no KV cache of int4, but int8"):
         create(spec, DType.INT4)
-    with pytest.raises(StartError, match="kv_cache_dtype: backend torch has no KV cache of int8"):
+    with pytest.raises(StartError, match="torch: has no KV cache of int8; leave kv_cache_dtype auto"):
         load(ExecutorConfig(model=str(spec.folder), backend="torch", dtype="f32", kv_cache_dtype="int8"))
 
 
@@ -116,3 +119,13 @@ def test_an_executor_is_told_of_it(spec):
         assert loaded.model.kv.dtype == "u8"
     finally:
         loaded.engine.close()
+
+
+def test_auto_takes_the_backend_that_has_it_though_another_is_faster(spec, monkeypatch):
+    def faster(*_):
+        return lambda report, _: Speed(1, 1, 1, seconds=1.0 if report.name == "torch" else 9.0)
+
+    monkeypatch.setattr("penstock.executor.loading.kept_speeds", faster)
+    asked = ExecutorConfig(model=str(spec.folder), dtype="f32", kv_cache_gib=0.01)
+    assert prepare(asked).choice.registration.name == "torch"
+    assert prepare(replace(asked, kv_cache_dtype="int8")).choice.registration.name == "openvino"
