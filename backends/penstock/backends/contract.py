@@ -114,6 +114,8 @@ class DeviceConfig:
 
     Attributes:
         dtype: None lets the backend choose its fastest faithful one.
+        device: where it is to run, as the backend's probe named it; the executor gives the one that it was chosen for. A backend
+            that can not have it raises `StartError`, and takes no other. None: the best there is.
         threads: of computation; None: every core of the process's affinity.
         kv_cache_bytes: None: from the memory that is free once the weights are loaded.
         kv_cache_share: of that memory, what the cache may take; the rest is for activations, logits and other processes.

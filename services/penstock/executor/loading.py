@@ -82,7 +82,7 @@ def prepare(config: ExecutorConfig) -> Prepared:
         choice = choose(spec, config.backend, dtype, kv_dtype, speeds=speeds, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
-    device = _device_config(config, spec, choice.capabilities)
+    device = _device_config(config, spec, choice)
     if choice.device == "cpu":
         check_memory(
             choice.registration.name, spec.decoder, choice.capabilities, replace(device, dtype=choice.dtype), free_memory()
@@ -134,11 +134,13 @@ def _asked(dtype: str) -> DType | None:
     return None if dtype == "auto" else DType(dtype)
 
 
-def _device_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities) -> DeviceConfig:
+def _device_config(config: ExecutorConfig, spec: ModelSpec, choice: Choice) -> DeviceConfig:
     """What is asked of the backend, within its limits."""
+    capabilities = choice.capabilities
     longest = (spec.decoder.context_length, config.max_context, capabilities.max_context)
     return DeviceConfig(
         dtype=_asked(config.dtype),
+        device=choice.device,
         threads=config.threads,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
         kv_cache_share=config.kv_cache_share,

@@ -113,6 +113,11 @@ def test_a_cache_that_a_backend_has_not_is_refused_by_name(spec):
         load(ExecutorConfig(model=str(spec.folder), backend="torch", dtype="f32", kv_cache_dtype="int8"))
 
 
+def test_a_device_that_it_has_not_is_refused(spec):
+    with pytest.raises(StartError, match="device: backend openvino runs on cpu alone, not on cuda:0"):
+        REGISTRATION.create(spec, DeviceConfig(device="cuda:0"))
+
+
 def test_an_executor_is_told_of_it(spec):
     loaded = load(ExecutorConfig(model=str(spec.folder), backend="openvino", kv_cache_dtype="int8", kv_cache_gib=0.01))
     try:

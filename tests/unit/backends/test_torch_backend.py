@@ -15,6 +15,9 @@ from penstock.backends.contract import Available, DeviceConfig, DType
 from penstock.backends.pytorch import REGISTRATION
 from penstock.backends.pytorch.registration import _accelerators
 from penstock.common.service import StartError
+from penstock.executor.config import ExecutorConfig
+from penstock.executor.loading import create as load_prepared
+from penstock.executor.loading import prepare
 
 
 @pytest.fixture
@@ -75,6 +78,14 @@ def test_gradients_are_still_there_for_others(spec):
 def test_a_device_that_is_not_there_is_named(spec, device):
     with pytest.raises(StartError, match=device):
         create(spec, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device can be used here")
+def test_a_device_that_the_probe_promised_and_torch_can_not_use_ends_the_start(spec, monkeypatch):
+    monkeypatch.setattr("penstock.backends.pytorch.registration._accelerators", lambda _: ("cuda:0",))
+    prepared = prepare(ExecutorConfig(model=str(spec.folder), backend="torch", threads=1, kv_cache_gib=0.01))
+    with pytest.raises(StartError, match=r"PyTorch can not use cuda:0: .*; CUDA_VISIBLE_DEVICES=-1 has it run on the CPU"):
+        load_prepared(prepared)
 
 
 def test_a_type_that_it_has_not_is_named(tmp_path):

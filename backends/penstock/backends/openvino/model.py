@@ -25,13 +25,15 @@ class OpenVinoModel:
     """A `GenerativeModel`.
 
     Raises:
-        StartError: the dtype is none of this backend's, or memory holds no cache.
+        StartError: the dtype or device is none of this backend's, or memory holds no cache.
     """
 
     def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
         can = REGISTRATION.capabilities(spec)
         if isinstance(can, Unsupported):
             raise StartError(f"backend openvino {can.reason}")
+        if config.device not in {None, "cpu"}:
+            raise StartError(f"device: backend openvino runs on cpu alone, not on {config.device}")
         self._dtype = config.dtype or can.dtypes[0]
         if self._dtype not in can.dtypes:
             raise StartError(f"backend openvino has no {self._dtype}, but {', '.join(can.dtypes)}")

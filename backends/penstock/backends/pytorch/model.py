@@ -178,10 +178,21 @@ def _find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda:0" if accelerated else "cpu"))
     except RuntimeError as error:
-        raise StartError(f"{name} is no device; cpu and cuda:0 are") from error
+        raise StartError(f"device: {name} is none; cpu and cuda:0 are") from error
+    if device.type == "cuda" and not accelerated:
+        raise StartError(f"device: PyTorch can not use {name}: {_fault_of_cuda()}; CUDA_VISIBLE_DEVICES=-1 has it run on the CPU")
     if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise StartError(f"there is no device {name} here; there is {'cuda:0 and cpu' if accelerated else 'cpu'}")
+        raise StartError(f"device: there is no {name} here; there is {'cuda:0 and cpu' if accelerated else 'cpu'}")
     return device
+
+
+def _fault_of_cuda() -> str:
+    """Why PyTorch says that there is no GPU: of a driver too old, or none that answers, it tells only when asked to begin."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # it has no annotations
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0].rstrip(".")
+    return "it finds no GPU"
 
 
 @contextmanager
