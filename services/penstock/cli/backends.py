@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from penstock.cli.tables import print_table
+from penstock.common.config import ConfigError
 
 if TYPE_CHECKING:  # numpy comes with them, and help is to be quick
     from penstock.backends.contract import ModelSpec
@@ -24,6 +26,7 @@ def backends(
     dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto",
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
     threads: int | None = None,
+    cache_folder: str | None = None,
     probe_seconds: float = 20.0,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
@@ -36,20 +39,27 @@ def backends(
         dtype: As the executor's; auto leaves it to each backend.
         kv_cache_dtype: As the executor's; auto is the type that each backend computes with.
         threads: Of computation, whose measured speeds are compared; every core of the process where absent.
+        cache_folder: The executor's cache folder, with the measured speeds; $XDG_CACHE_HOME/penstock or ~/.cache/penstock where
+            absent.
         probe_seconds: Seconds that a backend has to say what it is.
         as_json: One JSON list instead of a table.
     """
     from penstock.backends.contract import DType
     from penstock.backends.registry import describe, standings
     from penstock.backends.speed import kept_speeds
-    from penstock.common.cache import cache_folder
+    from penstock.common import logs
+    from penstock.common.cache import found_cache
 
+    _check("--threads", threads, 1)
+    _check("--probe-seconds", probe_seconds, 0.1)
+    logs.configure("backends", "warning")
     if model is None:
         rows = [_row(report) for report in describe(seconds=probe_seconds)]
     else:
         spec = _read(model)
         asked = [None if name == "auto" else DType(name) for name in (dtype, kv_cache_dtype)]
-        judged = standings(spec, *asked, speeds=kept_speeds(cache_folder(), spec.fingerprint, threads), seconds=probe_seconds)
+        speeds = kept_speeds(found_cache(cache_folder), spec.fingerprint, threads)
+        judged = standings(spec, *asked, speeds=speeds, seconds=probe_seconds)
         rows = [_row(standing.report) | _judged(standing, spec) for standing in judged]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -59,6 +69,11 @@ def backends(
         headings = ("backend", "from", "version", "devices", "dtypes", "features", "KV layouts", "verdict", "why")
         print_table(headings, map(_judged_cells, rows))
     return 0
+
+
+def _check(option: str, value: float | None, least: float) -> None:
+    if value is not None and not least <= value < math.inf:  # nan is neither
+        raise ConfigError(f"{option}: must be a number of at least {least}, and is {value}")
 
 
 def _read(model: str) -> ModelSpec:

@@ -163,11 +163,13 @@ def _check(config: ExecutorConfig) -> None:
         "load_seconds": (config.load_seconds, 0.1),
         "calibration_seconds": (config.calibration_seconds, 0),
         "itl_target_ms": (config.itl_target_ms, 1),
+        "stall_seconds": (config.stall_seconds, 0.1),
+        "stall_seconds_per_prompt_token": (config.stall_seconds_per_prompt_token, 0),
     }
     for name, (value, at_least) in least.items():
-        if value is not None and value < at_least:
+        if value is not None and not at_least <= value < math.inf:  # nan is neither
             more = ", one more than max_batch_size, since every running sequence takes one" if name == "max_batch_tokens" else ""
-            raise StartError(f"{name}: must be at least {at_least}{more}, not {value}")
+            raise StartError(f"{name}: must be a number of at least {at_least}{more}, not {value}")
     if config.kv_cache_gib is not None and not 0 < config.kv_cache_gib < float("inf"):
         raise StartError(f"kv_cache_gib: must be more than 0, not {config.kv_cache_gib}")
     if not 0 < config.kv_cache_share < 1:
