@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from penstock.backends.contract import Available, Broken, Capabilities, DType, Task, Unsupported
@@ -98,7 +98,8 @@ def rank(
     for other in others:
         if best.speed is not None and other.speed is not None and other.speed.seconds < best.speed.seconds:
             best = other
-    return [s if s is best or s not in able else _beaten(s, best) for s in standings]
+    taken = replace(best, reason=_merit(best, able) if auto else "was asked for by its name")
+    return [taken if s is best else _beaten(s, best) if s in able else s for s in standings]
 
 
 def _judge(report: BackendReport, dtype: DType | None, kv_dtype: DType | None, speeds: Speeds, *, auto: bool) -> Standing:
@@ -135,6 +136,17 @@ def _accelerated(standing: Standing) -> bool:
     return isinstance(availability, Available) and availability.devices[0] != "cpu"
 
 
+def _merit(best: Standing, able: Sequence[Standing]) -> str:
+    """What made it the choice."""
+    if best.speed is not None:
+        return f"measured with this model here: {best.speed} in {best.dtype}"
+    if len(able) == 1:
+        return "no other one can"
+    if _accelerated(best) and not all(_accelerated(s) for s in able):
+        return "has an accelerator"
+    return "comes first in the standing order; it was not measured with this model here"
+
+
 def _beaten(standing: Standing, best: Standing) -> Standing:
     name = best.report.name
     if standing.speed is not None and best.speed is not None and best.speed.seconds <= standing.speed.seconds:
@@ -146,5 +158,6 @@ def _beaten(standing: Standing, best: Standing) -> Standing:
     else:
         unmeasured = [s.report.name for s in (best, standing) if s.speed is None]
         were = f"{' and '.join(unmeasured)} {'were' if len(unmeasured) > 1 else 'was'}"
-        reason = f"{name} goes before it as long as {were} not measured with this model here"
+        starts = " and ".join(f"`penstock executor --backend {one}`" for one in unmeasured)
+        reason = f"{name} goes before it as long as {were} not measured with this model here; start {starts} with it once"
     return Standing(standing.report, Verdict.BEHIND, reason, standing.dtype, standing.speed)

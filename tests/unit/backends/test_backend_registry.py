@@ -216,3 +216,28 @@ def test_auto_passes_over_what_has_not_the_kv_cache_that_is_asked_for(spec):
     one = choice.standings[0]
     assert (one.verdict, one.reason) == (Verdict.UNSUPPORTED, "has no KV cache of int8; leave kv_cache_dtype auto")
     assert choose(spec, found=among(registration("one"), small)).registration.name == "one"
+
+
+def reasons(spec, found, measured):
+    return {s.report.name: s.reason for s in standings(spec, found=found, speeds=lambda report, _: measured.get(report.name))}
+
+
+def test_what_was_not_measured_says_how_to_measure_it(spec):
+    found = among(registration("one"), registration("two"))
+    assert reasons(spec, found, {"one": fast(10)})["two"] == (
+        "one goes before it as long as two was not measured with this model here; start `penstock executor --backend two` with it once"
+    )
+    both = "`penstock executor --backend one` and `penstock executor --backend two`"
+    assert reasons(spec, found, {})["two"].endswith(
+        f"one and two were not measured with this model here; start {both} with it once"
+    )
+
+
+def test_the_chosen_one_says_what_made_it_the_choice(spec):
+    gpu = registration("gpu", Available(("cuda:0",), "1"))
+    two = among(registration("one"), registration("two"))
+    told = "measured with this model here: prefill 10 tokens/s, decode 10 tokens/s at batch 8 in f32"
+    assert reasons(spec, two, {"one": fast(10)})["one"] == told
+    assert reasons(spec, two, {})["one"].startswith("comes first in the standing order")
+    assert reasons(spec, among(registration("one")), {})["one"] == "no other one can"
+    assert reasons(spec, among(registration("one"), gpu), {})["gpu"] == "has an accelerator"
