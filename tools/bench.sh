@@ -17,7 +17,7 @@ while (($#)); do
     shift
   fi
   case ${flag%%=*} in
-    --threads | --kv-cache-gib | --max-batch-tokens | --max-batch-size) made+=("${words[@]}") ;;
+    --threads | --kv-cache-gib | --kv-cache-dtype | --max-batch-tokens | --max-batch-size) made+=("${words[@]}") ;;
     --backend | --dtype | --prefix-cache | --no-prefix-cache) both+=("${words[@]}") ;;
     *) measured+=("${words[@]}") ;;
   esac

@@ -39,6 +39,8 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "auto") -> Non
 
 
 def logger() -> structlog.stdlib.BoundLogger:
-    """The logger of this process: an event's name first, then its facts as keywords."""
+    """The logger of this process: an event's name first, then its facts as keywords. To stderr also where nothing was set up."""
+    if not structlog.is_configured():  # structlog's own default is stdout, where commands print what they are asked for
+        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     bound: structlog.stdlib.BoundLogger = structlog.get_logger()
     return bound
