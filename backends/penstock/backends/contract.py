@@ -143,7 +143,7 @@ class Capabilities:
     """What a backend does for one model. None is advice: the executor keeps to each, and conformance holds the backend to it.
 
     Attributes:
-        dtypes: in order of preference; the first is what ``dtype=None`` takes.
+        dtypes: in order of preference; the first is what ``dtype=None`` takes, so a quantised one only where there is no other.
         chunked_prefill: whether a prompt may come in several steps, beside decodes.
         prefix_cache: whether blocks may be shared between sequences.
         prompt_logits: whether logits of every prompt token can be asked for.

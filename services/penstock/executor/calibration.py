@@ -5,9 +5,9 @@ each with much context, from which what context adds is found. Sizes double from
 once its measurement would take more than a share of the budget, and so are larger chunks once prefill gains nothing by them. A
 step is repeated for a while and the fastest counts: what disturbs a step makes it longer.
 
-Main memory that was never written is one page of zeros wherever it is read. So decoding with much context reads the blocks that
-prefill has filled, each in one sequence alone. An accelerator's memory is there from the start, and takes a batch that can be told
-from the noise.
+What stands before a step was computed, in steps that are not timed but take of the budget. Decoding by batch so begins behind one
+token. Much context is what prefill has left in the cache, and a little more while the budget lasts; where prefill is fast, as on an
+accelerator, a batch of such sequences, which can be told from the noise.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from penstock.backends.contract import GenerativeModel, StepBatch
+from penstock.backends.contract import GenerativeModel
 from penstock.common.step_times import Curve, StepTimes
+from penstock.executor.measured_steps import MeasuredSteps
 
 __all__ = ["Shape", "measure"]
 
-_DECODE_CONTEXT = 16
+_DECODE_CONTEXT = 2
 _FIRST_CHUNK = 16
 _LONG_PAST = 2048
-# Contexts that differ by less are told apart by noise alone.
-_LEAST_DIFFERENCE = 8
-# Of the budget: one step at most, repeats of one step, and all of decoding without context.
-_STEP_SHARE, _REPEAT_SHARE, _DECODE_SHARE = 0.3, 0.03, 0.35
+# Less context is told from none by noise alone.
+_LEAST_CONTEXT = 128
+# Of the budget: one measurement at most, repeats of one step, and what is spent once decoding without context, prefill, and what
+# stands before the chunk with context are done.
+_STEP_SHARE, _REPEAT_SHARE, _DECODE_SHARE, _PREFILL_SHARE, _PAST_SHARE = 0.3, 0.03, 0.35, 0.75, 0.85
 _MOST_REPEATS = 5
 # Beyond this chunk, so many in a row, each twice as long and less than this much faster, end the search.
 _LONG_CHUNK, _VAIN, _WORTH_DOUBLING = 256, 2, 1.03
@@ -75,9 +75,8 @@ class _Measurement:
         self._budget = budget
         self._clock = clock
         self._began = clock()
-        self._block_size = model.kv.block_size
         self._longest = min(shape.context_length, model.kv.blocks * model.kv.block_size)
-        self._filled = 0
+        self._steps = MeasuredSteps(model, shape.max_batch_tokens, clock)
 
     def run(self) -> StepTimes:
         context = min(_DECODE_CONTEXT, self._longest)
@@ -88,14 +87,15 @@ class _Measurement:
             prefill_pair_seconds=self._pair_seconds(prefill),
             decode=Curve.through(decode),
             decode_context=context,
-            decode_token_seconds=self._token_seconds(decode, context),
+            decode_token_seconds=self._token_seconds(decode, prefill, context),
         )
 
     def _decode(self, context: int) -> dict[int, float]:
-        most = min(self._shape.max_batch_size, self._model.kv.blocks // self._blocks(context))
+        most = min(self._shape.max_batch_size, self._steps.room(context))
         measured: dict[int, float] = {}
         for batch in _doubling(1, most):
-            if measured and not self._affords(2 * max(measured.values()), within=_DECODE_SHARE):
+            # Twice as long at the most, behind the pasts of as many sequences as are in the cache already.
+            if measured and not self._affords(3 * max(measured.values()), within=_DECODE_SHARE):
                 break
             measured[batch] = self._time(batch, 1, context - 1, likely=2 * max(measured.values(), default=math.inf))
         return measured
@@ -105,10 +105,9 @@ class _Measurement:
         measured: dict[int, float] = {}
         rate, vain = 0.0, 0
         for chunk in _doubling(min(_FIRST_CHUNK, most), most):
-            if measured and not self._affords(2 * max(measured.values()), within=0.8):
+            if measured and not self._affords(2 * max(measured.values()), within=_PREFILL_SHARE):
                 break
             measured[chunk] = self._time(1, chunk, 0, likely=2 * max(measured.values(), default=math.inf))
-            self._filled = max(self._filled, chunk)
             vain = 0 if chunk / measured[chunk] > rate * _WORTH_DOUBLING else vain + 1
             rate = max(rate, chunk / measured[chunk])
             if vain >= _VAIN and chunk >= _LONG_CHUNK:
@@ -116,25 +115,32 @@ class _Measurement:
         return measured
 
     def _pair_seconds(self, prefill: dict[int, float]) -> float:
-        """Of the largest chunk that leaves room behind itself and is not long: more pairs, less noise."""
+        """Of the largest chunk that leaves room before itself and is not long: more pairs, less noise."""
         room = {chunk: min(_LONG_PAST, self._longest - chunk) for chunk in prefill}
         if not self._shape.chunked:
             return 0.0
-        chunks = [c for c in prefill if room[c] > 0 and self._affords(3 * prefill[c], within=1.0)]
+        chunks = [c for c in prefill if room[c] > 0 and self._affords(2 * prefill[c], within=1.0)]
         if not chunks:
             return 0.0
         chunk = max(chunks, key=lambda c: c * room[c])
-        return max(0.0, self._time(1, chunk, room[chunk]) - prefill[chunk]) / (chunk * room[chunk])
+        while self._steps.standing + chunk <= room[chunk] and self._affords(prefill[chunk], within=_PAST_SHARE):
+            self._steps.run(1, chunk, self._steps.standing)
+        past = min(self._steps.standing, room[chunk])
+        return max(0.0, self._time(1, chunk, past) - prefill[chunk]) / (chunk * past)
 
-    def _token_seconds(self, decode: dict[int, float], context: int) -> float:
-        if self._model.device == "cpu":
-            batch, long = 1, min(self._filled, self._longest - 1)
-        else:
-            batch = max(decode)
-            long = min(_LONG_PAST, self._longest - 1, self._model.kv.blocks // batch * self._block_size - 1)
-        if long < _LEAST_DIFFERENCE * context or not self._affords(2 * decode[batch], within=1.0):
-            return 0.0
-        return max(0.0, self._time(batch, 1, long) - decode[batch]) / (batch * (long + 1 - context))
+    def _token_seconds(self, decode: dict[int, float], prefill: dict[int, float], context: int) -> float:
+        """Of the largest batch whose context can be computed; the one sequence that stands in the cache takes nothing."""
+        for batch in sorted(decode, reverse=True):
+            long = self._steps.standing if batch == 1 else self._context_of_each(batch, prefill)
+            long = min(long, self._longest - 1)
+            cost = 2 * decode[batch] + (0.0 if batch == 1 else batch * prefill.get(long, 0.0))
+            if long >= _LEAST_CONTEXT and self._affords(cost, within=1.0):
+                return max(0.0, self._time(batch, 1, long) - decode[batch]) / (batch * (long + 1 - context))
+        return 0.0
+
+    def _context_of_each(self, batch: int, prefill: dict[int, float]) -> int:
+        """Tokens of the largest chunk measured that each sequence of a batch has room for, and for one more; 0: none."""
+        return max((c for c in prefill if c < self._longest and self._steps.room(c + 1) >= batch), default=0)
 
     def _affords(self, seconds: float, *, within: float) -> bool:
         """Whether a step of about so many seconds may be measured while no more than this share of the budget is spent."""
@@ -146,36 +152,14 @@ class _Measurement:
 
         More than is `likely` is taken for disturbed, and tried again even where that takes longer.
         """
-        batch = self._batch(sequences, tokens, past)
         began = self._clock()
-        fastest = self._step(batch)
+        fastest = self._steps.run(sequences, tokens, past)
         for _ in range(_MOST_REPEATS):
             share = _REPEAT_SHARE if fastest <= likely else _STEP_SHARE
             if self._clock() - began > share * self._budget:
                 break
-            fastest = min(fastest, self._step(batch))
+            fastest = min(fastest, self._steps.run(sequences, tokens, past))
         return fastest
-
-    def _step(self, batch: StepBatch) -> float:
-        began = self._clock()
-        self._model.step(batch)
-        return max(self._clock() - began, 1e-9)
-
-    def _batch(self, sequences: int, tokens: int, past: int) -> StepBatch:
-        blocks = self._blocks(past + tokens)
-        each = np.arange(sequences + 1, dtype=np.int32)
-        return StepBatch(
-            token_ids=np.zeros(sequences * tokens, np.int64),
-            positions=np.tile(np.arange(past, past + tokens), sequences),
-            past_lengths=np.full(sequences, past, np.int32),
-            starts=each * np.int32(tokens),
-            block_ids=np.arange(sequences * blocks, dtype=np.int32),
-            block_starts=each * np.int32(blocks),
-            logits_rows=np.arange(1, sequences + 1, dtype=np.int64) * tokens - 1,
-        )
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)
 
 
 def _doubling(first: int, last: int) -> list[int]:

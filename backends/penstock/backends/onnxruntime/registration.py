@@ -21,8 +21,8 @@ from penstock.backends.contract import (
 
 __all__ = ["DTYPES", "REGISTRATION"]
 
-DTYPES = (DType.INT8, DType.INT4, DType.F32)
-"""Types of weights, the preferred one first."""
+DTYPES = (DType.F32, DType.INT8, DType.INT4)
+"""Types of weights. The first is taken where none is asked for, so no rounded one, though these are faster."""
 
 # The runtime's distributions, of which each brings the same module.
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-rocm", "onnxruntime-migraphx", "onnxruntime-directml")
