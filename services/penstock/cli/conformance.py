@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -21,7 +20,7 @@ __all__ = ["conformance"]
 def conformance(
     backend: str,
     *,
-    model: Path | None = None,
+    model: str | None = None,
     dtype: Literal["f32", "bf16", "int8", "int4"] | None = None,
     kv_cache_dtype: Literal["int8"] | None = None,
     against: str | None = None,
@@ -32,7 +31,7 @@ def conformance(
 
     Args:
         backend: Name of the backend, built in or from another package.
-        model: Folder of a checkpoint; a small random one of each family where absent.
+        model: Folder of a checkpoint, builtin, or a Hugging Face id; a small random one of each family where absent.
         dtype: How weights are held and computed; f32 where absent and the backend has it.
         kv_cache_dtype: Type of the KV cache; the type that is computed with where absent.
         against: Another backend, to compare answers with and to exchange KV with, both ways.

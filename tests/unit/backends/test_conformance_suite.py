@@ -5,7 +5,6 @@ import os
 import re
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy_backend
 import pytest
@@ -14,6 +13,7 @@ import wrong_backends as wrong
 from penstock.backends.conformance import CHECKS, PAIR_CHECKS, Outcome, Pair, run, runner, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DType, Unavailable
+from penstock.backends.fake import REGISTRATION as FAKE
 from penstock.cli.app import app
 from penstock.cli.conformance import conformance
 from penstock.common.service import StartError
@@ -180,10 +180,16 @@ def test_two_backends_are_held_against_each_other_both_ways(known):
 
 def test_a_checkpoint_of_ones_own_is_taken(known, tmp_path):
     write_checkpoint(tmp_path / "mine", {**CONFIGS["qwen2"], "num_hidden_layers": 3, "vocab_size": 500}, seed=5)
-    told = list(run("numpy", model=tmp_path / "mine", dtype=DType.F32))
+    told = list(run("numpy", model=str(tmp_path / "mine"), dtype=DType.F32))
     assert {r.model for r in told} == {"mine"}
     assert [r for r in told if r.outcome is not Outcome.PASSED] == []
     assert [r.check for r in told] == list(CHECKS)
+
+
+def test_the_built_in_model_is_taken_by_its_name(known):
+    known["fake"] = FAKE
+    told = list(run("fake", model="builtin", checks=(FEW[0],)))
+    assert [(r.model, r.outcome) for r in told] == [("builtin", Outcome.PASSED)]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +201,7 @@ def test_a_checkpoint_of_ones_own_is_taken(known, tmp_path):
         ({"name": "numpy", "checks": ("chunky",)}, "no check chunky; there are chunks_agree"),
         ({"name": "numpy", "checks": ("kv_serves_the_other",)}, "compares two backends"),
         ({"name": "numpy", "dtype": DType.INT4}, "has no int4 for llama, but f32"),
-        ({"name": "numpy", "model": Path("nothing")}, "no such folder"),
+        ({"name": "numpy", "model": "./nothing"}, "no folder ./nothing"),
     ],
 )
 def test_what_can_not_be_run_is_refused(known, asked, named):

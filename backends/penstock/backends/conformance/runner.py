@@ -18,6 +18,7 @@ from penstock.backends.conformance.suite import CHECKS, make_subject, subjects
 from penstock.backends.contract import Available, DType, ModelSpec, Registration, Unsupported
 from penstock.backends.registry import backends
 from penstock.common.service import StartError
+from penstock.common.sources import resolve
 
 __all__ = ["Outcome", "Result", "run"]
 
@@ -36,7 +37,7 @@ class Result:
 
     Attributes:
         kv_dtype: of its cache; None: the type that the backend computes with.
-        model: the family of the suite's own checkpoint, or the name of the folder that was given.
+        model: the family of the suite's own checkpoint, or the name of the folder or model that was given.
         about: what a backend that passes does.
         reason: why it failed or was skipped; empty where it passed.
         seconds: that it took.
@@ -56,7 +57,7 @@ class Result:
 def run(
     name: str,
     *,
-    model: Path | None = None,
+    model: str | None = None,
     dtype: DType | None = None,
     kv_dtype: DType | None = None,
     against: str | None = None,
@@ -66,7 +67,8 @@ def run(
 
     Args:
         name: the backend's.
-        model: a checkpoint to run it with; None: a small one of each family, written for the purpose.
+        model: a checkpoint to run it with: a folder, ``builtin`` or a Hugging Face id; None: a small one of each family,
+            written for the purpose.
         dtype: None: float32 where the backend has it, else what it prefers.
         kv_dtype: of the KV cache; None: the type that the backend computes with.
         against: another backend, to compare answers with and to exchange KV with, both ways.
@@ -109,9 +111,10 @@ def _available(name: str) -> Registration:
     return known[name]
 
 
-def _checkpoints(model: Path, folder: Path) -> tuple[ModelSpec, ModelSpec]:
+def _checkpoints(model: str, folder: Path) -> tuple[ModelSpec, ModelSpec]:
     """A checkpoint that somebody has, and a small one that knows the same tokens."""
-    spec = read_model(model, model.resolve().name)
+    found = resolve(model)
+    spec = read_model(found, found.name if Path(model).expanduser().is_dir() else model)
     family = CONFIGS[spec.decoder.architecture]
     return spec, write_checkpoint(folder / "other", {**family, "vocab_size": spec.decoder.vocabulary_size}, seed=1)
 
