@@ -123,7 +123,8 @@ class DeviceConfig:
         max_batch_tokens: tokens that one step computes at most.
         max_batch_size: sequences that one step holds at most.
         max_context: tokens that one sequence holds at most; at most the model's own.
-        weight_cache: folder where weights that had to be rounded may be kept for the next start; None: nowhere.
+        weight_cache: folder where weights that had to be rounded, and engines built with weights in them, may be kept for the next
+            start; None: nowhere.
     """
 
     dtype: DType | None = None

@@ -23,7 +23,8 @@ class ExecutorConfig:
         kv_cache_gib: Memory of the KV cache, in GiB; what is free once the weights are loaded where absent.
         kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
         kv_cache_share: Share of the free memory that the KV cache takes where kv_cache_gib is absent.
-        weight_cache: Whether weights rounded to int8 or int4 are kept in the cache folder, for the next start to find.
+        weight_cache: Whether weights rounded to int8 or int4, and engines of TensorRT, are kept in the cache folder, for the next
+            start to find.
         max_batch_tokens: Tokens that one step computes at most; where absent, what measured step times ask for, at most 2048 or
             twice max_batch_size, whichever is more.
         max_batch_size: Sequences that run at a time at most.

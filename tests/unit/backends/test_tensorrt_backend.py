@@ -62,6 +62,17 @@ def test_a_plan_serves_the_next_start(start, tmp_path):
     assert not list((tmp_path / "plans").glob(".*"))
 
 
+def test_plans_are_kept_in_the_cache_folder_that_the_executor_gives(spec, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_stand_in)
+    monkeypatch.setattr("penstock.backends.tensorrt.device.CudaDevice", lambda _: HostDevice())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
+    settings = {"dtype": DType.F32, "kv_cache_bytes": 1 << 20, "max_batch_size": 4, "max_batch_tokens": 64}
+    for given, expected in ((None, 0), (tmp_path / "given", 1)):
+        REGISTRATION.create(spec, DeviceConfig(**settings, weight_cache=given)).close()
+        assert len(list((tmp_path / "given" / "tensorrt").glob("*.plan"))) == expected
+    assert not (tmp_path / "default").exists()
+
+
 @pytest.mark.parametrize("spoil", [lambda b: b[:-9], lambda b: b[:-9] + b"x" + b[-8:], lambda b: b"", lambda b: b"{}\n"])
 def test_a_spoilt_plan_is_built_anew(spoil, start, tmp_path):
     right = logits(start()[0])

@@ -71,9 +71,9 @@ def _create(spec: ModelSpec, config: DeviceConfig) -> GenerativeModel:
     import tensorrt
     from penstock.backends.tensorrt.device import CudaDevice
     from penstock.backends.tensorrt.model import TensorRtModel
-    from penstock.common.cache import cache_folder
 
-    return TensorRtModel(spec, config, tensorrt, CudaDevice(config.device), cache_folder() / "tensorrt")
+    plans = None if config.weight_cache is None else config.weight_cache / "tensorrt"
+    return TensorRtModel(spec, config, tensorrt, CudaDevice(config.device), plans)
 
 
 REGISTRATION = Registration(name="tensorrt", probe=_probe, capabilities=_capabilities, create=_create)

@@ -39,13 +39,13 @@ class TensorRtModel:
         config: what the operator asks.
         trt: TensorRT.
         device: where it runs.
-        plans: the folder of the plans that earlier starts built.
+        plans: the folder of the plans that earlier starts built; None: they are kept nowhere.
 
     Raises:
         StartError: the dtype is none of this backend's, TensorRT can not build the model, or memory holds no cache.
     """
 
-    def __init__(self, spec: ModelSpec, config: DeviceConfig, trt: TensorRt, device: Device, plans: Path) -> None:
+    def __init__(self, spec: ModelSpec, config: DeviceConfig, trt: TensorRt, device: Device, plans: Path | None) -> None:
         self._dtype = config.dtype or next(iter(DTYPES))
         if self._dtype not in DTYPES:
             raise StartError(f"backend tensorrt has no {self._dtype}, but {', '.join(DTYPES)}")

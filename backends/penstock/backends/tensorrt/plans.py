@@ -27,15 +27,21 @@ _LONGEST_HEADER = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class PlanCache:
-    """Plans and timing caches in a folder, which need not be there yet. Only its user may read it: a plan is code for the GPU."""
+    """Plans and timing caches in a folder, which need not be there yet. Only its user may read it: a plan is code for the GPU.
 
-    folder: Path
+    Where there is none, nothing is found and nothing is kept.
+    """
+
+    folder: Path | None
 
     @contextmanager
     def load(self, kind: str, built_for: Mapping[str, str]) -> Iterator[memoryview | None]:
         """What was stored for exactly this, mapped until the block ends; None: there is nothing, or it is not intact."""
+        if self.folder is None:
+            yield None
+            return
         try:
-            with self._path(kind, built_for).open("rb") as file:
+            with _path(self.folder, kind, built_for).open("rb") as file:
                 header = json.loads(file.readline(_LONGEST_HEADER))
                 begin = file.tell()
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -47,7 +53,9 @@ class PlanCache:
 
     def store(self, kind: str, built_for: Mapping[str, str], content: memoryview) -> None:
         """Keep `content` for the next start. A folder that can not be written to is told, and is no error."""
-        path = self._path(kind, built_for)
+        if self.folder is None:
+            return
+        path = _path(self.folder, kind, built_for)
         written = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -64,9 +72,10 @@ class PlanCache:
                     written.unlink()
             warnings.warn(f"{self.folder} keeps no {kind} for the next start: {error}", stacklevel=2)
 
-    def _path(self, kind: str, built_for: Mapping[str, str]) -> Path:
-        digest = hashlib.blake2b(json.dumps(built_for, sort_keys=True).encode(), digest_size=16).hexdigest()
-        return self.folder / f"{digest}.{kind}"
+
+def _path(folder: Path, kind: str, built_for: Mapping[str, str]) -> Path:
+    digest = hashlib.blake2b(json.dumps(built_for, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return folder / f"{digest}.{kind}"
 
 
 def _header(built_for: Mapping[str, str], content: memoryview) -> dict[str, object]:
