@@ -19,7 +19,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MappedArrays", "scratch_folder"]
+from penstock.backends.contract import DeviceConfig, DType, ModelSpec
+
+__all__ = ["MappedArrays", "scratch_folder", "weight_arrays"]
 
 _MAGIC = b"penstock arrays 1"
 _SLICE = 1 << 22
@@ -30,6 +32,16 @@ def scratch_folder() -> Path:
     """Where large files without a name go: ``TMPDIR``, or else /var/tmp, since /tmp is often memory itself."""
     large = Path("/var/tmp")  # noqa: S108  only files without a name are made there
     return large if "TMPDIR" not in os.environ and os.access(large, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def weight_arrays(backend: str, spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
+    """Where a backend's joined and rounded weights lie. Rounded ones are worth keeping for the next start, others are not."""
+    if config.weight_cache is None or not dtype.quantised:
+        return MappedArrays(scratch_folder())
+    # The fingerprint reads a little of each tensor; a file that was written to since is another one.
+    written = max(shard.stat().st_mtime_ns for shard in spec.shards)
+    folder = config.weight_cache / backend
+    return MappedArrays(folder, folder / f"{spec.fingerprint}-{written:x}-{dtype}.arrays")
 
 
 class MappedArrays:

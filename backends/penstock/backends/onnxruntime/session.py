@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import onnxruntime as ort
 from penstock.backends.contract import DeviceConfig, DType, ModelSpec
-from penstock.backends.mapped_arrays import MappedArrays, scratch_folder
+from penstock.backends.mapped_arrays import weight_arrays
 from penstock.backends.onnxruntime.graph import EXTERNAL, build
 from penstock.backends.onnxruntime.weights import WeightSource
 from penstock.backends.safetensors import Weights
@@ -46,7 +46,7 @@ def decoder_session(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tupl
     """
     threads = config.threads or len(os.sched_getaffinity(0))
     context = min(config.max_context or spec.decoder.context_length, spec.decoder.context_length)
-    with Weights(spec) as tensors, _memory(spec, config, dtype) as memory:
+    with Weights(spec) as tensors, weight_arrays("onnxruntime", spec, config, dtype) as memory:
         source = WeightSource(tensors, dtype, threads, memory)
         try:
             graph = build(spec.decoder, source, context)
@@ -64,16 +64,6 @@ def decoder_session(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tupl
         memory.release()
         tensors.release()
         return session, held
-
-
-def _memory(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
-    """Where what is joined or rounded lies; rounded weights are worth keeping for the next start."""
-    if config.weight_cache is None or not dtype.quantised:
-        return MappedArrays(scratch_folder())
-    # The fingerprint reads a little of each tensor; a file that was written to since is another one.
-    written = max(shard.stat().st_mtime_ns for shard in spec.shards)
-    folder = config.weight_cache / "onnxruntime"
-    return MappedArrays(folder, folder / f"{spec.fingerprint}-{written:x}-{dtype}.arrays")
 
 
 def release_unused() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import openvino as ov
 from penstock.backends.contract import DeviceConfig, DType, ModelSpec
-from penstock.backends.mapped_arrays import MappedArrays, scratch_folder
+from penstock.backends.mapped_arrays import weight_arrays
 from penstock.backends.openvino.graph import build
 from penstock.backends.openvino.properties import OPTIONAL, properties
 from penstock.backends.openvino.weights import Constants
@@ -35,7 +35,7 @@ class Source:
         self._threads = config.threads or len(os.sched_getaffinity(0))
         with ExitStack() as opened:
             self._weights = opened.enter_context(Weights(spec))
-            self._arrays = opened.enter_context(_arrays(spec, config, dtype))
+            self._arrays = opened.enter_context(weight_arrays("openvino", spec, config, dtype))
             self._opened = opened.pop_all()
 
     @property
@@ -81,13 +81,3 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
-
-
-def _arrays(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
-    """Only rounded weights are worth keeping: others are the checkpoint's own, joined."""
-    if config.weight_cache is None or not dtype.quantised:
-        return MappedArrays(scratch_folder())
-    # The fingerprint reads a little of each tensor; a file that was written to since is another one.
-    written = max(shard.stat().st_mtime_ns for shard in spec.shards)
-    folder = config.weight_cache / "openvino"
-    return MappedArrays(folder, folder / f"{spec.fingerprint}-{written:x}-{dtype}.arrays")

@@ -70,11 +70,9 @@ class Int4Product(nn.Module):
 
     Attributes:
         GROUPS: sizes of a group that the kernel knows, best first.
-        OUTPUTS: what the number of outputs has to be a multiple of.
     """
 
     GROUPS = (128, 64, 32)
-    OUTPUTS = 32
 
     packed: Tensor
     scales: Tensor
