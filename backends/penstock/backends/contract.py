@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ __all__ = [
     "KvSpec",
     "ModelLost",
     "ModelSpec",
+    "NativeKv",
     "Registration",
     "StepBatch",
     "StepOutput",
@@ -187,13 +188,20 @@ class Unsupported:
 
 @dataclass(frozen=True, slots=True)
 class KvSpec:
-    """The KV cache that a model was created with: `blocks` blocks of `block_size` tokens, ids 0 … blocks - 1."""
+    """The KV cache that a model was created with: `blocks` blocks of `block_size` tokens, ids 0 … blocks - 1.
+
+    Attributes:
+        native_layout: names how a block lies, byte for byte, with all that the bytes depend on (shapes, types, scales, the version
+            of the form); two models of one fingerprint with the same name may exchange blocks as they are. Empty where the model is
+            no `NativeKv`.
+    """
 
     block_size: int
     blocks: int
     bytes_per_block: int
     layout: str
     dtype: str
+    native_layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +294,25 @@ class GenerativeModel(Protocol):
 
     def close(self) -> None:
         """Give all memory back. Idempotent, and safe after a start that failed; a step after it raises."""
+
+
+@runtime_checkable
+class NativeKv(Protocol):
+    """What a `GenerativeModel` has beside it whose blocks can go to another of the same `KvSpec.native_layout` as they are."""
+
+    def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """Copy blocks out of the cache: [block, bytes], the same number of bytes for every block.
+
+        Raises:
+            ValueError: a block is not of this cache.
+        """
+
+    def import_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Copy blocks into the cache.
+
+        Raises:
+            ValueError: a block is not of this cache, or the bytes are not so many; nothing is written then.
+        """
 
 
 class InvalidTensor(ValueError):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.common.prefix import block_hashes, next_block_hash
+from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket
 from penstock.executor.sampling import Adjustment, Row, SamplingParameters, TokenLogprob
 
 __all__ = ["Finish", "Finished", "Frame", "Sequence", "SequenceRequest", "Sink", "Started", "Status"]
@@ -34,6 +35,8 @@ class Finish(Enum):
     DEADLINE = "deadline"
     REFUSED = "refused"
     FAILED = "failed"
+    HANDED_OFF = "handed_off"
+    HANDOFF_FAILED = "handoff_failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class SequenceRequest:
         salt: cached blocks are shared only where this is the same.
         priority: higher goes first.
         deadline: by `time.monotonic`; None: none.
+        handoff: whether its KV comes from, or goes to, another executor; None: neither.
     """
 
     sequence_id: int
@@ -62,6 +66,7 @@ class SequenceRequest:
     salt: bytes = b""
     priority: int = 0
     deadline: float | None = None
+    handoff: Receive | Send | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Finished:
     preemptions: int = 0
     message: str = ""
     decode: float = 0.0
+    handoff_failure: HandoffFailure | None = None
 
 
 @dataclass(slots=True)
@@ -96,6 +102,8 @@ class Frame:
     started: list[Started] = field(default_factory=list)
     logprobs: list[tuple[int, int, TokenLogprob]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, list[TokenLogprob]]] = field(default_factory=list)
+    reserved: list[tuple[int, Ticket]] = field(default_factory=list)
+    arrived: list[tuple[int, Arrival]] = field(default_factory=list)
 
 
 Sink: TypeAlias = Callable[[Frame], None]

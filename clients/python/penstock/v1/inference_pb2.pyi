@@ -58,6 +58,76 @@ FINISH_REASON_ERROR: FinishReason.ValueType  # 6
 """The answer was lost on every executor that it was tried on."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _PlacementReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PlacementReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PlacementReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLACEMENT_REASON_UNSPECIFIED: _PlacementReason.ValueType  # 0
+    PLACEMENT_REASON_POLICY: _PlacementReason.ValueType  # 1
+    """The operator's policy says so."""
+    PLACEMENT_REASON_COST: _PlacementReason.ValueType  # 2
+    """It was expected to be quicker."""
+    PLACEMENT_REASON_NO_PREFILL_EXECUTOR: _PlacementReason.ValueType  # 3
+    """No executor prefills alone."""
+    PLACEMENT_REASON_NO_DECODE_EXECUTOR: _PlacementReason.ValueType  # 4
+    """No executor decodes alone."""
+    PLACEMENT_REASON_ONE_TOKEN: _PlacementReason.ValueType  # 5
+    """The answer is one token."""
+    PLACEMENT_REASON_CACHED: _PlacementReason.ValueType  # 6
+    """The executor that decodes had the prompt in its prefix cache."""
+    PLACEMENT_REASON_INCOMPATIBLE: _PlacementReason.ValueType  # 7
+    """No pair of executors can exchange KV."""
+    PLACEMENT_REASON_REPLACED: _PlacementReason.ValueType  # 8
+    """It was lost before."""
+
+class PlacementReason(_PlacementReason, metaclass=_PlacementReasonEnumTypeWrapper):
+    """Why a request ran together or apart."""
+
+PLACEMENT_REASON_UNSPECIFIED: PlacementReason.ValueType  # 0
+PLACEMENT_REASON_POLICY: PlacementReason.ValueType  # 1
+"""The operator's policy says so."""
+PLACEMENT_REASON_COST: PlacementReason.ValueType  # 2
+"""It was expected to be quicker."""
+PLACEMENT_REASON_NO_PREFILL_EXECUTOR: PlacementReason.ValueType  # 3
+"""No executor prefills alone."""
+PLACEMENT_REASON_NO_DECODE_EXECUTOR: PlacementReason.ValueType  # 4
+"""No executor decodes alone."""
+PLACEMENT_REASON_ONE_TOKEN: PlacementReason.ValueType  # 5
+"""The answer is one token."""
+PLACEMENT_REASON_CACHED: PlacementReason.ValueType  # 6
+"""The executor that decodes had the prompt in its prefix cache."""
+PLACEMENT_REASON_INCOMPATIBLE: PlacementReason.ValueType  # 7
+"""No pair of executors can exchange KV."""
+PLACEMENT_REASON_REPLACED: PlacementReason.ValueType  # 8
+"""It was lost before."""
+Global___PlacementReason: _TypeAlias = PlacementReason  # noqa: Y015
+
+class _Fallback:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FallbackEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fallback.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FALLBACK_UNSPECIFIED: _Fallback.ValueType  # 0
+    FALLBACK_NONE: _Fallback.ValueType  # 1
+    FALLBACK_RECOMPUTE_ON_DECODE: _Fallback.ValueType  # 2
+    """The executor that decodes computed the prompt itself."""
+    FALLBACK_REPLACED: _Fallback.ValueType  # 3
+    """It was placed on other executors."""
+
+class Fallback(_Fallback, metaclass=_FallbackEnumTypeWrapper):
+    """What was done about a handoff, or an executor, that was lost."""
+
+FALLBACK_UNSPECIFIED: Fallback.ValueType  # 0
+FALLBACK_NONE: Fallback.ValueType  # 1
+FALLBACK_RECOMPUTE_ON_DECODE: Fallback.ValueType  # 2
+"""The executor that decodes computed the prompt itself."""
+FALLBACK_REPLACED: Fallback.ValueType  # 3
+"""It was placed on other executors."""
+Global___Fallback: _TypeAlias = Fallback  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -684,6 +754,13 @@ class Closing(_message.Message):
     REPLACEMENTS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PREFILL_EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    DECODE_EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    PLACEMENT_REASON_FIELD_NUMBER: _builtins.int
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
+    FALLBACK_REASON_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_TIME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     replacements: _builtins.int
@@ -692,6 +769,13 @@ class Closing(_message.Message):
     """How often the engine took back a running choice's KV blocks and computed them again."""
     seed: _builtins.int
     """The seed that was used, drawn by the server where the request gave none."""
+    prefill_executor_id: _builtins.str
+    """The executors that prefilled and decoded last: the same one where both ran together."""
+    decode_executor_id: _builtins.str
+    placement_reason: Global___PlacementReason.ValueType
+    fallback: Global___Fallback.ValueType
+    fallback_reason: _builtins.str
+    """Why, in one word of the metric penstock_fallbacks; empty without a fallback."""
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property
@@ -704,6 +788,14 @@ class Closing(_message.Message):
     def decode_time(self) -> _duration_pb2.Duration: ...
     @_builtins.property
     def total_time(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def handoff(self) -> Global___Handoff:
+        """Absent where no KV was handed over."""
+
+    @_builtins.property
+    def first_step_time(self) -> _duration_pb2.Duration:
+        """From the first token, which prefill gives, to the second."""
+
     def __init__(
         self,
         *,
@@ -718,14 +810,62 @@ class Closing(_message.Message):
         replacements: _builtins.int = ...,
         preemptions: _builtins.int = ...,
         seed: _builtins.int = ...,
+        prefill_executor_id: _builtins.str = ...,
+        decode_executor_id: _builtins.str = ...,
+        placement_reason: Global___PlacementReason.ValueType = ...,
+        handoff: Global___Handoff | None = ...,
+        fallback: Global___Fallback.ValueType = ...,
+        fallback_reason: _builtins.str = ...,
+        first_step_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "first_step_time", b"first_step_time", "handoff", b"handoff", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "model", b"model", "placements", b"placements", "preemptions", b"preemptions", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "replacements", b"replacements", "request_id", b"request_id", "seed", b"seed", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_executor_id", b"decode_executor_id", "decode_time", b"decode_time", "fallback", b"fallback", "fallback_reason", b"fallback_reason", "first_step_time", b"first_step_time", "handoff", b"handoff", "model", b"model", "placement_reason", b"placement_reason", "placements", b"placements", "preemptions", b"preemptions", "prefill_executor_id", b"prefill_executor_id", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "replacements", b"replacements", "request_id", b"request_id", "seed", b"seed", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Closing: _TypeAlias = Closing  # noqa: Y015
+
+@_typing.final
+class Handoff(_message.Message):
+    """KV that went from the executor that prefilled to the one that decoded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSFER_TIME_FIELD_NUMBER: _builtins.int
+    EXPOSED_TIME_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    NATIVE_FIELD_NUMBER: _builtins.int
+    kv_bytes: _builtins.int
+    transport: _builtins.str
+    """shared_memory, grpc or nixl."""
+    native: _builtins.bool
+    """Whether the KV went over as the cache holds it, without conversion."""
+    @_builtins.property
+    def transfer_time(self) -> _duration_pb2.Duration:
+        """From the first push to the last import."""
+
+    @_builtins.property
+    def exposed_time(self) -> _duration_pb2.Duration:
+        """The part of it behind the end of prefill."""
+
+    def __init__(
+        self,
+        *,
+        kv_bytes: _builtins.int = ...,
+        transfer_time: _duration_pb2.Duration | None = ...,
+        exposed_time: _duration_pb2.Duration | None = ...,
+        transport: _builtins.str = ...,
+        native: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exposed_time", b"exposed_time", "transfer_time", b"transfer_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_time", b"exposed_time", "kv_bytes", b"kv_bytes", "native", b"native", "transfer_time", b"transfer_time", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Handoff: _TypeAlias = Handoff  # noqa: Y015
 
 @_typing.final
 class Placement(_message.Message):

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from penstock.internal.v1 import handoff_pb2 as _handoff_pb2
 from penstock.internal.v1 import scheduler_pb2 as _scheduler_pb2
 import builtins as _builtins
 import sys
@@ -35,6 +36,10 @@ class _SequenceFinishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sequen
     """It can not run here (draining, another executor_id, too long): place it elsewhere."""
     SEQUENCE_FINISH_FAILED: _SequenceFinish.ValueType  # 5
     """The backend failed."""
+    SEQUENCE_FINISH_HANDED_OFF: _SequenceFinish.ValueType  # 6
+    """Told by the prefill executor: KV and first token are with the decode executor."""
+    SEQUENCE_FINISH_HANDOFF_FAILED: _SequenceFinish.ValueType  # 7
+    """The KV does not come, or can not be brought over; the sequence can be started anew, on the same executor as well."""
 
 class SequenceFinish(_SequenceFinish, metaclass=_SequenceFinishEnumTypeWrapper): ...
 
@@ -47,7 +52,49 @@ SEQUENCE_FINISH_REFUSED: SequenceFinish.ValueType  # 4
 """It can not run here (draining, another executor_id, too long): place it elsewhere."""
 SEQUENCE_FINISH_FAILED: SequenceFinish.ValueType  # 5
 """The backend failed."""
+SEQUENCE_FINISH_HANDED_OFF: SequenceFinish.ValueType  # 6
+"""Told by the prefill executor: KV and first token are with the decode executor."""
+SEQUENCE_FINISH_HANDOFF_FAILED: SequenceFinish.ValueType  # 7
+"""The KV does not come, or can not be brought over; the sequence can be started anew, on the same executor as well."""
 Global___SequenceFinish: _TypeAlias = SequenceFinish  # noqa: Y015
+
+class _HandoffFailure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HandoffFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HandoffFailure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HANDOFF_FAILURE_UNSPECIFIED: _HandoffFailure.ValueType  # 0
+    HANDOFF_FAILURE_LEASE_EXPIRED: _HandoffFailure.ValueType  # 1
+    """Nothing was heard of the other side for a lease."""
+    HANDOFF_FAILURE_ABORTED: _HandoffFailure.ValueType  # 2
+    """The other side ended it."""
+    HANDOFF_FAILURE_REFUSED: _HandoffFailure.ValueType  # 3
+    """The other side did not take what it was sent."""
+    HANDOFF_FAILURE_UNKNOWN_PEER: _HandoffFailure.ValueType  # 4
+    """The scheduler does not name the other executor any more, or never has."""
+    HANDOFF_FAILURE_BACKEND: _HandoffFailure.ValueType  # 5
+    """The backend could not read or write the KV."""
+    HANDOFF_FAILURE_INCOMPATIBLE: _HandoffFailure.ValueType  # 6
+    """The two can not exchange KV of this model."""
+
+class HandoffFailure(_HandoffFailure, metaclass=_HandoffFailureEnumTypeWrapper):
+    """Why KV was not handed over."""
+
+HANDOFF_FAILURE_UNSPECIFIED: HandoffFailure.ValueType  # 0
+HANDOFF_FAILURE_LEASE_EXPIRED: HandoffFailure.ValueType  # 1
+"""Nothing was heard of the other side for a lease."""
+HANDOFF_FAILURE_ABORTED: HandoffFailure.ValueType  # 2
+"""The other side ended it."""
+HANDOFF_FAILURE_REFUSED: HandoffFailure.ValueType  # 3
+"""The other side did not take what it was sent."""
+HANDOFF_FAILURE_UNKNOWN_PEER: HandoffFailure.ValueType  # 4
+"""The scheduler does not name the other executor any more, or never has."""
+HANDOFF_FAILURE_BACKEND: HandoffFailure.ValueType  # 5
+"""The backend could not read or write the KV."""
+HANDOFF_FAILURE_INCOMPATIBLE: HandoffFailure.ValueType  # 6
+"""The two can not exchange KV of this model."""
+Global___HandoffFailure: _TypeAlias = HandoffFailure  # noqa: Y015
 
 @_typing.final
 class RunRequest(_message.Message):
@@ -94,6 +141,8 @@ class StartSequence(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    RECEIVE_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Minted by the gateway, unique on the stream."""
     request_id: _builtins.str
@@ -123,6 +172,14 @@ class StartSequence(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end the sequence, end-of-sequence ids included unless they are to be ignored."""
 
+    @_builtins.property
+    def receive(self) -> Global___ReceiveKv:
+        """Decode: reserve blocks, answer with a ticket, and begin behind the token that the prefill executor draws."""
+
+    @_builtins.property
+    def send(self) -> Global___SendKv:
+        """Prefill: compute up to the first token, tell it, and hand the KV over."""
+
     def __init__(
         self,
         *,
@@ -141,21 +198,66 @@ class StartSequence(_message.Message):
         priority: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
         executor_id: _builtins.str = ...,
+        receive: Global___ReceiveKv | None = ...,
+        send: Global___SendKv | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "handoff", b"handoff", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "receive", b"receive", "sampling", b"sampling", "send", b"send"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "executor_id", b"executor_id", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "replayed_ids", b"replayed_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "executor_id", b"executor_id", "handoff", b"handoff", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "receive", b"receive", "replayed_ids", b"replayed_ids", "request_id", b"request_id", "sampling", b"sampling", "send", b"send", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType_handoff: _TypeAlias = _typing.Literal["receive", "send"]  # noqa: Y015
+    _WhichOneofArgType_handoff: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_handoff) -> _WhichOneofReturnType_handoff | None: ...
 
 Global___StartSequence: _TypeAlias = StartSequence  # noqa: Y015
+
+@_typing.final
+class ReceiveKv(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    prefill_executor_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        prefill_executor_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_executor_id", b"prefill_executor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceiveKv: _TypeAlias = ReceiveKv  # noqa: Y015
+
+@_typing.final
+class SendKv(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ticket(self) -> _handoff_pb2.HandoffTicket: ...
+    def __init__(
+        self,
+        *,
+        ticket: _handoff_pb2.HandoffTicket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendKv: _TypeAlias = SendKv  # noqa: Y015
 
 @_typing.final
 class SamplingParameters(_message.Message):
@@ -235,6 +337,8 @@ class RunResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -253,6 +357,14 @@ class RunResponse(_message.Message):
     def started(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartedSequence]: ...
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLogprobs]: ...
+    @_builtins.property
+    def reserved(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReservedHandoff]:
+        """Sequences that wait for KV, and whose blocks are reserved now."""
+
+    @_builtins.property
+    def arrived(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvArrival]:
+        """Sequences whose KV has arrived: told by the decode executor, before the first token that it draws."""
+
     def __init__(
         self,
         *,
@@ -263,14 +375,88 @@ class RunResponse(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         started: _abc.Iterable[Global___StartedSequence] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___PromptLogprobs] | None = ...,
+        reserved: _abc.Iterable[Global___ReservedHandoff] | None = ...,
+        arrived: _abc.Iterable[Global___KvArrival] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "logprobs", b"logprobs", "positions", b"positions", "prompt_logprobs", b"prompt_logprobs", "sequence_ids", b"sequence_ids", "started", b"started", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "finished", b"finished", "logprobs", b"logprobs", "positions", b"positions", "prompt_logprobs", b"prompt_logprobs", "reserved", b"reserved", "sequence_ids", b"sequence_ids", "started", b"started", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
+
+@_typing.final
+class ReservedHandoff(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    @_builtins.property
+    def ticket(self) -> _handoff_pb2.HandoffTicket: ...
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        ticket: _handoff_pb2.HandoffTicket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReservedHandoff: _TypeAlias = ReservedHandoff  # noqa: Y015
+
+@_typing.final
+class KvArrival(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    WAITED_US_FIELD_NUMBER: _builtins.int
+    TRANSFER_US_FIELD_NUMBER: _builtins.int
+    EXPOSED_US_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    NATIVE_FIELD_NUMBER: _builtins.int
+    PUSHES_FIELD_NUMBER: _builtins.int
+    RESUMPTIONS_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    kv_bytes: _builtins.int
+    """Of payload."""
+    waited_us: _builtins.int
+    """From the reservation to the first push, from there to the last import, and from the last push's arrival to the last import:
+    the part that prefill did not hide.
+    """
+    transfer_us: _builtins.int
+    exposed_us: _builtins.int
+    transport: _handoff_pb2.HandoffTransport.ValueType
+    native: _builtins.bool
+    """Whether blocks went over as they were."""
+    pushes: _builtins.int
+    resumptions: _builtins.int
+    """Times that the handoff was gone on with over another stream."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        waited_us: _builtins.int = ...,
+        transfer_us: _builtins.int = ...,
+        exposed_us: _builtins.int = ...,
+        transport: _handoff_pb2.HandoffTransport.ValueType = ...,
+        native: _builtins.bool = ...,
+        pushes: _builtins.int = ...,
+        resumptions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_us", b"exposed_us", "kv_bytes", b"kv_bytes", "native", b"native", "pushes", b"pushes", "resumptions", b"resumptions", "sequence_id", b"sequence_id", "transfer_us", b"transfer_us", "transport", b"transport", "waited_us", b"waited_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvArrival: _TypeAlias = KvArrival  # noqa: Y015
 
 @_typing.final
 class StartedSequence(_message.Message):
@@ -313,6 +499,7 @@ class FinishedSequence(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     DECODE_US_FIELD_NUMBER: _builtins.int
+    HANDOFF_FAILURE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     reason: Global___SequenceFinish.ValueType
     preemptions: _builtins.int
@@ -320,6 +507,8 @@ class FinishedSequence(_message.Message):
     """For SEQUENCE_FINISH_REFUSED and SEQUENCE_FINISH_FAILED: one sentence for the log."""
     decode_us: _builtins.int
     """From the first token to the last."""
+    handoff_failure: Global___HandoffFailure.ValueType
+    """For SEQUENCE_FINISH_HANDOFF_FAILED."""
     def __init__(
         self,
         *,
@@ -328,10 +517,11 @@ class FinishedSequence(_message.Message):
         preemptions: _builtins.int = ...,
         message: _builtins.str = ...,
         decode_us: _builtins.int = ...,
+        handoff_failure: Global___HandoffFailure.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_us", b"decode_us", "message", b"message", "preemptions", b"preemptions", "reason", b"reason", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_us", b"decode_us", "handoff_failure", b"handoff_failure", "message", b"message", "preemptions", b"preemptions", "reason", b"reason", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,6 +19,72 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PlacementReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PlacementReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PlacementReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLACEMENT_REASON_UNSPECIFIED: _PlacementReason.ValueType  # 0
+    PLACEMENT_REASON_POLICY: _PlacementReason.ValueType  # 1
+    """The operator's policy says so."""
+    PLACEMENT_REASON_COST: _PlacementReason.ValueType  # 2
+    """It is expected to be quicker, by what the executors have measured."""
+    PLACEMENT_REASON_NO_PREFILL_EXECUTOR: _PlacementReason.ValueType  # 3
+    """No executor that prefills alone."""
+    PLACEMENT_REASON_NO_DECODE_EXECUTOR: _PlacementReason.ValueType  # 4
+    """No executor that decodes alone."""
+    PLACEMENT_REASON_ONE_TOKEN: _PlacementReason.ValueType  # 5
+    """The answer is one token: there is nothing to decode."""
+    PLACEMENT_REASON_CACHED: _PlacementReason.ValueType  # 6
+    """The executor that decodes has all of the prompt that can be cached."""
+    PLACEMENT_REASON_INCOMPATIBLE: _PlacementReason.ValueType  # 7
+    """No pair of executors can exchange KV: model versions, layouts or features differ."""
+    PLACEMENT_REASON_REPLACED: _PlacementReason.ValueType  # 8
+    """It was lost before, and goes on where it can."""
+
+class PlacementReason(_PlacementReason, metaclass=_PlacementReasonEnumTypeWrapper):
+    """Why a request runs together or apart."""
+
+PLACEMENT_REASON_UNSPECIFIED: PlacementReason.ValueType  # 0
+PLACEMENT_REASON_POLICY: PlacementReason.ValueType  # 1
+"""The operator's policy says so."""
+PLACEMENT_REASON_COST: PlacementReason.ValueType  # 2
+"""It is expected to be quicker, by what the executors have measured."""
+PLACEMENT_REASON_NO_PREFILL_EXECUTOR: PlacementReason.ValueType  # 3
+"""No executor that prefills alone."""
+PLACEMENT_REASON_NO_DECODE_EXECUTOR: PlacementReason.ValueType  # 4
+"""No executor that decodes alone."""
+PLACEMENT_REASON_ONE_TOKEN: PlacementReason.ValueType  # 5
+"""The answer is one token: there is nothing to decode."""
+PLACEMENT_REASON_CACHED: PlacementReason.ValueType  # 6
+"""The executor that decodes has all of the prompt that can be cached."""
+PLACEMENT_REASON_INCOMPATIBLE: PlacementReason.ValueType  # 7
+"""No pair of executors can exchange KV: model versions, layouts or features differ."""
+PLACEMENT_REASON_REPLACED: PlacementReason.ValueType  # 8
+"""It was lost before, and goes on where it can."""
+Global___PlacementReason: _TypeAlias = PlacementReason  # noqa: Y015
+
+class _Role:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLE_UNSPECIFIED: _Role.ValueType  # 0
+    ROLE_BOTH: _Role.ValueType  # 1
+    ROLE_PREFILL: _Role.ValueType  # 2
+    ROLE_DECODE: _Role.ValueType  # 3
+
+class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+    """What an executor is given to do. Each can do all of it."""
+
+ROLE_UNSPECIFIED: Role.ValueType  # 0
+ROLE_BOTH: Role.ValueType  # 1
+ROLE_PREFILL: Role.ValueType  # 2
+ROLE_DECODE: Role.ValueType  # 3
+Global___Role: _TypeAlias = Role  # noqa: Y015
+
 class _RefusalReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -57,6 +123,7 @@ class PlaceRequest(_message.Message):
     PLACE_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     ANNOUNCED_FIELD_NUMBER: _builtins.int
+    PREFILLED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def place(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placing]:
         """Requests to place."""
@@ -69,16 +136,21 @@ class PlaceRequest(_message.Message):
     def announced(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]:
         """Leases that were granted on a stream that was lost, told first on a new stream."""
 
+    @_builtins.property
+    def prefilled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """request_ids whose prefill executor is done with them."""
+
     def __init__(
         self,
         *,
         place: _abc.Iterable[Global___Placing] | None = ...,
         released: _abc.Iterable[_builtins.int] | None = ...,
         announced: _abc.Iterable[Global___Lease] | None = ...,
+        prefilled: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced", b"announced", "place", b"place", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced", b"announced", "place", b"place", "prefilled", b"prefilled", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -212,6 +284,8 @@ class Lease(_message.Message):
     QUEUED_US_FIELD_NUMBER: _builtins.int
     EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     executor_id: _builtins.str
     address: _builtins.str
@@ -224,6 +298,11 @@ class Lease(_message.Message):
     """Prompt tokens that the scheduler expects in the executor's prefix cache."""
     choices: _builtins.int
     """Sequences that the lease is for: the request's choices."""
+    reason: Global___PlacementReason.ValueType
+    @_builtins.property
+    def prefill(self) -> Global___PrefillLease:
+        """Where prefill runs, if not on `executor_id`."""
+
     def __init__(
         self,
         *,
@@ -234,14 +313,47 @@ class Lease(_message.Message):
         queued_us: _builtins.int = ...,
         expected_cached_tokens: _builtins.int = ...,
         choices: _builtins.int = ...,
+        prefill: Global___PrefillLease | None = ...,
+        reason: Global___PlacementReason.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "choices", b"choices", "executor_id", b"executor_id", "expected_cached_tokens", b"expected_cached_tokens", "queued_us", b"queued_us", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "choices", b"choices", "executor_id", b"executor_id", "expected_cached_tokens", b"expected_cached_tokens", "prefill", b"prefill", "queued_us", b"queued_us", "reason", b"reason", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class PrefillLease(_message.Message):
+    """The first choice's prefill on an executor of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    address: _builtins.str
+    tokens: _builtins.int
+    """Held against the prefill executor's load until `prefilled` or `released`."""
+    expected_cached_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        expected_cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "expected_cached_tokens", b"expected_cached_tokens", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillLease: _TypeAlias = PrefillLease  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
@@ -299,7 +411,7 @@ Global___Catalog: _TypeAlias = Catalog  # noqa: Y015
 
 @_typing.final
 class ExecutorDescription(_message.Message):
-    """What an executor is; it does not change while the executor lives."""
+    """What an executor is; but for the role it does not change while the executor lives."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -329,6 +441,9 @@ class ExecutorDescription(_message.Message):
     KV_DTYPE_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    NATIVE_LAYOUT_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Minted by the executor at its start: a restarted executor is another one."""
     address: _builtins.str
@@ -352,6 +467,11 @@ class ExecutorDescription(_message.Message):
     kv_dtype: _builtins.str
     prefill_chunk: _builtins.int
     """Prompt tokens of a step at most in which other sequences decode."""
+    role: Global___Role.ValueType
+    native_layout: _builtins.str
+    """How its KV cache lies, byte for byte; empty where KV goes over in the canonical form alone."""
+    kv_bytes_per_token: _builtins.int
+    """Of KV as it leaves this executor."""
     @_builtins.property
     def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Public request fields that the executor supports."""
@@ -401,10 +521,13 @@ class ExecutorDescription(_message.Message):
         kv_dtype: _builtins.str = ...,
         calibration: Global___Calibration | None = ...,
         prefill_chunk: _builtins.int = ...,
+        role: Global___Role.ValueType = ...,
+        native_layout: _builtins.str = ...,
+        kv_bytes_per_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "prefill_chunk", b"prefill_chunk", "prefix_cache", b"prefix_cache", "tasks", b"tasks", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "native_layout", b"native_layout", "prefill_chunk", b"prefill_chunk", "prefix_cache", b"prefix_cache", "role", b"role", "tasks", b"tasks", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -539,11 +662,14 @@ class RegisterRequest(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     STALLED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     stalled: _builtins.bool
     """The engine has stopped: the executor is to be taken for lost. Last on the stream."""
     failure: _builtins.str
     """With `stalled`: why, in one sentence for the log."""
+    role: Global___Role.ValueType
+    """Whenever it has changed."""
     @_builtins.property
     def description(self) -> Global___ExecutorDescription:
         """First on the stream."""
@@ -561,10 +687,11 @@ class RegisterRequest(_message.Message):
         draining: _builtins.bool = ...,
         stalled: _builtins.bool = ...,
         failure: _builtins.str = ...,
+        role: Global___Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "kv_events", b"kv_events", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "failure", b"failure", "kv_events", b"kv_events", "load", b"load", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "failure", b"failure", "kv_events", b"kv_events", "load", b"load", "role", b"role", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -580,6 +707,9 @@ class Load(_message.Message):
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     STEPS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    RECEIVING_FIELD_NUMBER: _builtins.int
+    SENDING_FIELD_NUMBER: _builtins.int
+    HANDOFF_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_blocks_free: _builtins.int
@@ -588,6 +718,11 @@ class Load(_message.Message):
     prefill_tokens_per_second: _builtins.float
     """Measured: prompt tokens prefilled and steps made per second, 0 where unknown."""
     steps_per_second: _builtins.float
+    receiving: _builtins.int
+    """Sequences that wait for KV, and those whose KV is on its way out."""
+    sending: _builtins.int
+    handoff_bytes_per_second: _builtins.float
+    """Measured over the last handoffs, 0 where unknown."""
     def __init__(
         self,
         *,
@@ -597,10 +732,13 @@ class Load(_message.Message):
         waiting_tokens: _builtins.int = ...,
         prefill_tokens_per_second: _builtins.float = ...,
         steps_per_second: _builtins.float = ...,
+        receiving: _builtins.int = ...,
+        sending: _builtins.int = ...,
+        handoff_bytes_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks_free", b"kv_blocks_free", "prefill_tokens_per_second", b"prefill_tokens_per_second", "running", b"running", "steps_per_second", b"steps_per_second", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff_bytes_per_second", b"handoff_bytes_per_second", "kv_blocks_free", b"kv_blocks_free", "prefill_tokens_per_second", b"prefill_tokens_per_second", "receiving", b"receiving", "running", b"running", "sending", b"sending", "steps_per_second", b"steps_per_second", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -643,20 +781,79 @@ class RegisterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
     """The executor is taken for lost if nothing comes from it for this long."""
+    role: Global___Role.ValueType
+    """The role to take on."""
+    @_builtins.property
+    def peers(self) -> Global___Peers:
+        """Whom this executor may hand KV to and take it from; sent first, and whenever it changes."""
+
     def __init__(
         self,
         *,
         lease_ms: _builtins.int = ...,
+        peers: Global___Peers | None = ...,
+        role: Global___Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_peers", b"_peers", "peers", b"peers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_peers", b"_peers", "lease_ms", b"lease_ms", "peers", b"peers", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__peers: _TypeAlias = _typing.Literal["peers"]  # noqa: Y015
+    _WhichOneofArgType__peers: _TypeAlias = _typing.Literal["_peers", b"_peers"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__peers) -> _WhichOneofReturnType__peers | None: ...
+
+Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
+
+@_typing.final
+class Peers(_message.Message):
+    """Live executors of the same model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[Global___Peer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
+Global___Peers: _TypeAlias = Peers  # noqa: Y015
+
+@_typing.final
+class Peer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    address: _builtins.str
+    model_fingerprint: _builtins.str
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        model_fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
 class ListExecutorsRequest(_message.Message):
@@ -704,8 +901,11 @@ class ExecutorState(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    PREFILL_LEASES_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     leases: _builtins.int
+    prefill_leases: _builtins.int
+    """Of these, for prefill alone."""
     @_builtins.property
     def description(self) -> Global___ExecutorDescription: ...
     @_builtins.property
@@ -717,10 +917,11 @@ class ExecutorState(_message.Message):
         load: Global___Load | None = ...,
         draining: _builtins.bool = ...,
         leases: _builtins.int = ...,
+        prefill_leases: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "leases", b"leases", "load", b"load"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "leases", b"leases", "load", b"load", "prefill_leases", b"prefill_leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""KV handed from the executor that prefills a sequence to the one that decodes it."""
