@@ -3,7 +3,7 @@
 import numpy as np
 
 from penstock.backends.contract import Available, Capabilities, DType, KvChunk, KvSpec, Registration, StepOutput
-from penstock.backends.kv_blocks import slots_of, transfer_slots
+from penstock.backends.kv_blocks import check_chunk, slots_of, transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.safetensors import Weights
 from penstock.backends.step_limits import StepLimits
@@ -33,7 +33,8 @@ class NumpyModel:
 
     def make_kv(self):
         size = self.spec.layers * 2 * BLOCK_SIZE * self.spec.kv_heads * self.spec.head_dim * 4
-        return KvSpec(BLOCK_SIZE, count_blocks(self.spec, self.config, BLOCK_SIZE, size, free_memory()), size, "plain", "f32")
+        blocks = count_blocks(self.spec, self.config, BLOCK_SIZE, size, free_memory())
+        return KvSpec(BLOCK_SIZE, blocks, size, "plain", "f32", (self.spec.layers, self.spec.kv_heads, self.spec.head_dim))
 
     def check(self, batch):
         StepLimits.of(self.spec, self.config, self.kv).check(batch)
@@ -112,9 +113,7 @@ class NumpyModel:
 
     def import_kv(self, blocks, chunk):
         slots = transfer_slots(self.kv, blocks, chunk.tokens)
-        expected = (*self.cache.shape[:2], len(slots), *self.cache.shape[3:])
-        if chunk.data.shape != expected:
-            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        check_chunk(self.kv, chunk)
         self.cache[:, :, slots] = chunk.data
 
     def close(self):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy_backend import BLOCK_SIZE, NumpyModel
 
-from penstock.backends.contract import KvChunk, KvSpec
+from penstock.backends.contract import KvChunk
 from penstock.backends.kv_blocks import slots_of
 
 # --- what a step computes
@@ -180,7 +180,7 @@ class ClearsForImports(NumpyModel):
 class TakesTwiceTheMemory(NumpyModel):
     def make_kv(self):
         kv = super().make_kv()
-        return KvSpec(kv.block_size, 2 * kv.blocks, kv.bytes_per_block, kv.layout, kv.dtype)
+        return replace(kv, blocks=2 * kv.blocks)
 
 
 class SevenAtMost(NumpyModel):

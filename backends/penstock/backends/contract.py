@@ -9,18 +9,22 @@ Calls to one model never overlap, but may come from different threads; calls to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.architectures.spec import DecoderSpec, SamplingDefaults
 
 __all__ = [
+    "CANONICAL_DTYPES",
     "Availability",
     "Available",
     "Broken",
@@ -186,11 +190,19 @@ class Unsupported:
     reason: str
 
 
+CANONICAL_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
+)
+"""Types that KV may have in the canonical layout, by numpy's name: each backend exports one of them and imports all."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvSpec:
     """The KV cache that a model was created with: `blocks` blocks of `block_size` tokens, ids 0 … blocks - 1.
 
     Attributes:
+        token_shape: layers, kv heads and head dim of the canonical layout.
+        canonical_dtype: of what it exports in that layout, one of `CANONICAL_DTYPES`: what the cache holds is told exactly by it.
         native_layout: names how a block lies, byte for byte, with all that the bytes depend on (shapes, types, scales, the version
             of the form); two models of one fingerprint with the same name may exchange blocks as they are. Empty where the model is
             no `NativeKv`.
@@ -201,7 +213,18 @@ class KvSpec:
     bytes_per_block: int
     layout: str
     dtype: str
+    token_shape: tuple[int, int, int]
+    canonical_dtype: str = "float32"
     native_layout: str = ""
+
+    def canonical_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Of a `KvChunk` of so many tokens."""
+        layers, heads, dim = self.token_shape
+        return layers, 2, tokens, heads, dim
+
+    def canonical_bytes(self, tokens: int, dtype: str) -> int:
+        """Of a `KvChunk` of so many tokens in a type of `CANONICAL_DTYPES`."""
+        return math.prod(self.canonical_shape(tokens)) * CANONICAL_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +265,8 @@ class StepOutput:
 class KvChunk:
     """KV of a range of tokens in the canonical layout: [layer, 2 (key, value), token, kv head, head dim].
 
-    Keys are as attention takes them: normalised where the family does so, and turned to their positions.
+    Keys are as attention takes them: normalised where the family does so, and turned to their positions. The type is one of
+    `CANONICAL_DTYPES`.
     """
 
     tokens: range
@@ -279,17 +303,18 @@ class GenerativeModel(Protocol):
         """
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
-        """Copy the KV of `tokens` (positions in a sequence whose blocks these are) out of the cache.
+        """Copy the KV of `tokens` (positions in a sequence whose blocks these are) out of the cache, in `kv.canonical_dtype`.
 
         Raises:
             ValueError: `tokens` are not within these blocks, or a block is not of this cache.
         """
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
-        """Copy a chunk into the cache, converted to its type.
+        """Copy a chunk into the cache, converted from any of `CANONICAL_DTYPES` to its type.
 
         Raises:
-            ValueError: as for `export_kv`, or the chunk's shape is not this model's; nothing is written then.
+            ValueError: as for `export_kv`, or the chunk's shape is not this model's, or its type none of these; nothing is written
+                then.
         """
 
     def close(self) -> None:

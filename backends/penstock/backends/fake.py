@@ -26,7 +26,7 @@ from penstock.backends.contract import (
     StepBatch,
     StepOutput,
 )
-from penstock.backends.kv_blocks import transfer_slots
+from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.step_limits import StepLimits
 
 __all__ = ["BLOCK_SIZE", "REGISTRATION", "FakeModel", "next_token"]
@@ -36,6 +36,8 @@ BLOCK_SIZE = 16
 _DEFAULT_CACHE_BYTES = 8 << 20
 _BYTES_PER_TOKEN = 8
 _LAYOUT = "token-ids"
+# An id in the canonical layout: its bytes, the lowest first, which every type that travels holds exactly.
+_TOKEN_SHAPE = (1, 1, 4)
 _LIKELIEST, _SECOND = 12.0, 10.0
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -64,7 +66,7 @@ class FakeModel:
             raise ValueError(
                 f"kv_cache_bytes: {config.kv_cache_bytes} holds not one block of {BLOCK_SIZE * _BYTES_PER_TOKEN} bytes"
             )
-        self.kv = KvSpec(BLOCK_SIZE, blocks, BLOCK_SIZE * _BYTES_PER_TOKEN, layout=_LAYOUT, dtype="int64")
+        self.kv = KvSpec(BLOCK_SIZE, blocks, BLOCK_SIZE * _BYTES_PER_TOKEN, layout=_LAYOUT, dtype="int64", token_shape=_TOKEN_SHAPE)
         self.dtype = DType.F32
         self.device = "cpu"
         self.storage = np.full((blocks, BLOCK_SIZE), -1, np.int64)
@@ -108,16 +110,17 @@ class FakeModel:
         return _mixed(np.add.reduceat(terms.sum(axis=1, dtype=np.uint64), ends - needed))
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
-        """The stored ids, as key and as value."""
+        """The bytes of the stored ids, as key and as value."""
         ids = self.storage.ravel()[transfer_slots(self.kv, blocks, tokens)]
-        return KvChunk(tokens, np.broadcast_to(ids[None, None, :, None, None], (1, 2, len(ids), 1, 1)).copy())
+        told = np.empty(self.kv.canonical_shape(len(ids)), np.float32)
+        told[...] = ids.astype("<i4").view(np.uint8).reshape(len(ids), 1, 4)
+        return KvChunk(tokens, told)
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Store the ids of a chunk."""
         slots = transfer_slots(self.kv, blocks, chunk.tokens)
-        if chunk.data.shape != (1, 2, len(slots), 1, 1):
-            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {(1, 2, len(slots), 1, 1)}")
-        self.storage.ravel()[slots] = chunk.data[0, 0, :, 0, 0]
+        check_chunk(self.kv, chunk)
+        self.storage.ravel()[slots] = np.ascontiguousarray(chunk.data[0, 0, :, 0].astype(np.uint8)).view("<i4")[:, 0]
 
     def close(self) -> None:
         """Forget the blocks; a step behind it fails for want of them."""

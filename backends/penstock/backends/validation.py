@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from penstock.backends.contract import (
+    CANONICAL_DTYPES,
     Available,
     Broken,
     Capabilities,
@@ -65,17 +66,27 @@ def _faults(told: Capabilities) -> Iterator[str]:
 
 def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | None:
     """What is wrong with a model that a backend has made, measured by what it said that it can do; None: nothing."""
-    kv = model.kv
+    fault = _fault_of_kv(model.kv)
+    if fault is not None:
+        return fault
+    if capabilities.kv_layouts and model.kv.layout not in capabilities.kv_layouts:
+        return f"kv.layout: is {model.kv.layout!r}, and not one of {', '.join(capabilities.kv_layouts)}"
+    if model.dtype not in capabilities.dtypes:
+        return f"dtype: is {model.dtype!r}, and not one of {', '.join(capabilities.dtypes)}"
+    return None if isinstance(model.device, str) and model.device else f"device: must be a name, and is {model.device!r}"
+
+
+def _fault_of_kv(kv: object) -> str | None:
     if not isinstance(kv, KvSpec):
         return f"kv: must be a KvSpec, and is a {type(kv).__name__}"
     for name in ("block_size", "blocks", "bytes_per_block"):
         if not _is_size(getattr(kv, name)):
             return f"kv.{name}: must be a whole number from 1, and is {getattr(kv, name)!r}"
-    if capabilities.kv_layouts and kv.layout not in capabilities.kv_layouts:
-        return f"kv.layout: is {kv.layout!r}, and not one of {', '.join(capabilities.kv_layouts)}"
-    if model.dtype not in capabilities.dtypes:
-        return f"dtype: is {model.dtype!r}, and not one of {', '.join(capabilities.dtypes)}"
-    return None if isinstance(model.device, str) and model.device else f"device: must be a name, and is {model.device!r}"
+    if not isinstance(kv.token_shape, tuple) or len(kv.token_shape) != 3 or not all(map(_is_size, kv.token_shape)):
+        return f"kv.token_shape: must be the numbers of layers, kv heads and head dim, and is {kv.token_shape!r}"
+    if kv.canonical_dtype not in CANONICAL_DTYPES:
+        return f"kv.canonical_dtype: must be one of {', '.join(CANONICAL_DTYPES)}, and is {kv.canonical_dtype!r}"
+    return None
 
 
 def _are(value: object, kind: type) -> bool:

@@ -21,7 +21,7 @@ class Timed:
     """A model without results whose steps take, by a clock of its own, what a law says; and where it was written to or read."""
 
     def __init__(self, blocks=1024, device="cpu", scale=1.0, disturbed=()):
-        self.kv = KvSpec(16, blocks, 1, "any", "any")
+        self.kv = KvSpec(16, blocks, 1, "any", "any", (1, 1, 1))
         self.device = device
         self.now = 0.0
         self.batches = []

@@ -73,7 +73,8 @@ class ModelApart:
     def _began(self, config: DeviceConfig) -> None:
         try:
             told, _ = self._ask("create", write_device_config(config))
-            self._kv, self._dtype, self._device = KvSpec(**told["kv"]), DType(told["dtype"]), str(told["device"])
+            self._dtype, self._device = DType(told["dtype"]), str(told["device"])
+            self._kv = KvSpec(**{**told["kv"], "token_shape": tuple(told["kv"]["token_shape"])})
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             self.close()
             raise StartError(str(error) if self._name in str(error) else f"backend {self._name}: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import KvChunk, KvSpec
-from penstock.backends.kv_blocks import transfer_slots
+from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.onnxruntime.lanes import Lanes
 from penstock.common.service import StartError
 
@@ -52,7 +52,9 @@ class LaneCache:
         names = [f"{kind}.{layer}" for layer in range(decoder.layers) for kind in ("key", "value")]
         self._memory = {name: _reserve(lanes * self.lane_bytes) for name in names}
         self.arrays = {name: np.frombuffer(m, _TYPE).reshape(lanes, *self.shape) for name, m in self._memory.items()}
-        self.kv = KvSpec(BLOCK_SIZE, blocks, bytes_per_block(decoder), LAYOUT, "f32")
+        self.kv = KvSpec(
+            BLOCK_SIZE, blocks, bytes_per_block(decoder), LAYOUT, "f32", (decoder.layers, decoder.kv_heads, decoder.head_dim)
+        )
         self.lanes = Lanes(lanes, blocks, empty=self._empty, move=self._move, swap=self._swap)
 
     def read(self, blocks: Sequence[int], tokens: range) -> KvChunk:
@@ -77,10 +79,7 @@ class LaneCache:
             ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape is not this model's.
         """
         transfer_slots(self.kv, blocks, chunk.tokens)
-        heads, _, dim = self.shape
-        expected = (len(self.arrays) // 2, 2, len(chunk.tokens), heads, dim)
-        if chunk.data.shape != expected:
-            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        check_chunk(self.kv, chunk)
         if not chunk.tokens:
             return
         lane = self.lanes.receive(blocks, chunk.tokens)

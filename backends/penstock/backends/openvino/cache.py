@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import openvino as ov
-from penstock.backends.contract import KvChunk
+from penstock.backends.contract import CANONICAL_DTYPES, KvChunk, KvSpec
+from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.openvino.kv_rounding import HEADER, round_rows, unrounded
 from penstock.backends.openvino.weights import shared_tensor
 from penstock.common.service import StartError
 
-__all__ = ["BLOCK_SIZE", "PagedCache"]
+__all__ = ["BLOCK_SIZE", "LAYOUT", "PagedCache"]
 
 BLOCK_SIZE = 32  # the plug-in's own; it has no other
+LAYOUT = "block.head.slot.dim"
 
 _TYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -54,20 +57,26 @@ class PagedCache:
 
     Attributes:
         tensors: by the name of the graph's input.
-        bytes_per_block: over all layers, keys and values.
+        kv: how large it is and what it holds.
     """
 
     def __init__(self, compiled: ov.CompiledModel, blocks: int) -> None:
         ports = [port for port in compiled.inputs if port.any_name.startswith(("key.", "value."))]
-        self.layers, self._blocks = len(ports) // 2, blocks
-        self.dtype = ports[0].element_type.to_string()
-        self._type = _TYPES[self.dtype]
-        self._shape = tuple(dimension.get_length() for dimension in list(ports[0].partial_shape)[1:])
-        self._rounded = self.dtype == "u8"
-        self._chunk_type = np.dtype(np.float32) if self._rounded else self._type
-        self._arrays: dict[str, NDArray[Any]] = {port.any_name: _allocate((blocks, *self._shape), self._type) for port in ports}
+        dtype = ports[0].element_type.to_string()
+        self._type, self._rounded = _TYPES[dtype], dtype == "u8"
+        shape = heads, _, width = [dimension.get_length() for dimension in list(ports[0].partial_shape)[1:]]
+        self.kv = KvSpec(
+            block_size=BLOCK_SIZE,
+            blocks=blocks,
+            bytes_per_block=len(ports) * math.prod(shape) * self._type.itemsize,
+            layout=LAYOUT,
+            dtype=dtype,
+            token_shape=(len(ports) // 2, heads, width - HEADER if self._rounded else width),
+            # What 8 bits stand for, a difference times a scale, is in general no number of 16 bits.
+            canonical_dtype="float32" if self._rounded else self._type.name,
+        )
+        self._arrays: dict[str, NDArray[Any]] = {port.any_name: _allocate((blocks, *shape), self._type) for port in ports}
         self.tensors = {name: shared_tensor(array) for name, array in self._arrays.items()}
-        self.bytes_per_block = len(ports) * int(np.prod(self._shape)) * self._type.itemsize
 
     def read(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy `tokens` out, which are positions in a sequence whose blocks these are; in float32 where the cache is rounded.
@@ -76,8 +85,8 @@ class PagedCache:
             ValueError: they are not consecutive positions within the blocks, or a block is none of the cache's.
         """
         held, slots = self._locate(blocks, tokens)
-        data = np.empty(self._chunk_shape(tokens), self._chunk_type)
-        for layer in range(self.layers):
+        data = np.empty(self.kv.canonical_shape(len(tokens)), CANONICAL_DTYPES[self.kv.canonical_dtype])
+        for layer in range(len(data)):
             for kind, name in enumerate(("key", "value")):
                 rows = self._arrays[f"{name}.{layer}"][held, :, slots]
                 data[layer, kind] = unrounded(rows) if self._rounded else rows
@@ -90,25 +99,14 @@ class PagedCache:
             ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape is not this model's.
         """
         held, slots = self._locate(blocks, chunk.tokens)
-        expected = self._chunk_shape(chunk.tokens)
-        if chunk.data.shape != expected:
-            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
-        for layer in range(self.layers):
+        check_chunk(self.kv, chunk)
+        for layer in range(len(chunk.data)):
             for kind, name in enumerate(("key", "value")):
                 rows = chunk.data[layer, kind]
                 rows = round_rows(rows) if self._rounded else rows.astype(self._type, copy=False)
                 self._arrays[f"{name}.{layer}"][held, :, slots] = rows
 
-    def _chunk_shape(self, tokens: range) -> tuple[int, ...]:
-        heads, _, width = self._shape
-        return self.layers, 2, len(tokens), heads, width - HEADER if self._rounded else width
-
     def _locate(self, blocks: Sequence[int], tokens: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The block and the slot of each token."""
-        if tokens.step != 1 or not 0 <= tokens.start <= tokens.stop <= len(blocks) * BLOCK_SIZE:
-            raise ValueError(f"{tokens} are not consecutive positions within {len(blocks)} blocks of {BLOCK_SIZE}")
-        ids = np.asarray(blocks, np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._blocks:
-            raise ValueError(f"blocks {ids.min()} … {ids.max()} are not all of the cache's {self._blocks}")
-        positions = np.arange(tokens.start, tokens.stop)
-        return ids[positions // BLOCK_SIZE], positions % BLOCK_SIZE
+        slots = transfer_slots(self.kv, blocks, tokens)
+        return slots // BLOCK_SIZE, slots % BLOCK_SIZE

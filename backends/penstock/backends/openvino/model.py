@@ -119,10 +119,10 @@ class OpenVinoModel:
         self._cache = small = PagedCache(compiled, blocks=1)
         self._attach(small)
         source.during(self._warm_up)
-        blocks = count_blocks(spec.decoder, config, BLOCK_SIZE, small.bytes_per_block, free_memory())
+        blocks = count_blocks(spec.decoder, config, BLOCK_SIZE, small.kv.bytes_per_block, free_memory())
         cache = PagedCache(compiled, blocks)
         self._attach(cache)
-        self._kv = KvSpec(BLOCK_SIZE, blocks, cache.bytes_per_block, layout="block.head.slot.dim", dtype=cache.dtype)
+        self._kv = cache.kv
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
         return cache
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
-from penstock.backends.kv_blocks import transfer_slots
+from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.pytorch.decode_graphs import DecodeGraphs, Replay, StaticStep, capture_cuda
 from penstock.backends.pytorch.decoder import Decoder
@@ -27,7 +27,7 @@ __all__ = ["TorchModel"]
 
 BLOCK_SIZE = 16
 
-_CACHE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_CACHE_NAMES = {torch.float32: ("f32", "float32"), torch.bfloat16: ("bf16", "bfloat16")}
 
 
 class TorchModel:
@@ -103,10 +103,7 @@ class TorchModel:
             ValueError: its positions are not within these blocks, or its shape is not this model's.
         """
         _, cache = self._open()
-        layers, kinds, _, _, kv_heads, dim = cache.shape
-        expected = (layers, kinds, len(chunk.tokens), kv_heads, dim)
-        if chunk.data.shape != expected:
-            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        check_chunk(self._kv, chunk)
         slots = self._slots(blocks, chunk.tokens)
         with torch.inference_mode():
             told = from_numpy(np.ascontiguousarray(chunk.data)).to(device=self._device, dtype=cache.dtype)
@@ -163,7 +160,9 @@ class TorchModel:
         # The block behind the last one is what the padding of recorded steps writes to.
         shape = (decoder.layers, 2, blocks + 1, BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
         cache = torch.zeros(shape, dtype=dtype, device=self._device)
-        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, _CACHE_NAMES[dtype]), cache
+        name, canonical = _CACHE_NAMES[dtype]
+        shape_of_token = (decoder.layers, decoder.kv_heads, decoder.head_dim)
+        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, name, shape_of_token, canonical), cache
 
 
 def _on_host(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
-from penstock.backends.kv_blocks import transfer_slots
+from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.kv_memory import count_blocks
 from penstock.backends.pytorch.loading import from_numpy, to_numpy
 from penstock.backends.step_limits import StepLimits
@@ -118,10 +118,7 @@ class TensorRtModel:
             ValueError: its positions are not within these blocks, or its shape is not this model's.
         """
         _, cache = self._open()
-        layers, kinds, _, heads, dim = cache.shape
-        expected = (layers, kinds, len(chunk.tokens), heads, dim)
-        if chunk.data.shape != expected:
-            raise ValueError(f"a chunk of shape {chunk.data.shape} does not fit: {expected}")
+        check_chunk(self._kv, chunk)
         slots = transfer_slots(self._kv, blocks, chunk.tokens)
         with torch.inference_mode(), self._device.stream():
             values = from_numpy(np.ascontiguousarray(chunk.data)).to(cache.device, cache.dtype)
@@ -146,4 +143,6 @@ class TensorRtModel:
         cache = kv_rows(decoder, blocks * BLOCK_SIZE, dtype, self._device.torch)
         # Rows are written before they are read, but for this one: padding reads it, unseen, and no NaN may stand there.
         cache[:, :, 0] = 0
-        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value), cache
+        token_shape = (decoder.layers, decoder.kv_heads, decoder.head_dim)
+        canonical = {DType.BF16: "bfloat16", DType.F32: "float32"}[self._dtype]
+        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value, token_shape, canonical), cache
