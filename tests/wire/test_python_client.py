@@ -89,7 +89,7 @@ class FakeServer(pb_grpc.InferenceServicer, models_pb2_grpc.ModelsServicer):
         decode = [models_pb2.DecodeSpeed(batch=n, tokens_per_second=1000.5 * n) for n in (1, 2, 4)]
         speeds = models_pb2.Calibration(prefill_tokens_per_second=2500, decode=decode, prefill_chunk=64)
         executors = [
-            models_pb2.ModelExecutor(executor_id="e1", backend="fake", kv_blocks=9, calibration=speeds),
+            models_pb2.ModelExecutor(executor_id="e1", backend="fake", kv_blocks=9, calibration=speeds, role="prefill"),
             models_pb2.ModelExecutor(executor_id="e2", backend="fake", kv_blocks=9),
         ]
         return models_pb2.ListModelsResponse(
@@ -326,6 +326,7 @@ def test_models_are_listed_with_their_executors_speeds(fake, capsys):
     assert models(executors=True, connection=Connection(target=fake.address)) == 0
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert "2,500" in first
+    assert "prefill" in first
     assert "1:1,000.5 4:4,002.0" in first
     assert "e2" in second
 

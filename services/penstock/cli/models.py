@@ -52,6 +52,7 @@ def _print_tables(listed: Sequence[Model], *, executors: bool) -> None:
             "version",
             "device",
             "dtype",
+            "role",
             "running",
             "waiting",
             "KV blocks free",
@@ -68,7 +69,7 @@ def _cells(executor: ModelExecutor) -> tuple[object, ...]:
     free = f"{e.kv_blocks_free}/{e.kv_blocks}"
     state = "draining" if e.draining else "serving"
     features = " ".join(e.features)
-    what = (e.executor_id, e.backend, e.backend_version, e.device, e.dtype)
+    what = (e.executor_id, e.backend, e.backend_version, e.device, e.dtype, e.role)
     return (*what, e.running, e.waiting, free, state, *_speeds(e.calibration), features)
 
 

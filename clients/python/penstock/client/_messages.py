@@ -92,6 +92,7 @@ def _executor(executor: models_pb2.ModelExecutor) -> ModelExecutor:
         features=tuple(executor.features),
         kv_layout=executor.kv_layout,
         kv_dtype=executor.kv_dtype,
+        role=executor.role,
         calibration=_calibration(executor.calibration) if executor.HasField("calibration") else None,
     )
 

@@ -169,7 +169,10 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class ModelExecutor:
-    """One live executor of a model, as it last reported. `features` are what its backend is set up to do beyond generating."""
+    """One live executor of a model, as it last reported. `features` are what its backend is set up to do beyond generating.
+
+    `role` is both, prefill or decode.
+    """
 
     executor_id: str
     backend: str
@@ -185,6 +188,7 @@ class ModelExecutor:
     kv_layout: str = ""
     kv_dtype: str = ""
     calibration: Calibration | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18penstock/v1/models.proto\x12\x0bpenstock.v1\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.penstock.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\"\xbe\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\r\x12-\n\texecutors\x18\x06 \x03(\x0b\x32\x1a.penstock.v1.ModelExecutor\x12\x1c\n\x14\x63reated_unix_seconds\x18\x07 \x01(\x03\"\xb2\x02\n\rModelExecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x11\n\tkv_blocks\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x17\n\x0f\x62\x61\x63kend_version\x18\n \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x0b \x03(\t\x12\x11\n\tkv_layout\x18\x0c \x01(\t\x12\x10\n\x08kv_dtype\x18\r \x01(\t\x12-\n\x0b\x63\x61libration\x18\x14 \x01(\x0b\x32\x18.penstock.v1.Calibration\"q\n\x0b\x43\x61libration\x12!\n\x19prefill_tokens_per_second\x18\x01 \x01(\x01\x12(\n\x06\x64\x65\x63ode\x18\x02 \x03(\x0b\x32\x18.penstock.v1.DecodeSpeed\x12\x15\n\rprefill_chunk\x18\x03 \x01(\r\"7\n\x0b\x44\x65\x63odeSpeed\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x02 \x01(\x01\x32\xa0\x01\n\x06Models\x12M\n\nListModels\x12\x1e.penstock.v1.ListModelsRequest\x1a\x1f.penstock.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.penstock.v1.GetModelRequest\x1a\x1d.penstock.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18penstock/v1/models.proto\x12\x0bpenstock.v1\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.penstock.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\"\xbe\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\r\x12-\n\texecutors\x18\x06 \x03(\x0b\x32\x1a.penstock.v1.ModelExecutor\x12\x1c\n\x14\x63reated_unix_seconds\x18\x07 \x01(\x03\"\xc0\x02\n\rModelExecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x11\n\tkv_blocks\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x17\n\x0f\x62\x61\x63kend_version\x18\n \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x0b \x03(\t\x12\x11\n\tkv_layout\x18\x0c \x01(\t\x12\x10\n\x08kv_dtype\x18\r \x01(\t\x12\x0c\n\x04role\x18\x0e \x01(\t\x12-\n\x0b\x63\x61libration\x18\x14 \x01(\x0b\x32\x18.penstock.v1.Calibration\"q\n\x0b\x43\x61libration\x12!\n\x19prefill_tokens_per_second\x18\x01 \x01(\x01\x12(\n\x06\x64\x65\x63ode\x18\x02 \x03(\x0b\x32\x18.penstock.v1.DecodeSpeed\x12\x15\n\rprefill_chunk\x18\x03 \x01(\r\"7\n\x0b\x44\x65\x63odeSpeed\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x02 \x01(\x01\x32\xa0\x01\n\x06Models\x12M\n\nListModels\x12\x1e.penstock.v1.ListModelsRequest\x1a\x1f.penstock.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.penstock.v1.GetModelRequest\x1a\x1d.penstock.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,11 +42,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=209
   _globals['_MODEL']._serialized_end=399
   _globals['_MODELEXECUTOR']._serialized_start=402
-  _globals['_MODELEXECUTOR']._serialized_end=708
-  _globals['_CALIBRATION']._serialized_start=710
-  _globals['_CALIBRATION']._serialized_end=823
-  _globals['_DECODESPEED']._serialized_start=825
-  _globals['_DECODESPEED']._serialized_end=880
-  _globals['_MODELS']._serialized_start=883
-  _globals['_MODELS']._serialized_end=1043
+  _globals['_MODELEXECUTOR']._serialized_end=722
+  _globals['_CALIBRATION']._serialized_start=724
+  _globals['_CALIBRATION']._serialized_end=837
+  _globals['_DECODESPEED']._serialized_start=839
+  _globals['_DECODESPEED']._serialized_end=894
+  _globals['_MODELS']._serialized_start=897
+  _globals['_MODELS']._serialized_end=1057
 # @@protoc_insertion_point(module_scope)

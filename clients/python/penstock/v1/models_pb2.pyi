@@ -153,6 +153,7 @@ class ModelExecutor(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     backend: _builtins.str
@@ -167,6 +168,8 @@ class ModelExecutor(_message.Message):
     kv_layout: _builtins.str
     """How and in which type its KV cache lies."""
     kv_dtype: _builtins.str
+    role: _builtins.str
+    """What it is given to do: both, prefill or decode."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its backend can do and is set up to do beyond generating, such as prefix_cache or batch_invariant."""
@@ -191,11 +194,12 @@ class ModelExecutor(_message.Message):
         features: _abc.Iterable[_builtins.str] | None = ...,
         kv_layout: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
+        role: _builtins.str = ...,
         calibration: Global___Calibration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "device", b"device", "draining", b"draining", "dtype", b"dtype", "executor_id", b"executor_id", "features", b"features", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "device", b"device", "draining", b"draining", "dtype", b"dtype", "executor_id", b"executor_id", "features", b"features", "kv_blocks", b"kv_blocks", "kv_blocks_free", b"kv_blocks_free", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

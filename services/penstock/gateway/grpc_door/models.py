@@ -22,6 +22,8 @@ States = Mapping[str, scheduler_pb2.ExecutorState]
 # The load is told where the scheduler answers at once; the models are told in any case.
 _PATIENCE_SECONDS = 1.0
 
+_ROLES = {scheduler_pb2.ROLE_BOTH: "both", scheduler_pb2.ROLE_PREFILL: "prefill", scheduler_pb2.ROLE_DECODE: "decode"}
+
 
 class ModelsServicer(models_pb2_grpc.ModelsServicer):
     """The RPCs over the catalog."""
@@ -83,6 +85,7 @@ def _executor(executor: Executor, state: scheduler_pb2.ExecutorState | None) -> 
         told.waiting = state.load.waiting
         told.kv_blocks_free = state.load.kv_blocks_free
         told.draining = state.draining
+        told.role = _ROLES.get(state.description.role, "")
         if state.description.HasField("calibration"):
             told.calibration.CopyFrom(_calibration(state.description))
     return told

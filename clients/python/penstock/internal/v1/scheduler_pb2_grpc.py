@@ -50,6 +50,11 @@ class SchedulerServiceStub:
                 request_serializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.ListExecutorsRequest.SerializeToString,
                 response_deserializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.ListExecutorsResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/penstock.internal.v1.SchedulerService/SetRole',
+                request_serializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -76,6 +81,13 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Gives a live executor another role. What runs or waits is not disturbed; the role holds once the executor has confirmed it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.ListExecutors,
                     request_deserializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.ListExecutorsRequest.FromString,
                     response_serializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.ListExecutorsResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.SetRoleRequest.FromString,
+                    response_serializer=penstock_dot_internal_dot_v1_dot_scheduler__pb2.SetRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +194,33 @@ class SchedulerService:
             '/penstock.internal.v1.SchedulerService/ListExecutors',
             penstock_dot_internal_dot_v1_dot_scheduler__pb2.ListExecutorsRequest.SerializeToString,
             penstock_dot_internal_dot_v1_dot_scheduler__pb2.ListExecutorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.internal.v1.SchedulerService/SetRole',
+            penstock_dot_internal_dot_v1_dot_scheduler__pb2.SetRoleRequest.SerializeToString,
+            penstock_dot_internal_dot_v1_dot_scheduler__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,8 @@ class SchedulerServiceStub:
     Register: _grpc.StreamStreamMultiCallable[_scheduler_pb2.RegisterRequest, _scheduler_pb2.RegisterResponse]
     """One stream per executor. The executor leaves the pool when its stream ends."""
     ListExecutors: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListExecutorsRequest, _scheduler_pb2.ListExecutorsResponse]
+    SetRole: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.SetRoleRequest, _scheduler_pb2.SetRoleResponse]
+    """Gives a live executor another role. What runs or waits is not disturbed; the role holds once the executor has confirmed it."""
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -49,6 +51,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     Register: _aio.StreamStreamMultiCallable[_scheduler_pb2.RegisterRequest, _scheduler_pb2.RegisterResponse]  # type: ignore[assignment]
     """One stream per executor. The executor leaves the pool when its stream ends."""
     ListExecutors: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListExecutorsRequest, _scheduler_pb2.ListExecutorsResponse]  # type: ignore[assignment]
+    SetRole: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.SetRoleRequest, _scheduler_pb2.SetRoleResponse]  # type: ignore[assignment]
+    """Gives a live executor another role. What runs or waits is not disturbed; the role holds once the executor has confirmed it."""
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decides where and when requests run. Holds soft state alone: registered executors, leases, the queue. Never touches a token."""
@@ -75,5 +79,13 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_pb2.ListExecutorsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ListExecutorsResponse, _abc.Awaitable[_scheduler_pb2.ListExecutorsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _scheduler_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.SetRoleResponse, _abc.Awaitable[_scheduler_pb2.SetRoleResponse]]:
+        """Gives a live executor another role. What runs or waits is not disturbed; the role holds once the executor has confirmed it."""
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
