@@ -99,7 +99,26 @@ class Executor(Stream):
     async def ready(self):
         response = await self.read()
         assert response.lease_ms > 0
+        assert response.HasField("peers")
+        self.first_peers = ids_of(response.peers)
         return self
+
+    async def peers(self, *ids):
+        """Until it is told of exactly these."""
+        while (response := await self.read()).HasField("peers") is False or ids_of(response.peers) != list(ids):
+            assert response is not grpc.aio.EOF
+        return response.peers.peers
+
+    async def confirm_role(self):
+        """Take on the role that is told next."""
+        while not (response := await self.read()).role:
+            pass
+        self.send(pb.RegisterRequest(role=response.role))
+        return response.role
+
+
+def ids_of(peers):
+    return [peer.executor_id for peer in peers.peers]
 
 
 @contextlib.asynccontextmanager
@@ -162,6 +181,80 @@ async def test_catalog_comes_first_and_follows_join_drain_and_leave():
         assert found["e2"].draining
         await first.end()
         await gateway.catalog()
+
+
+async def test_peers_are_the_live_executors_of_the_same_version_of_a_model():
+    async with served() as stub:
+        first = await Executor(stub, "e1", model_fingerprint="v1").ready()
+        assert first.first_peers == []
+        for other in ({"model_fingerprint": "v2"}, {"model": "n", "model_fingerprint": "v1"}, {}):
+            stranger = await Executor(stub, f"stranger-{other.get('model_fingerprint')}-{len(other)}", **other).ready()
+            assert stranger.first_peers == []
+        second = await Executor(stub, "e2", model_fingerprint="v1").ready()
+        assert second.first_peers == ["e1"]
+        (peer,) = await first.peers("e2")
+        assert (peer.address, peer.model_fingerprint) == (description("e2").address, "v1")
+        second.send(pb.RegisterRequest(draining=True))
+        third = await Executor(stub, "e3", model_fingerprint="v1").ready()
+        assert third.first_peers == ["e1", "e2"], "what drains hands over still"
+        await first.peers("e2", "e3")
+        second.send(pb.RegisterRequest(stalled=True))
+        await first.peers("e3")
+        await third.peers("e1")
+
+
+async def test_role_is_taken_on_when_the_executor_confirms_it():
+    async with served() as stub:
+        executor = await Executor(stub).ready()
+        gateway = Gateway(stub)
+        await gateway.catalog("e1")
+        gateway.place(1)
+        await gateway.grant()
+
+        async def role():
+            return (await states(stub))[0]["e1"].description.role
+
+        assert await role() == pb.ROLE_BOTH
+        await stub.SetRole(pb.SetRoleRequest(executor_id="e1", role=pb.ROLE_PREFILL), timeout=WAIT)
+        assert await role() == pb.ROLE_BOTH
+        assert await executor.confirm_role() == pb.ROLE_PREFILL
+        await gateway.catalog("e1")
+
+        async def taken_on():
+            return await role() == pb.ROLE_PREFILL
+
+        await eventually(taken_on)
+        assert (await states(stub))[0]["e1"].leases == 1
+
+
+async def test_role_of_the_description_holds_from_the_start():
+    async with served() as stub:
+        await Executor(stub, role=pb.ROLE_DECODE).ready()
+        assert (await states(stub))[0]["e1"].description.role == pb.ROLE_DECODE
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        ({"executor_id": "gone", "role": pb.ROLE_DECODE}, grpc.StatusCode.NOT_FOUND, "'gone'"),
+        ({"executor_id": "e1"}, grpc.StatusCode.INVALID_ARGUMENT, "role: must be one of ROLE_BOTH, ROLE_PREFILL, ROLE_DECODE"),
+        ({"executor_id": "e1", "role": 9}, grpc.StatusCode.INVALID_ARGUMENT, "role: must be one of"),
+    ],
+)
+async def test_role_that_can_not_be_given_is_refused(asked, code, said):
+    async with served() as stub:
+        await Executor(stub).ready()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.SetRole(pb.SetRoleRequest(**asked), timeout=WAIT)
+        assert caught.value.code() is code
+        assert said in caught.value.details()
+
+
+async def test_executor_of_an_unknown_role_is_refused_by_field():
+    async with served() as stub:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"description\.role") as caught:
+            await Executor(stub, role=9).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_ended_gateway_frees_its_leases_and_its_queue():

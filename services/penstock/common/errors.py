@@ -4,6 +4,7 @@
     ├── InvalidRequest          a field is wrong; names the field and what would be right
     │   └── UnsupportedField    the field is right, but no live executor supports it
     ├── UnknownModel
+    ├── UnknownExecutor
     ├── Unauthenticated
     ├── RequestTooLarge
     ├── Overloaded              try again after `retry_after` seconds
@@ -40,6 +41,7 @@ __all__ = [
     "RequestTooLarge",
     "Unauthenticated",
     "Unavailable",
+    "UnknownExecutor",
     "UnknownModel",
     "UnsupportedField",
     "error_from_status",
@@ -95,6 +97,10 @@ class UnknownModel(PenstockError):
     """No executor serves a model of this name."""
 
 
+class UnknownExecutor(PenstockError):
+    """No executor of this id lives."""
+
+
 class Unauthenticated(PenstockError):
     """The request bears no known credential."""
 
@@ -130,6 +136,7 @@ class InternalError(PenstockError):
 STATUS: Mapping[type[PenstockError], grpc.StatusCode] = {
     UnsupportedField: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownExecutor: grpc.StatusCode.NOT_FOUND,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     RequestTooLarge: grpc.StatusCode.OUT_OF_RANGE,
@@ -194,7 +201,7 @@ def error_from_status(code: grpc.StatusCode, status: status_pb2.Status) -> Penst
             return InvalidRequest(*(FieldViolation(v.field, v.description) for v in bad.field_violations))
         if packed.Unpack(retry):
             return Overloaded(status.message, retry.retry_delay.ToTimedelta().total_seconds())
-    kind = {v: k for k, v in STATUS.items() if k is not UnsupportedField}.get(code, InternalError)
+    kind = {v: k for k, v in STATUS.items() if k not in {UnsupportedField, UnknownExecutor}}.get(code, InternalError)
     if kind is InvalidRequest:
         return InvalidRequest.field("request", status.message)
     if kind is Overloaded:

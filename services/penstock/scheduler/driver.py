@@ -4,46 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 from penstock.common import tracing
+from penstock.common.errors import UnknownExecutor
 from penstock.common.logs import logger
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler import messages
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.executors import Executor
 from penstock.scheduler.metrics import SchedulerMetrics
-from penstock.scheduler.model import Grant, Lost, Outcome, Refused
+from penstock.scheduler.model import Grant, Lost, Outcome, Refused, Role
+from penstock.scheduler.outbox import Outbox
 
-__all__ = ["Driver", "Outbox"]
+__all__ = ["Driver", "Member"]
 
 
-class Outbox:
-    """What is to be sent to one gateway; what gathers while a frame is on its way goes out in the next."""
+class Member:
+    """A registered executor's stream.
 
-    def __init__(self) -> None:
-        self.response = pb.PlaceResponse()
-        self._ready = asyncio.Event()
-        self._closed = False
+    Attributes:
+        description: as it was told, with the role that it has now.
+        outbox: what it is to be told.
+        peers: those of whom it knows.
+    """
 
-    def flush(self) -> None:
-        """Something was added to `response`."""
-        self._ready.set()
-
-    def close(self) -> None:
-        """Nothing follows."""
-        self._closed = True
-        self._ready.set()
-
-    async def __aiter__(self) -> AsyncIterator[pb.PlaceResponse]:
-        while True:
-            await self._ready.wait()
-            self._ready.clear()
-            response, self.response = self.response, pb.PlaceResponse()
-            if response.ByteSize():
-                yield response
-            if self._closed:
-                return
+    def __init__(self, description: pb.ExecutorDescription, lease_ms: int) -> None:
+        self.description = description
+        self.outbox = Outbox(pb.RegisterResponse)
+        self.outbox.response.lease_ms = lease_ms
+        self.peers: list[Executor] | None = None
 
 
 class Driver:
@@ -57,17 +46,16 @@ class Driver:
     def __init__(self, core: Scheduler, metrics: SchedulerMetrics) -> None:
         self._core = core
         self._metrics = metrics
-        self._outboxes: dict[int, Outbox] = {}
-        self._descriptions: dict[Executor, pb.ExecutorDescription] = {}
-        self._lost: dict[Executor, asyncio.Event] = {}
+        self._outboxes: dict[int, Outbox[pb.PlaceResponse]] = {}
+        self._members: dict[Executor, Member] = {}
         self._told_version = 0
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
 
-    def connect(self, gateway: int) -> Outbox:
+    def connect(self, gateway: int) -> Outbox[pb.PlaceResponse]:
         """A gateway's stream begins; the catalog goes out first."""
-        outbox = self._outboxes[gateway] = Outbox()
+        outbox = self._outboxes[gateway] = Outbox(pb.PlaceResponse)
         outbox.response.catalog.CopyFrom(self._catalog())
         outbox.flush()
         return outbox
@@ -76,16 +64,37 @@ class Driver:
         """It has ended."""
         del self._outboxes[gateway]
 
-    def register(self, description: pb.ExecutorDescription, executor: Executor) -> asyncio.Event:
-        """An executor's stream begins; the event is set when the executor is taken for lost."""
-        self._descriptions[executor] = description
-        lost = self._lost[executor] = asyncio.Event()
-        logger().info("executor joined", executor_id=description.executor_id, model=description.model, address=description.address)
-        return lost
+    def register(self, description: pb.ExecutorDescription, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
+        """An executor's stream begins, with its lease and its peers; it is closed when the executor is taken for lost."""
+        member = self._members[executor] = Member(description, lease_ms)
+        self._tell_peers(executor, member)
+        member.outbox.flush()
+        logger().info(
+            "executor joined",
+            executor_id=description.executor_id,
+            model=description.model,
+            address=description.address,
+            role=executor.role.value,
+        )
+        return member.outbox
+
+    def set_role(self, executor_id: str, role: Role) -> None:
+        """Have an executor take on another role.
+
+        Raises:
+            UnknownExecutor: none of this id lives.
+        """
+        executor = self._core.executors.get(executor_id)
+        member = None if executor is None else self._members.get(executor)
+        if member is None:
+            raise UnknownExecutor(f"no live executor has the id {executor_id[:200]!r}")
+        member.outbox.response.role = messages.role_message(role)
+        member.outbox.flush()
+        logger().info("role given", executor_id=executor_id, role=role.value)
 
     def unregister(self, executor: Executor) -> None:
         """It has ended."""
-        del self._descriptions[executor], self._lost[executor]
+        del self._members[executor]
 
     def kick(self) -> None:
         """Step soon: once, however many inputs come before."""
@@ -103,13 +112,14 @@ class Driver:
         """All that live, those that drain too."""
         states = [
             pb.ExecutorState(
-                description=self._descriptions[executor],
+                description=self._described(executor),
                 load=messages.load_message(executor),
                 draining=executor.draining,
                 leases=executor.hold.leases,
+                prefill_leases=executor.hold.prefill_leases,
             )
             for executor in self._core.executors
-            if executor in self._descriptions
+            if executor in self._members
         ]
         return pb.ListExecutorsResponse(executors=states, queued=self._core.queued)
 
@@ -121,10 +131,12 @@ class Driver:
             outbox.flush()
         if self._core.executors.version != self._told_version:
             self._tell_catalog()
+            for executor, member in self._members.items():
+                self._tell_peers(executor, member)
         (self.emptied.clear if self._core.queued else self.emptied.set)()
         self._set_timer()
 
-    def _deliver(self, outcome: Outcome) -> Outbox | None:
+    def _deliver(self, outcome: Outcome) -> Outbox[pb.PlaceResponse] | None:
         if isinstance(outcome, Lost):
             self._lose(outcome)
             return None
@@ -167,13 +179,25 @@ class Driver:
         for outbox in self._outboxes.values():
             outbox.response.lost_executor_ids.append(lost.executor_id)
             outbox.flush()
-        for executor, event in self._lost.items():
+        for executor, member in self._members.items():
             if executor.description.executor_id == lost.executor_id:
-                event.set()
+                member.outbox.close()
 
     def _catalog(self) -> pb.Catalog:
         live = (e for e in self._core.executors if not e.draining)
-        return pb.Catalog(executors=[self._descriptions[e] for e in live if e in self._descriptions])
+        return pb.Catalog(executors=[self._described(e) for e in live if e in self._members])
+
+    def _described(self, executor: Executor) -> pb.ExecutorDescription:
+        description = self._members[executor].description
+        description.role = messages.role_message(executor.role)
+        return description
+
+    def _tell_peers(self, executor: Executor, member: Member) -> None:
+        peers = self._core.executors.peers(executor)
+        if peers != member.peers:
+            member.peers = peers
+            member.outbox.response.peers.CopyFrom(messages.peers_message(peers))
+            member.outbox.flush()
 
     def _tell_catalog(self) -> None:
         self._told_version = self._core.executors.version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.scheduler.model import Description, Load
+from penstock.scheduler.model import Description, Load, Role
 
 __all__ = ["Executor", "Hold"]
 
@@ -13,11 +13,12 @@ _COMMON_STEP = (8, 1024)
 class Hold:
     """What is leased on one executor. Leases announced to a new scheduler stand here before the executor has registered."""
 
-    __slots__ = ("executor_id", "leases", "sequences", "tokens")
+    __slots__ = ("executor_id", "leases", "prefill_leases", "sequences", "tokens")
 
     def __init__(self, executor_id: str) -> None:
         self.executor_id = executor_id
         self.leases = 0
+        self.prefill_leases = 0
         self.sequences = 0
         self.tokens = 0
 
@@ -45,6 +46,7 @@ class Executor:
             reports in a row have to tell of them: one alone may have crossed the releases of sequences that had just ended.
         prefill_slowness: how many times longer than the model's fastest executor it takes for a token of prefill.
         decode_slowness: the same for a step of decoding.
+        role: what it is given to do now, as it has confirmed.
         step_seconds: of a step of decoding that is the same on all executors; 0 where it has not measured its steps.
     """
 
@@ -63,6 +65,7 @@ class Executor:
         "limit",
         "load",
         "prefill_slowness",
+        "role",
         "sequence_tokens",
         "step_seconds",
     )
@@ -76,6 +79,7 @@ class Executor:
         self.sequence_tokens = description.sequence_tokens
         self.expires = expires
         self.draining = False
+        self.role: Role = description.role
         self.load = Load()
         self.fresh_tokens = 0
         self.foreign = 0

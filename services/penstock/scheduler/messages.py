@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from penstock.common.errors import InvalidRequest
 from penstock.common.step_times import Curve, StepTimes
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Description, Grant, Load, Needs, Reason, Refused
+from penstock.scheduler.model import Description, Grant, Load, Needs, Reason, Refused, Role
 from penstock.scheduler.prefixes import unpack_hashes
 
-__all__ = ["apply_place", "apply_register", "lease_message", "load_message", "read_description", "refusal_message"]
+__all__ = [
+    "apply_place",
+    "apply_register",
+    "lease_message",
+    "load_message",
+    "peers_message",
+    "read_description",
+    "read_role",
+    "refusal_message",
+    "role_message",
+]
 
 _REASONS = {
     Reason.QUEUE_FULL: pb.REFUSAL_REASON_QUEUE_FULL,
@@ -20,6 +32,8 @@ _REASONS = {
     Reason.NO_EXECUTOR: pb.REFUSAL_REASON_NO_EXECUTOR,
     Reason.DRAINING: pb.REFUSAL_REASON_DRAINING,
 }
+_ROLES: dict[int, Role] = {pb.ROLE_BOTH: Role.BOTH, pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE}
+_ROLE_MESSAGES = {Role.BOTH: pb.ROLE_BOTH, Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 
 
 def apply_place(core: Scheduler, gateway: int, frame: pb.PlaceRequest) -> None:
@@ -72,6 +86,36 @@ def read_description(message: pb.ExecutorDescription) -> Description:
         max_batch_size=message.max_batch_size,
         fields=frozenset(message.fields),
         times=_read_times(message.calibration) if message.HasField("calibration") else None,
+        model_fingerprint=message.model_fingerprint,
+        features=frozenset(message.features),
+        prefill_chunk=message.prefill_chunk,
+        kv_bytes_per_token=message.kv_bytes_per_token,
+        role=read_role(message.role, "description.role") if message.role else Role.BOTH,
+    )
+
+
+def read_role(message: int, field: str) -> Role:
+    """A role that has to be told.
+
+    Raises:
+        InvalidRequest: it is none, naming the field.
+    """
+    role = _ROLES.get(message)
+    if role is None:
+        raise InvalidRequest.field(field, f"must be one of {', '.join(pb.Role.Name(m) for m in _ROLE_MESSAGES.values())}")
+    return role
+
+
+def role_message(role: Role) -> pb.Role.ValueType:
+    """A role as it is told."""
+    return _ROLE_MESSAGES[role]
+
+
+def peers_message(peers: Iterable[Executor]) -> pb.Peers:
+    """Whom an executor may exchange KV with."""
+    told = (peer.description for peer in peers)
+    return pb.Peers(
+        peers=[pb.Peer(executor_id=d.executor_id, address=d.address, model_fingerprint=d.model_fingerprint) for d in told]
     )
 
 
@@ -110,6 +154,8 @@ def apply_register(core: Scheduler, executor: Executor, frame: pb.RegisterReques
             removed=unpack_hashes(events.removed),
             cleared=events.cleared,
         )
+    if frame.role:
+        executors.take_role(executor, read_role(frame.role, "role"))
     if frame.draining:
         executors.drain(executor)
 
@@ -122,6 +168,9 @@ def _read_load(message: pb.Load) -> Load:
         waiting_tokens=message.waiting_tokens,
         steps_per_second=message.steps_per_second,
         prefill_tokens_per_second=message.prefill_tokens_per_second,
+        receiving=message.receiving,
+        sending=message.sending,
+        handoff_bytes_per_second=message.handoff_bytes_per_second,
     )
 
 
@@ -159,4 +208,7 @@ def load_message(executor: Executor) -> pb.Load:
         waiting_tokens=load.waiting_tokens,
         prefill_tokens_per_second=load.prefill_tokens_per_second,
         steps_per_second=load.steps_per_second,
+        receiving=load.receiving,
+        sending=load.sending,
+        handoff_bytes_per_second=load.handoff_bytes_per_second,
     )

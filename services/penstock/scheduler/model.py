@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from penstock.common.step_times import StepTimes
 
-__all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "Reason", "Refused"]
+__all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "Reason", "Refused", "Role"]
+
+
+class Role(enum.Enum):
+    """What an executor is given to do. Each can do all of it."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 # Not frozen: that would cost a tenth of a placement.
@@ -34,7 +42,16 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What an executor is; limits in tokens, sequences and KV blocks. `times`: of its steps, where measured."""
+    """What an executor is when it registers; limits in tokens, sequences and KV blocks.
+
+    Attributes:
+        model_fingerprint: of the checkpoint; empty where it is not known, and then KV is exchanged with nobody.
+        features: what it can do beyond generating, `export_kv` and `import_kv` among it.
+        times: of its steps, where measured.
+        prefill_chunk: prompt tokens of a step at most in which others decode.
+        kv_bytes_per_token: of KV as it leaves this executor.
+        role: what it is given to do at first.
+    """
 
     executor_id: str
     address: str
@@ -46,6 +63,11 @@ class Description:
     max_batch_size: int
     fields: frozenset[str] = frozenset()
     times: StepTimes | None = None
+    model_fingerprint: str = ""
+    features: frozenset[str] = frozenset()
+    prefill_chunk: int = 0
+    kv_bytes_per_token: int = 0
+    role: Role = Role.BOTH
 
     @property
     def kv_tokens(self) -> int:
@@ -68,6 +90,9 @@ class Load:
     prefill_tokens_per_second: float = 0.0
     kv_blocks_free: int = 0
     steps_per_second: float = 0.0
+    receiving: int = 0
+    sending: int = 0
+    handoff_bytes_per_second: float = 0.0
 
 
 class Reason(enum.Enum):

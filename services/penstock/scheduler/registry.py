@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.executors import Executor, Hold
-from penstock.scheduler.model import Description, Load, Lost
+from penstock.scheduler.model import Description, Load, Lost, Role
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.timers import Timers
 
@@ -48,6 +48,18 @@ class Registry:
 
     def __iter__(self) -> Iterator[Executor]:
         return iter(list(self._executors.values()))
+
+    def peers(self, executor: Executor) -> list[Executor]:
+        """Whom it may exchange KV with: the others that serve the same version of its model, those that drain too."""
+        told = executor.description
+        return [
+            e
+            for e in self._executors.values()
+            if e is not executor
+            and e.description.model == told.model
+            and e.description.model_fingerprint == told.model_fingerprint
+            and told.model_fingerprint
+        ]
 
     @property
     def holds(self) -> Mapping[str, Hold]:
@@ -124,6 +136,12 @@ class Registry:
         """It takes no more requests, and finishes those that it has."""
         if not executor.draining:
             executor.draining = True
+            self._change(executor.description.model)
+
+    def take_role(self, executor: Executor, role: Role) -> None:
+        """It has taken on a role. What is leased on it goes on."""
+        if self._executors.get(executor.description.executor_id) is executor and executor.role is not role:
+            executor.role = role
             self._change(executor.description.model)
 
     def kv_events(self, executor: Executor, sequence: int, *, stored: Sequence[int], removed: Sequence[int], cleared: bool) -> None:

@@ -63,41 +63,42 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         if first is None:
             return
         executor = self._core.executors.join(messages.read_description(first.description))
-        lost = self._driver.register(first.description, executor)
+        outbox = self._driver.register(first.description, executor, self._lease_ms)
+        reading = asyncio.create_task(self._read_reports(executor, first, request_iterator, outbox.close))
         try:
-            messages.apply_register(self._core, executor, first)
-            self._driver.kick()
-            yield pb.RegisterResponse(lease_ms=self._lease_ms)
-            await self._hear(executor, request_iterator, lost)
+            async for response in outbox:
+                yield response
+            if reading.done():  # it is not where the executor was lost
+                reading.result()
         finally:
+            reading.cancel()
             self._driver.unregister(executor)
             if self._core.executors.leave(executor):
                 logger().info("executor left", executor_id=executor.description.executor_id, model=executor.description.model)
             self._driver.kick()
 
-    async def _hear(self, executor: Executor, frames: AsyncIterator[pb.RegisterRequest], lost: asyncio.Event) -> None:
-        """Take an executor's reports until its stream ends or it is lost."""
-        reading = asyncio.create_task(self._read_reports(executor, frames))
-        losing = asyncio.create_task(lost.wait())
+    async def _read_reports(
+        self, executor: Executor, first: pb.RegisterRequest, frames: AsyncIterator[pb.RegisterRequest], done: Callable[[], None]
+    ) -> None:
         try:
-            await asyncio.wait((reading, losing), return_when=asyncio.FIRST_COMPLETED)
-            if reading.done():
-                reading.result()
+            self._hear(executor, first)
+            async for frame in frames:
+                self._hear(executor, frame)
         finally:
-            reading.cancel()
-            losing.cancel()
+            done()
 
-    async def _read_reports(self, executor: Executor, frames: AsyncIterator[pb.RegisterRequest]) -> None:
-        async for frame in frames:
-            if frame.stalled:
-                told = executor.description
-                logger().warning(
-                    "executor stalled", executor_id=told.executor_id, model=told.model, failure=frame.failure[:_LONGEST]
-                )
-            messages.apply_register(self._core, executor, frame)
-            self._driver.kick()
+    def _hear(self, executor: Executor, frame: pb.RegisterRequest) -> None:
+        if frame.stalled:
+            told = executor.description
+            logger().warning("executor stalled", executor_id=told.executor_id, model=told.model, failure=frame.failure[:_LONGEST])
+        messages.apply_register(self._core, executor, frame)
+        self._driver.kick()
 
     async def ListExecutors(
         self, request: pb.ListExecutorsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ListExecutorsResponse:
         return self._driver.list_executors()
+
+    async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SetRoleResponse:
+        self._driver.set_role(request.executor_id, messages.read_role(request.role, "role"))
+        return pb.SetRoleResponse()
