@@ -75,7 +75,9 @@ class Bench:
     def check(self):
         counts = self.engine.blocks.counts()
         assert counts.used + counts.cached + counts.free == self.engine.blocks.count
-        held = {b for s in self.engine.scheduler.running for b in s.table[: s.blocks].tolist()}
+        scheduler = self.engine.scheduler
+        holding = [*scheduler.running, *scheduler.receiving, *scheduler.sending]
+        held = {b for s in holding for b in s.table[: s.blocks].tolist()}
         assert counts.used == len(held)
         # What is free holds nothing that anyone may count on.
         self.model.storage[self.engine.blocks._free] = -1

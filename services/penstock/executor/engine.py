@@ -12,7 +12,8 @@ In process, without any service::
 the engine's thread (and from the caller's, inside `submit`, for what is refused). It must be quick and must not raise. A sequence
 is told finished exactly once, unless it was aborted. Sinks stand for gateways: `abort_all(sink)` ends all that one has started.
 
-`Engine.step` is the whole of it: schedule, build the batch, compute, sample, publish. Commands reach the engine between steps.
+`Engine.step` is the whole of it: schedule, build the batch, compute, sample, publish. Commands reach the engine between steps, and
+there KV of sequences that are handed over is copied in and out (`KvMoves`); `executor/handoff/ports.py` tells how.
 What can be done beside a running step is done in other threads, since a backend releases the interpreter's lock: a sequence's
 hashes are computed by who submits it, and frames become messages in the sink's event loop.
 
@@ -29,13 +30,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import GenerativeModel, ModelLost
+from penstock.executor.acceptance import fault_of, refusal_of
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
+from penstock.executor.handoff.ports import Exported, Handle, HandoffEvents, Imported, SequenceEnded
+from penstock.executor.handoff.ticket import Arrival, HandoffFailure
+from penstock.executor.kv_moves import KvMoves
 from penstock.executor.meter import Meter, StepFacts
 from penstock.executor.sampling import NotFinite, Sampled, Sampler
 from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
@@ -44,6 +50,10 @@ from penstock.executor.sequence import Finish, Finished, Frame, Sequence, Sequen
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
 _JOIN_SECONDS = 10.0
+# Copies of KV between two steps, while sequences run and while none does.
+_MOVE_SECONDS_BESIDE_STEPS, _MOVE_SECONDS = 0.005, 0.1
+# A wait for a deadline is cut into such pieces: a thread can not wait for as long as a deadline may be away.
+_LONGEST_WAIT = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +67,8 @@ class EngineConfig:
         prefill_chunk: prompt tokens of one step while others decode.
         chunked_prefill: whether the backend takes a prompt in several steps.
         prompt_logits: whether it gives logits of prompt tokens.
+        export_kv: whether KV can be copied out of its cache.
+        import_kv: whether it can be copied in.
         stall_seconds: what a step of decoding takes at most before the engine counts as stalled.
         stall_seconds_per_prompt_token: what a prompt token adds to that.
     """
@@ -69,6 +81,8 @@ class EngineConfig:
     prefix_cache: bool = True
     chunked_prefill: bool = True
     prompt_logits: bool = True
+    export_kv: bool = True
+    import_kv: bool = True
     stall_seconds: float = 2.5
     stall_seconds_per_prompt_token: float = 0.05
 
@@ -89,9 +103,20 @@ def _ignore(_: str) -> None:
 
 
 class Engine:
-    """Runs sequences on a model. Its methods may be called from any thread, but for `step`."""
+    """Runs sequences on a model, and is a `KvEngine`. Its methods may be called from any thread, but for `step`.
 
-    def __init__(self, model: GenerativeModel, config: EngineConfig, *, on_death: Callable[[str], None] = _ignore) -> None:
+    Attributes:
+        handoff: hears of sequences that are handed over; without it none is taken. Set only before `start`.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        config: EngineConfig,
+        *,
+        on_death: Callable[[str], None] = _ignore,
+        handoff: HandoffEvents | None = None,
+    ) -> None:
         self.model = model
         self.block_size = model.kv.block_size
         self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
@@ -100,6 +125,7 @@ class Engine:
         self.failure: str | None = None
         self._config = config
         self.on_death = on_death
+        self.handoff = handoff
         limits = Limits(
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
@@ -109,12 +135,15 @@ class Engine:
         )
         self.scheduler = Scheduler(self.blocks, self.block_size, limits)
         self._sampler = Sampler(config.vocabulary_size)
+        self._moves = KvMoves(model)
         self._sequences: dict[Sink, dict[int, Sequence]] = {}
         self._frames: dict[Sink, Frame] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self._over = False
         self._draining = False
+        self._stepped = False
         self._raised_before = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -126,13 +155,13 @@ class Engine:
 
     def submit(self, request: SequenceRequest, sink: Sink) -> None:
         """Run a sequence and tell `sink` what comes of it, a refusal included."""
-        fault, refusal = self._fault(request), self._refusal(request)
-        if fault or refusal:
-            reason = Finish.FAILED if fault else Finish.REFUSED
-            sink(Frame(finished=[Finished(request.sequence_id, reason, message=fault or refusal)]))
-            return
-        sequence = Sequence(request, sink, self.block_size, self._config.vocabulary_size, time.monotonic())
-        self._command(lambda: self._add(sequence))
+        fault, refusal = fault_of(request, self._config.vocabulary_size), self._refusal(request)
+        if not (fault or refusal):
+            sequence = Sequence(request, sink, self.block_size, self._config.vocabulary_size, time.monotonic())
+            if self._command(lambda: self._add(sequence)):
+                return
+            refusal = self._refusal(request)
+        sink(Frame(finished=[Finished(request.sequence_id, Finish.FAILED if fault else Finish.REFUSED, message=fault or refusal)]))
 
     def abort(self, sequence_ids: Iterable[int], sink: Sink) -> None:
         """End sequences within a step; nothing more is told of them. Unknown ones are ignored: they may just have ended."""
@@ -142,6 +171,33 @@ class Engine:
     def abort_all(self, sink: Sink) -> None:
         """End all that was submitted with this sink."""
         self._command(lambda: self._abort(list(self._sequences.get(sink, ())), sink))
+
+    def export_kv(self, handle: Handle, tokens: range, *, native: bool, done: Exported) -> None:
+        """Copy KV out of a sequence's blocks, as `KvEngine` says. What can not be done is an exception that `done` gets."""
+        sequence = _sequence(handle)
+        if not self._command(lambda: self._moves.ask_export(sequence, tokens, done, native=native)):
+            done(SequenceEnded("the engine has ended"))
+
+    def import_kv(self, handle: Handle, tokens: range, data: NDArray[Any], *, native: bool, done: Imported) -> None:
+        """Copy KV into the blocks that were reserved for a sequence; the same."""
+        sequence = _sequence(handle)
+        if not self._command(lambda: self._moves.ask_import(sequence, tokens, data, done, native=native)):
+            done(SequenceEnded("the engine has ended"))
+
+    def begin_decode(self, handle: Handle, first_token: int, arrival: Arrival) -> None:
+        """Decode a sequence whose KV is here. Nothing is told to `handoff` of it any more, unless it has ended before."""
+        sequence = _sequence(handle)
+        self._command(lambda: self._go_on(sequence, first_token, arrival))
+
+    def handed_off(self, handle: Handle) -> None:
+        """End a sequence that is decoded elsewhere from now on."""
+        sequence = _sequence(handle)
+        self._command(lambda: self._end_handoff(sequence, Finish.HANDED_OFF))
+
+    def fail(self, handle: Handle, failure: HandoffFailure, message: str) -> None:
+        """End a sequence whose KV could not be handed over."""
+        sequence = _sequence(handle)
+        self._command(lambda: self._end_handoff(sequence, Finish.HANDOFF_FAILED, message, failure))
 
     def forget(self) -> None:
         """Forget cached prefixes, counts and speeds. Only before `start`."""
@@ -166,7 +222,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing runs, waits, or is on its way in or out."""
-        return not (self._commands or self.scheduler.running or self.scheduler.waiting or self._frames)
+        return self.scheduler.empty and not (self._commands or self._moves or self._frames)
 
     def wait_until_idle(self) -> None:
         """Block the calling thread until the engine is idle, dead or closed."""
@@ -185,42 +241,24 @@ class Engine:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
         if not self._thread.is_alive():
+            self._drop_all()
             self.model.close()
-
-    def _fault(self, request: SequenceRequest) -> str:
-        """What is wrong with a request wherever it runs. The gateway lets none of this through."""
-        sampling, size = request.sampling, self._config.vocabulary_size
-        if not request.prompt or len(request.replayed) >= request.max_tokens:
-            return "there is nothing to compute: the prompt is empty, or all of the output was replayed"
-        if max(request.prompt) >= size or max(request.replayed, default=0) >= size or max(sampling.logit_bias, default=0) >= size:
-            return f"token ids must be less than {size}"
-        if not (0 <= sampling.temperature <= 100 and 0 < sampling.repetition_penalty <= 10):
-            return "temperature must be from 0 to 100, and repetition_penalty more than 0 and at most 10"
-        if not (0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1):
-            return "top_p must be more than 0 and at most 1, and min_p from 0 to 1"
-        return ""
 
     def _refusal(self, request: SequenceRequest) -> str:
         """Why a request can not run here, though it may elsewhere."""
-        asked, most = len(request.prompt) + request.max_tokens, self.context_length
         if self.failure is not None:
             return f"the engine has failed: {self.failure}"
         if self._draining or self._stopping:
             return "the executor is draining"
-        if request.prompt_logprobs is not None and not self._config.prompt_logits:
-            return "the backend gives no log-probabilities of the prompt"
-        if asked > most:
-            return f"{len(request.prompt)} prompt tokens and {request.max_tokens} new ones are more than the {most} that fit"
-        if not self._config.chunked_prefill and asked > self._config.max_batch_tokens:
-            return (
-                f"{asked} tokens are more than the {self._config.max_batch_tokens} of one step, and the backend takes prompts whole"
-            )
-        return ""
+        return refusal_of(request, self._config, self.context_length, hands_over=self.handoff is not None)
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def _command(self, command: Callable[[], None]) -> bool:
+        """Have something done between two steps; False where no more steps come."""
         with self._wake:
-            self._commands.append(command)
-            self._wake.notify_all()
+            if not self._over:
+                self._commands.append(command)
+                self._wake.notify_all()
+            return not self._over
 
     # In the engine's thread.
 
@@ -228,17 +266,23 @@ class Engine:
         try:
             while self._wait_for_work():
                 self.step()
+            self._drop_all()
         except EngineDead as error:
             self._die(str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing can be computed any more, and who waits must hear of it
             self._die(f"{type(error).__name__}: {error}")
 
     def _wait_for_work(self) -> bool:
-        """Block until there is something to do; False once the engine is to stop."""
+        """Block until there is something to do; False once the engine is to stop.
+
+        Where the last step computed nothing, what is here waits for others: for a command, or its deadline.
+        """
         with self._wake:
-            while not self._stopping and self.idle:
+            if self.idle:
                 self._wake.notify_all()  # for `wait_until_idle`
-                self._wake.wait()
+            if not self._stepped or self.idle:
+                left = self.scheduler.next_deadline - time.monotonic()
+                self._wake.wait_for(lambda: self._stopping or self._commands or self._moves, max(0.0, min(left, _LONGEST_WAIT)))
             return not self._stopping
 
     def step(self) -> None:
@@ -247,7 +291,11 @@ class Engine:
         try:
             self._obey()
             self._expire()
+            self._move_kv()
             step = self.scheduler.schedule()
+            self._stepped = bool(step.sequences)
+            if step.reserved:
+                self._tell_reserved(step.reserved)
             if step.sequences:
                 self._run_step(step)
             self._publish()
@@ -260,6 +308,7 @@ class Engine:
         if logits is None:
             return
         self.scheduler.advance(step)
+        self._tell_computed(step)
         self._tell_prompts(built.prompts, logits)
         drawn = logits if built.drawing_rows is None else logits[built.drawing_rows]
         self._deliver(built.drawing, self._sampler.sample(drawn, [s.next_row() for s in built.drawing]))
@@ -268,6 +317,13 @@ class Engine:
         while self._commands:
             self._commands[0]()
             self._commands.popleft()  # not before it is done: `idle` is read by other threads
+
+    def _move_kv(self) -> None:
+        seconds = _MOVE_SECONDS_BESIDE_STEPS if self.scheduler.running else _MOVE_SECONDS
+        try:
+            self._moves.make(seconds, lambda: self.meter.begin(time.monotonic() + self._config.stall_seconds))
+        except ModelLost as error:
+            raise EngineDead(str(error)) from error
 
     def _expire(self) -> None:
         for sequence in self.scheduler.expired(time.monotonic()):
@@ -282,6 +338,9 @@ class Engine:
             return
         mine[sequence.request.sequence_id] = sequence
         self.scheduler.add(sequence)
+        if sequence.sends and self.handoff is not None:
+            sequence.handing = True
+            self.handoff.begun(sequence)
 
     def _abort(self, sequence_ids: list[int], sink: Sink) -> None:
         mine = self._sequences.get(sink, {})
@@ -294,7 +353,11 @@ class Engine:
         began = time.monotonic()
         decodes = step.counts.count(1)
         prompt_tokens = int(built.batch.starts[-1]) - decodes
-        next_tokens = sum(count == 1 and s.first_token_at > 0 for s, count in zip(step.sequences, step.counts, strict=True))
+        # Not of one whose first token came from elsewhere: it has made no step here.
+        next_tokens = sum(
+            count == 1 and s.first_token_at > 0 and s.first_step_at > 0
+            for s, count in zip(step.sequences, step.counts, strict=True)
+        )
         for sequence in step.sequences:
             if not sequence.first_step_at:
                 sequence.first_step_at = began
@@ -318,6 +381,41 @@ class Engine:
             self._publish()
             raise EngineDead(f"the backend failed twice in a row, at last with {reason}")
         self._raised_before = True
+
+    def _tell_reserved(self, reserved: list[Sequence]) -> None:
+        """Blocks wait for KV. Told at once: elsewhere prefill begins with it."""
+        for sequence in reserved:
+            if self.handoff is not None:
+                sequence.handing = True
+                ticket = self.handoff.reserved(sequence, sequence.computed, len(sequence.ids))
+                self._frame(sequence).reserved.append((sequence.request.sequence_id, ticket))
+        self._publish()
+
+    def _tell_computed(self, step: Step) -> None:
+        for sequence in step.sequences:
+            if sequence.sends and self.handoff is not None:
+                self.handoff.computed(sequence, sequence.computed)
+
+    def _go_on(self, sequence: Sequence, first_token: int, arrival: Arrival) -> None:
+        """Let a sequence decode behind KV that has come and a token that was told elsewhere."""
+        if not sequence.handing:
+            return
+        if not 0 <= first_token < self._config.vocabulary_size:
+            message = f"the first token is {first_token}, of a vocabulary of {self._config.vocabulary_size}"
+            self._end_handoff(sequence, Finish.HANDOFF_FAILED, message, HandoffFailure.REFUSED)
+            return
+        sequence.handing = False
+        self.scheduler.go_on(sequence)
+        sequence.first_token_at = time.monotonic()
+        self._frame(sequence).arrived.append((sequence.request.sequence_id, arrival))
+        finish = sequence.append(first_token, self.block_size)
+        if finish is not None:
+            self._finish(sequence, finish)
+
+    def _end_handoff(self, sequence: Sequence, reason: Finish, message: str = "", failure: HandoffFailure | None = None) -> None:
+        if sequence.handing:
+            sequence.handing = False
+            self._finish(sequence, reason, message, failure)
 
     def _tell_prompts(self, prompts: list[PromptRows], logits: NDArray[np.float32]) -> None:
         for rows in prompts:
@@ -352,6 +450,9 @@ class Engine:
             finish = sequence.append(drawn.token, self.block_size)
             if finish is not None:
                 self._finish(sequence, finish)
+            elif sequence.sends and self.handoff is not None:
+                self.scheduler.set_aside(sequence)
+                self.handoff.drawn(sequence, drawn.token)
 
     def _tell_start(self, sequence: Sequence, frame: Frame, now: float) -> None:
         sequence.first_token_at = now
@@ -367,9 +468,10 @@ class Engine:
         if sequence.prompt_logprobs is not None:
             frame.prompt_logprobs.append((sequence.request.sequence_id, sequence.prompt_logprobs))
 
-    def _finish(self, sequence: Sequence, reason: Finish, message: str = "") -> None:
-        decode = time.monotonic() - sequence.first_token_at if sequence.first_token_at else 0.0
-        finished = Finished(sequence.request.sequence_id, reason, sequence.preemptions, message, decode)
+    def _finish(self, sequence: Sequence, reason: Finish, message: str = "", failure: HandoffFailure | None = None) -> None:
+        decodes = sequence.first_token_at and not sequence.sends
+        decode = time.monotonic() - sequence.first_token_at if decodes else 0.0
+        finished = Finished(sequence.request.sequence_id, reason, sequence.preemptions, message, decode, failure)
         self._frame(sequence).finished.append(finished)
         self.meter.finished[reason] += 1
         self._forget(sequence)
@@ -380,6 +482,9 @@ class Engine:
         del mine[sequence.request.sequence_id]
         if not mine:
             del self._sequences[sequence.sink]
+        if sequence.handing and self.handoff is not None:
+            sequence.handing = False
+            self.handoff.ended(sequence)
 
     def _frame(self, sequence: Sequence) -> Frame:
         frame = self._frames.get(sequence.sink)
@@ -396,11 +501,33 @@ class Engine:
     def _die(self, reason: str) -> None:
         """Tell everyone that nothing more comes."""
         self.failure = reason
-        self._obey()
+        self._end_commands()
         for mine in list(self._sequences.values()):
             for sequence in list(mine.values()):
                 self._finish(sequence, Finish.FAILED, f"the engine has failed: {reason}")
+        self._moves.give_up()
         self._publish()
         with self._wake:
             self._wake.notify_all()
         self.on_death(reason)
+
+    def _drop_all(self) -> None:
+        """The engine stops: forget what is left of it. Idempotent."""
+        self._end_commands()
+        for mine in list(self._sequences.values()):
+            for sequence in list(mine.values()):
+                self._forget(sequence)
+        self._moves.give_up()
+
+    def _end_commands(self) -> None:
+        """Obey for the last time."""
+        with self._wake:
+            self._over = True
+        self._obey()
+
+
+def _sequence(handle: Handle) -> Sequence:
+    """The engine's own sequence, of which the handoff knows the handle alone."""
+    if not isinstance(handle, Sequence):
+        raise TypeError(f"{handle!r} is no sequence of an engine")
+    return handle

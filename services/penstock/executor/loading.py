@@ -186,6 +186,8 @@ def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
         prefix_cache=config.prefix_cache and capabilities.prefix_cache,
         chunked_prefill=capabilities.chunked_prefill,
         prompt_logits=capabilities.prompt_logits,
+        export_kv=capabilities.export_kv,
+        import_kv=capabilities.import_kv,
         stall_seconds=config.stall_seconds,
         stall_seconds_per_prompt_token=config.stall_seconds_per_prompt_token,
     )

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from penstock.common.prefix import wire_form
 from penstock.common.step_times import Curve, StepTimes
 from penstock.executor.engine import Engine
+from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket, Transport
 from penstock.executor.kv_events import KvChanges
 from penstock.executor.loading import Loaded
 from penstock.executor.sampling import SamplingParameters, TokenLogprob
 from penstock.executor.sequence import Finish, Finished, Frame, SequenceRequest, Started
 from penstock.internal.v1 import executor_pb2 as pb
-from penstock.internal.v1 import scheduler_pb2
+from penstock.internal.v1 import handoff_pb2, scheduler_pb2
 
-__all__ = ["describe", "kv_events", "load_of", "merge", "read_start"]
+__all__ = ["describe", "kv_events", "load_of", "merge", "read_start", "read_ticket", "tell_ticket"]
 
 _FINISHES = {
     Finish.STOP: pb.SEQUENCE_FINISH_STOP,
@@ -22,6 +23,22 @@ _FINISHES = {
     Finish.DEADLINE: pb.SEQUENCE_FINISH_DEADLINE,
     Finish.REFUSED: pb.SEQUENCE_FINISH_REFUSED,
     Finish.FAILED: pb.SEQUENCE_FINISH_FAILED,
+    Finish.HANDED_OFF: pb.SEQUENCE_FINISH_HANDED_OFF,
+    Finish.HANDOFF_FAILED: pb.SEQUENCE_FINISH_HANDOFF_FAILED,
+}
+_HANDOFF_FAILURES = {
+    None: pb.HANDOFF_FAILURE_UNSPECIFIED,
+    HandoffFailure.LEASE_EXPIRED: pb.HANDOFF_FAILURE_LEASE_EXPIRED,
+    HandoffFailure.ABORTED: pb.HANDOFF_FAILURE_ABORTED,
+    HandoffFailure.REFUSED: pb.HANDOFF_FAILURE_REFUSED,
+    HandoffFailure.UNKNOWN_PEER: pb.HANDOFF_FAILURE_UNKNOWN_PEER,
+    HandoffFailure.BACKEND: pb.HANDOFF_FAILURE_BACKEND,
+    HandoffFailure.INCOMPATIBLE: pb.HANDOFF_FAILURE_INCOMPATIBLE,
+}
+_TRANSPORTS = {
+    Transport.GRPC: handoff_pb2.HANDOFF_TRANSPORT_GRPC,
+    Transport.SHARED_MEMORY: handoff_pb2.HANDOFF_TRANSPORT_SHARED_MEMORY,
+    Transport.NIXL: handoff_pb2.HANDOFF_TRANSPORT_NIXL,
 }
 _FIELDS = (
     *("sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p", "sampling.presence_penalty"),
@@ -60,6 +77,40 @@ def read_start(start: pb.StartSequence, now: float) -> SequenceRequest:
         salt=start.cache_salt,
         priority=start.priority,
         deadline=now + start.deadline_ms / 1000 if start.deadline_ms else None,
+        handoff=_read_handoff(start),
+    )
+
+
+def _read_handoff(start: pb.StartSequence) -> Receive | Send | None:
+    match start.WhichOneof("handoff"):
+        case "receive":
+            return Receive(start.receive.prefill_executor_id)
+        case "send":
+            return Send(read_ticket(start.send.ticket))
+    return None
+
+
+def read_ticket(ticket: handoff_pb2.HandoffTicket) -> Ticket:
+    """A ticket as another executor minted it; nothing of it has been checked."""
+    return Ticket(
+        handoff_id=ticket.handoff_id,
+        decode_executor_id=ticket.decode_executor_id,
+        prefill_executor_id=ticket.prefill_executor_id,
+        cached_tokens=ticket.cached_tokens,
+        tokens=ticket.tokens,
+        lease_seconds=ticket.lease_ms / 1000,
+    )
+
+
+def tell_ticket(ticket: Ticket) -> handoff_pb2.HandoffTicket:
+    """The same, on its way."""
+    return handoff_pb2.HandoffTicket(
+        handoff_id=ticket.handoff_id,
+        decode_executor_id=ticket.decode_executor_id,
+        prefill_executor_id=ticket.prefill_executor_id,
+        cached_tokens=ticket.cached_tokens,
+        tokens=ticket.tokens,
+        lease_ms=round(ticket.lease_seconds * 1000),
     )
 
 
@@ -79,6 +130,10 @@ def merge(frames: Iterable[Frame]) -> pb.RunResponse:
         for sequence_id, places in frame.prompt_logprobs:
             tokens = [_logprob(sequence_id, i, place) for i, place in enumerate(places, start=1)]
             response.prompt_logprobs.append(pb.PromptLogprobs(sequence_id=sequence_id, tokens=tokens))
+        if frame.reserved:
+            response.reserved.extend(pb.ReservedHandoff(sequence_id=i, ticket=tell_ticket(t)) for i, t in frame.reserved)
+        if frame.arrived:
+            response.arrived.extend(_arrival(*told) for told in frame.arrived)
     return response
 
 
@@ -89,6 +144,21 @@ def _finished(told: Finished) -> pb.FinishedSequence:
         preemptions=told.preemptions,
         message=told.message,
         decode_us=int(told.decode * 1e6),
+        handoff_failure=_HANDOFF_FAILURES[told.handoff_failure],
+    )
+
+
+def _arrival(sequence_id: int, told: Arrival) -> pb.KvArrival:
+    return pb.KvArrival(
+        sequence_id=sequence_id,
+        kv_bytes=told.kv_bytes,
+        waited_us=int(told.waited * 1e6),
+        transfer_us=int(told.transfer * 1e6),
+        exposed_us=int(told.exposed * 1e6),
+        transport=_TRANSPORTS[told.transport],
+        native=told.native,
+        pushes=told.pushes,
+        resumptions=told.resumptions,
     )
 
 
@@ -122,6 +192,8 @@ def load_of(engine: Engine) -> scheduler_pb2.Load:
         waiting_tokens=scheduler.waiting_tokens(),
         prefill_tokens_per_second=meter.prefill_tokens_per_second,
         steps_per_second=meter.steps_per_second,
+        receiving=len(scheduler.receiving),
+        sending=len(scheduler.sending),
     )
 
 
@@ -165,6 +237,7 @@ def describe(loaded: Loaded, executor_id: str, address: str, tokenizer: str) -> 
         calibration=None if loaded.times is None else _calibration(loaded.times),
         fields=[*_FIELDS, *prompt_fields],
         prefix_cache=loaded.engine.blocks.caching,
+        native_layout=loaded.model.kv.native_layout,
         eos_token_ids=decoder.eos_token_ids,
         defaults=scheduler_pb2.GenerationDefaults(
             temperature=defaults.temperature,

@@ -3,13 +3,18 @@
 There is one view of a sequence: it has tokens, and so many of them are computed. Decoding is one token left, prefill is more, and
 a preempted sequence is one with nothing computed. Decodes go first, so that no prompt delays them by more than its chunk; as they
 take one token each and there are fewer of them than tokens in a step, prompts always get room as well.
+
+A sequence whose KV comes from elsewhere is admitted in its turn too, and then computes nothing until the KV is there. One whose KV
+goes elsewhere is never preempted: what was sent of it has to stay what it is.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 
 from penstock.executor.blocks import BlockManager
@@ -22,6 +27,10 @@ PROMPT_LOGITS_CHUNK = 128
 
 # Tokens of a prefix that others compute now for which a prompt waits.
 WORTH_WAITING_FOR = 64
+
+# One in so many places and blocks is for sequences that wait for KV. Two executors that hand over to each other would otherwise be
+# full of such sequences some day, each waiting for a prompt that the other has no room to compute.
+RECEIVING_SHARE = 2
 
 _rank = attrgetter("rank")
 
@@ -47,10 +56,11 @@ class Limits:
 
 @dataclass(slots=True)
 class Step:
-    """The sequences of one step and how many new tokens each computes."""
+    """The sequences of one step and how many new tokens each computes; and those whose blocks now wait for KV."""
 
     sequences: list[Sequence]
     counts: list[int]
+    reserved: list[Sequence]
 
 
 @dataclass(slots=True)
@@ -68,6 +78,7 @@ class _Plan:
 
     room: int
     counts: dict[Sequence, int] = field(default_factory=dict)
+    reserved: list[Sequence] = field(default_factory=list)
 
     def add(self, sequence: Sequence, count: int) -> None:
         self.counts[sequence] = count
@@ -78,11 +89,13 @@ class _Plan:
 
 
 class Scheduler:
-    """Waiting and running sequences of one engine, each list in the order of rank."""
+    """Sequences of one engine: waiting and running ones in the order of rank, receiving and sending ones as they came."""
 
     def __init__(self, blocks: BlockManager, block_size: int, limits: Limits) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.receiving: dict[Sequence, None] = {}
+        self.sending: dict[Sequence, None] = {}
         self.counts = SchedulerCounts()
         self._blocks = blocks
         self._block_size = block_size
@@ -105,8 +118,25 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+        self.receiving.pop(sequence, None)
+        self.sending.pop(sequence, None)
         self._give_back(sequence)
         sequence.status = Status.DONE
+
+    def go_on(self, sequence: Sequence) -> None:
+        """The KV of a receiving sequence is there, of all tokens that it has: it runs, and its blocks can be shared."""
+        del self.receiving[sequence]
+        sequence.awaits_kv = False
+        sequence.computed = len(sequence.ids)
+        self._register(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_rank)
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """A running sequence has its first token and is decoded elsewhere: its blocks stay until it is removed."""
+        self.running.remove(sequence)
+        sequence.status = Status.SENDING
+        self.sending[sequence] = None
 
     def expired(self, now: float) -> list[Sequence]:
         """The sequences whose deadline has passed, each told once."""
@@ -117,32 +147,50 @@ class Scheduler:
                 late.append(sequence)
         return late
 
+    @property
+    def next_deadline(self) -> float:
+        """When `expired` may next have something to tell; infinite where nothing has a deadline."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no sequence at all. May be called from other threads."""
+        return not (self.waiting or self.running or self.receiving or self.sending)
+
     def waiting_tokens(self) -> int:
         """Tokens of prompts that are still to be computed. May be called from other threads."""
-        return sum(s.remaining for s in self.waiting.copy()) + sum(max(0, s.remaining - 1) for s in self.running.copy())
+        waiting = sum(s.remaining for s in self.waiting.copy() if not s.awaits_kv)
+        return waiting + sum(max(0, s.remaining - 1) for s in self.running.copy())
 
     def schedule(self) -> Step:
-        """Choose the next step; blocks for it are allocated. Empty only where nothing waits or runs."""
+        """Choose the next step; blocks for it are allocated.
+
+        Where it is empty, it stays so until a sequence comes or ends, or KV has arrived: nothing runs, and those that wait need
+        what receiving and sending ones hold.
+        """
         plan = _Plan(self.limits.max_batch_tokens)
         self._plan_decodes(plan)
         if plan.counts and self.limits.chunked:
             plan.room = min(plan.room, self.limits.prefill_chunk)
         self._plan_prefills(plan)
         self._admit(plan)
-        return Step(list(plan.counts), list(plan.counts.values()))
+        return Step(list(plan.counts), list(plan.counts.values()), plan.reserved)
 
     def advance(self, step: Step) -> None:
         """A step has been computed: blocks that it filled can be shared from now on."""
         for sequence, count in zip(step.sequences, step.counts, strict=True):
             sequence.computed += count
-            full = sequence.computed // self._block_size
-            for i in range(sequence.registered, full):
-                self._blocks.register(int(sequence.table[i]), sequence.hashes[i])
-            sequence.registered = full
+            self._register(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
+        full = sequence.computed // self._block_size
+        for i in range(sequence.registered, full):
+            self._blocks.register(int(sequence.table[i]), sequence.hashes[i])
+        sequence.registered = full
 
     def _prune_deadlines(self) -> None:
         """Let go of sequences that ended long before their deadline, once they are most of those kept."""
-        if len(self._deadlines) > 64 + 2 * (len(self.waiting) + len(self.running)):
+        if len(self._deadlines) > 64 + 2 * (len(self.waiting) + len(self.running) + len(self.receiving) + len(self.sending)):
             self._deadlines = [entry for entry in self._deadlines if entry[2].status is not Status.DONE]
             heapq.heapify(self._deadlines)
 
@@ -163,43 +211,61 @@ class Scheduler:
     def _admit(self, plan: _Plan) -> None:
         """Let the first of those that wait run, as long as there are room and blocks.
 
-        Nobody overtakes the first, unless it had better wait for a prefix that another is computing right now: the choices of one
-        request arrive together.
+        Nobody overtakes the first, unless it had better wait for a prefix that another is computing right now, the choices of one
+        request arriving together, or would receive KV and enough others do.
         """
         coming = self._coming() if self.waiting and self.limits.caching else set()
         place = 0
-        while place < len(self.waiting) and len(self.running) < self.limits.max_batch_size:
+        while place < len(self.waiting) and (taken := len(self.running) + len(self.receiving)) < self.limits.max_batch_size:
             sequence = self.waiting[place]
             shared = self._find_cached(sequence)
-            if coming and self._should_wait(sequence, len(shared), coming):
+            fresh = -(-len(sequence.ids) // self._block_size) - len(shared)
+            if self._enough_receive(fresh) if sequence.awaits_kv else self._should_wait(sequence, len(shared), coming):
                 place += 1
                 continue
             cached = len(shared) * self._block_size
-            count = self._chunk(sequence, plan.room, cached)
-            fresh = -(-len(sequence.ids) // self._block_size) - len(shared)
+            count = 0 if sequence.awaits_kv else self._chunk(sequence, plan.room, cached)
             # Each that runs may need a block soon; a newcomer that takes the last ones would only be preempted.
-            if not count or not self._blocks.can_allocate(shared, fresh, spare=len(self.running)):
+            if not (count or sequence.awaits_kv) or not self._blocks.can_allocate(shared, fresh, spare=taken):
                 return
             del self.waiting[place]
             sequence.hold(self._blocks.allocate(shared, fresh))
             sequence.computed = cached
             sequence.registered = len(shared)
-            sequence.status = Status.RUNNING
-            insort(self.running, sequence, key=_rank)
             self._count_cached(sequence, cached)
-            plan.add(sequence, count)
+            self._begin(sequence, count, plan)
             if self.limits.caching:
                 coming.update(sequence.hashes[sequence.registered :])
 
+    def _begin(self, sequence: Sequence, count: int, plan: _Plan) -> None:
+        if sequence.awaits_kv:
+            sequence.status = Status.RECEIVING
+            self.receiving[sequence] = None
+            plan.reserved.append(sequence)
+            return
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_rank)
+        plan.add(sequence, count)
+
+    def _enough_receive(self, fresh: int) -> bool:
+        """Whether those that receive have all that is meant for them. One alone may have any number of blocks."""
+        if not self.receiving:
+            return False
+        held = sum(s.blocks for s in self.receiving)
+        return (len(self.receiving) + 1) * RECEIVING_SHARE > self.limits.max_batch_size or (
+            (held + fresh) * RECEIVING_SHARE > self._blocks.count
+        )
+
     def _coming(self) -> set[bytes]:
-        """Hashes of the blocks that running prompts will have filled when they are through."""
-        return {key for s in self.running if s.remaining > 1 for key in s.hashes[s.registered :]}
+        """Hashes of the blocks that running and receiving prompts will have filled when they are through."""
+        computing = (s for s in self.running if s.remaining > 1)
+        return {key for s in chain(computing, self.receiving) for key in s.hashes[s.registered :]}
 
     def _should_wait(self, sequence: Sequence, found: int, coming: set[bytes]) -> bool:
         """Whether so much of a prompt is being computed by others that sharing it is worth a few steps."""
         least = -(-WORTH_WAITING_FOR // self._block_size)
         usable = (len(sequence.ids) - 1) // self._block_size
-        if sequence.wants_prompt_logprobs or usable - found < least:
+        if not coming or sequence.wants_prompt_logprobs or usable - found < least:
             return False
         return all(key in coming for key in sequence.hashes[found : found + least])
 
@@ -226,11 +292,11 @@ class Scheduler:
         self.counts.prefix_hits += cached
 
     def _make_room(self, sequence: Sequence, plan: _Plan) -> bool:
-        """See to it that the sequence has a block for its next token, if need be by preempting the last in rank."""
+        """See to it that the sequence has a block for its next token, if need be by preempting the last in rank that may be."""
         if sequence.blocks * self._block_size >= len(sequence.ids):
             return True
         while not self._blocks.can_allocate((), 1):
-            victim = self.running[-1]
+            victim = next(s for s in reversed(self.running) if not s.sends)
             plan.drop(victim)
             self._preempt(victim)
             if victim is sequence:

@@ -20,10 +20,12 @@ __all__ = ["Finish", "Finished", "Frame", "Sequence", "SequenceRequest", "Sink",
 
 
 class Status(Enum):
-    """Where a sequence is in the engine."""
+    """Where a sequence is in the engine. One that receives or sends holds its blocks, and computes nothing."""
 
     WAITING = "waiting"
     RUNNING = "running"
+    RECEIVING = "receiving"
+    SENDING = "sending"
     DONE = "done"
 
 
@@ -71,7 +73,10 @@ class SequenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Told with a sequence's first token. Times in seconds: from submission to the first step, and from there to the token."""
+    """Told with a sequence's first token, by the engine that draws it.
+
+    Times in seconds: from submission to the first step, and from there to the token.
+    """
 
     sequence_id: int
     cached_tokens: int
@@ -117,15 +122,19 @@ class Sequence:
     Attributes:
         ids: prompt and output. Those before `computed` stand in the KV cache, in the blocks `table[:blocks]`.
         rank: (-priority, number of arrival); the least goes first.
+        awaits_kv: whether its KV is computed elsewhere, and has not come yet.
+        handing: whether the handoff knows it, and is to be told of its end.
     """
 
     __slots__ = (
         "adjustment",
+        "awaits_kv",
         "blocks",
         "cached_tokens",
         "computed",
         "first_step_at",
         "first_token_at",
+        "handing",
         "hashes",
         "ids",
         "masked",
@@ -161,9 +170,11 @@ class Sequence:
             Adjustment(request.sampling, request.prompt, request.replayed) if Adjustment.needed(request.sampling) else None
         )
         self.row = Row(request.sampling, 0, self.adjustment, (), request.logprobs)
-        self.prompt_logprobs: list[TokenLogprob] | None = (
-            [] if request.prompt_logprobs is not None and not request.replayed else None
-        )
+        self.awaits_kv = isinstance(request.handoff, Receive)
+        self.handing = False
+        # Of a prompt that is computed elsewhere they are told there.
+        asked = request.prompt_logprobs is not None and not request.replayed and not self.awaits_kv
+        self.prompt_logprobs: list[TokenLogprob] | None = [] if asked else None
         self.submitted_at = submitted_at
         self.first_step_at = 0.0
         self.first_token_at = 0.0
@@ -179,6 +190,11 @@ class Sequence:
     @property
     def output_length(self) -> int:
         return len(self.ids) - self.prompt_length
+
+    @property
+    def sends(self) -> bool:
+        """Whether it ends here with its first token, and is decoded elsewhere."""
+        return isinstance(self.request.handoff, Send)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

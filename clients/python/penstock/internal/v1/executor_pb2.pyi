@@ -460,7 +460,7 @@ Global___KvArrival: _TypeAlias = KvArrival  # noqa: Y015
 
 @_typing.final
 class StartedSequence(_message.Message):
-    """Told with a sequence's first token."""
+    """Told with a sequence's first token by the executor that draws it: where prefill runs apart, by the prefill executor alone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
