@@ -238,6 +238,7 @@ def describe(loaded: Loaded, executor_id: str, address: str, tokenizer: str) -> 
         fields=[*_FIELDS, *prompt_fields],
         prefix_cache=loaded.engine.blocks.caching,
         native_layout=loaded.model.kv.native_layout,
+        kv_bytes_per_token=loaded.model.kv.canonical_bytes(1, loaded.model.kv.canonical_dtype),
         eos_token_ids=decoder.eos_token_ids,
         defaults=scheduler_pb2.GenerationDefaults(
             temperature=defaults.temperature,
