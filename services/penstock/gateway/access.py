@@ -75,6 +75,7 @@ def note(model: str, requests: Sequence[Request]) -> None:
         "queue_seconds": round(max(r.queue_seconds for r in requests), 6),
         "first_token_seconds": first if first is None else round(first, 6),
         "replacements": sum(r.replacements for r in requests),
+        "fallbacks": [f"{fallback.value}: {reason.value}" for r in requests for fallback, reason, _ in r.fallbacks],
     }
 
 

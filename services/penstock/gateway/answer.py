@@ -6,7 +6,18 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Closing", "Delta", "Finish", "FinishReason", "Logprob", "TokenAlternative"]
+__all__ = [
+    "Closing",
+    "Delta",
+    "Fallback",
+    "FallbackReason",
+    "Finish",
+    "FinishReason",
+    "Handoff",
+    "Logprob",
+    "PlacementReason",
+    "TokenAlternative",
+]
 
 
 class FinishReason(enum.Enum):
@@ -49,9 +60,66 @@ class Logprob:
     alternatives: Sequence[TokenAlternative]
 
 
+class PlacementReason(enum.Enum):
+    """Why the scheduler had a request run together or apart."""
+
+    UNSPECIFIED = "unspecified"
+    POLICY = "policy"
+    COST = "cost"
+    NO_PREFILL_EXECUTOR = "no_prefill_executor"
+    NO_DECODE_EXECUTOR = "no_decode_executor"
+    ONE_TOKEN = "one_token"  # noqa: S105 - no password
+    CACHED = "cached"
+    INCOMPATIBLE = "incompatible"
+    REPLACED = "replaced"
+
+
+class Fallback(enum.Enum):
+    """What was done about a handoff, or an executor, that was lost."""
+
+    NONE = "none"
+    RECOMPUTE_ON_DECODE = "recompute_on_decode"
+    REPLACED = "replaced"
+
+
+class FallbackReason(enum.Enum):
+    """Why. The first six are what executors say of a handoff; of the others, `decode` is the executor that decodes."""
+
+    LEASE_EXPIRED = "lease_expired"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+    UNKNOWN_PEER = "unknown_peer"
+    BACKEND = "backend"
+    INCOMPATIBLE = "incompatible"
+    PREFILL_LOST = "prefill_lost"
+    PREFILL_REFUSED = "prefill_refused"
+    PREFILL_FAILED = "prefill_failed"
+    DECODE_LOST = "decode_lost"
+    DECODE_REFUSED = "decode_refused"
+    DECODE_FAILED = "decode_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    """KV that went from the executor that prefilled to the one that decoded; all of it, where a request was handed over again."""
+
+    kv_bytes: int
+    transfer_seconds: float
+    exposed_seconds: float
+    transport: str
+    native: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closing:
-    """How a request ran. Times in seconds; `executor_ids` in the order of placement."""
+    """How a request ran. Times in seconds; `executor_ids` in the order of placement.
+
+    Attributes:
+        prefill_executor_id: that computed the prompt last; the one that decoded, where both ran together.
+        handoff: None where no KV was handed over.
+        fallback: the last one that was taken.
+        first_step_seconds: from the first token to the second; 0 where there is none.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -64,6 +132,13 @@ class Closing:
     replacements: int
     preemptions: int
     seed: int
+    prefill_executor_id: str = ""
+    decode_executor_id: str = ""
+    placement_reason: PlacementReason = PlacementReason.UNSPECIFIED
+    handoff: Handoff | None = None
+    fallback: Fallback = Fallback.NONE
+    fallback_reason: FallbackReason | None = None
+    first_step_seconds: float = 0.0
 
 
 @dataclass(slots=True)

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from penstock.gateway.answer import Finish, Logprob, TokenAlternative
-from penstock.gateway.ports import SequenceEnd, SequenceStart, Text, TokenReport
+from penstock.gateway.ports import PrefillLease, SequenceEnd, SequenceStart, Text, TokenReport
+from penstock.gateway.states import Stage
 
 if TYPE_CHECKING:
     from penstock.gateway.machine import Request
 
-__all__ = ["Choice", "ids_of"]
+__all__ = ["Apart", "Choice", "ids_of"]
+
+
+@dataclass(slots=True)
+class Apart:
+    """The half of a choice that prefills on an executor of its own, and what the other half tells before it.
+
+    Two executors are two streams, and nothing orders them: tokens that are drawn behind the first one may be heard before it.
+
+    Attributes:
+        first: position of the token that it draws.
+        sent: whether it was started.
+        sequence_id: while it runs.
+        arrived: whether its KV is with the other half.
+        tokens: what the other half told early, from position `first` + 1 on.
+        reports: their log-probabilities, by position.
+        end: how the other half ended early.
+    """
+
+    prefill: PrefillLease
+    first: int
+    begun_at: float
+    sent: bool = False
+    sequence_id: int | None = None
+    arrived: bool = False
+    tokens: list[int] = field(default_factory=list)
+    reports: dict[int, TokenReport] = field(default_factory=dict)
+    end: tuple[SequenceEnd, int] | None = None
 
 
 class Choice:
@@ -21,7 +50,9 @@ class Choice:
     Attributes:
         ids: output tokens, a stop token at the end included.
         stop_ids: tokens that end the choice.
-        sequence_id: while a sequence of it runs on an executor.
+        sequence_id: while a sequence of it runs on the executor that decodes.
+        apart: the half that prefills, where that runs elsewhere; it stays when that half is done.
+        reserve_seconds: how long blocks were waited for where KV was to come.
         ended: how the executor ended it, once it did.
         stop_token: the stop token that ended it; it is not decoded unless stop texts are to be shown.
         finish: once the client was told the last of it.
@@ -30,6 +61,7 @@ class Choice:
     """
 
     __slots__ = (
+        "apart",
         "begun",
         "decoding_id",
         "describing",
@@ -42,6 +74,7 @@ class Choice:
         "prompt_reports",
         "reports",
         "request",
+        "reserve_seconds",
         "sequence_id",
         "shows_stop",
         "start",
@@ -59,6 +92,8 @@ class Choice:
         self.stop_ids = request.plan.stop_ids
         self.shows_stop = request.plan.include_stop_text
         self.sequence_id: int | None = None
+        self.apart: Apart | None = None
+        self.reserve_seconds = 0.0
         self.start: SequenceStart | None = None
         self.ended: SequenceEnd | None = None
         self.stop_token: int | None = None
@@ -76,6 +111,29 @@ class Choice:
     def decodable_ids(self) -> list[int]:
         """Tokens that the decoding has to hold by now."""
         return self.ids[:-1] if self.stop_token is not None and not self.shows_stop else self.ids
+
+    @property
+    def stage(self) -> Stage:
+        """How far its handoff has come. A token behind the first one tells that KV has arrived, too."""
+        apart = self.apart
+        if apart is None:
+            return Stage.TOGETHER
+        if apart.arrived or apart.tokens or len(self.ids) > apart.first + 1:
+            return Stage.ARRIVED
+        return Stage.SENDING if apart.sent else Stage.RESERVING
+
+    @property
+    def first_is_due(self) -> bool:
+        """Whether the token that the prefilling half draws has not been heard yet."""
+        return self.apart is not None and len(self.ids) == self.apart.first
+
+    def runs(self, sequence_id: int) -> bool:
+        """Whether a sequence is one of its own; one that was given up is not."""
+        return sequence_id == self.sequence_id or self.prefills(sequence_id)
+
+    def prefills(self, sequence_id: int) -> bool:
+        """Whether a sequence is the half of it that prefills."""
+        return self.apart is not None and sequence_id == self.apart.sequence_id
 
     def complete_at(self, max_tokens: int) -> SequenceEnd | None:
         """How a choice has ended whose executor was lost after its last token and before it could say so."""

@@ -8,18 +8,13 @@ from collections.abc import Callable, Sequence
 
 from penstock.common.channel import connect
 from penstock.common.logs import logger
+from penstock.gateway import messages
 from penstock.gateway.choice import Choice
-from penstock.gateway.ports import Lease, SequenceEnd, SequenceStart, TokenReport
+from penstock.gateway.ports import Lease, Loss, PrefillLease
 from penstock.gateway.stream import Stream
 from penstock.internal.v1 import executor_pb2, executor_pb2_grpc
 
 __all__ = ["ExecutorPool"]
-
-_ENDS = {
-    executor_pb2.SEQUENCE_FINISH_STOP: SequenceEnd.STOP,
-    executor_pb2.SEQUENCE_FINISH_LENGTH: SequenceEnd.LENGTH,
-    executor_pb2.SEQUENCE_FINISH_DEADLINE: SequenceEnd.DEADLINE,
-}
 
 
 class ExecutorPool:
@@ -44,12 +39,25 @@ class ExecutorPool:
 
     def start(self, lease: Lease, choice: Choice) -> int:
         """Start, or go on with, a choice's sequence."""
-        link = self._links.get(lease.executor_id)
+        return self._start(lease.executor_id, lease.address, choice, messages.together(choice))
+
+    def receive(self, lease: Lease, prefill: PrefillLease, choice: Choice) -> int:
+        """Start the half of a choice that decodes."""
+        return self._start(lease.executor_id, lease.address, choice, messages.receiving(choice, prefill.executor_id))
+
+    def send(self, prefill: PrefillLease, ticket: bytes, choice: Choice) -> int:
+        """Start the half of a choice that prefills."""
+        return self._start(prefill.executor_id, prefill.address, choice, messages.sending(choice, ticket))
+
+    def _start(self, executor_id: str, address: str, choice: Choice, message: executor_pb2.StartSequence) -> int:
+        link = self._links.get(executor_id)
         if link is None:
-            link = self._links[lease.executor_id] = _Link(self, lease)
-        sequence_id = next(self._ids)
+            link = self._links[executor_id] = _Link(self, executor_id, address)
+        message.sequence_id = sequence_id = next(self._ids)
+        message.executor_id = executor_id
+        message.deadline_ms = max(1, int((choice.request.caller.deadline - self._clock()) * 1000))
         self._link_of[sequence_id] = link
-        link.start(sequence_id, choice, choice.request.caller.deadline - self._clock())
+        link.start(choice, message)
         return sequence_id
 
     def abort(self, sequence_id: int) -> None:
@@ -96,15 +104,15 @@ class ExecutorPool:
 class _Link:
     """One executor's stream."""
 
-    def __init__(self, pool: ExecutorPool, lease: Lease) -> None:
+    def __init__(self, pool: ExecutorPool, executor_id: str, address: str) -> None:
         self.choices: dict[int, Choice] = {}
         self._pool = pool
-        self._executor_id = lease.executor_id
+        self._executor_id = executor_id
         self._start: dict[int, executor_pb2.StartSequence] = {}
         self._aborted: list[int] = []
-        self._channel = connect(lease.address)
+        self._channel = connect(address)
         self._stream: Stream[executor_pb2.RunRequest, executor_pb2.RunResponse] = Stream(
-            f"executor {lease.executor_id}", executor_pb2_grpc.ExecutorServiceStub(self._channel).Run, self, forever=False
+            f"executor {executor_id}", executor_pb2_grpc.ExecutorServiceStub(self._channel).Run, self, forever=False
         )
         self._task = asyncio.create_task(self._run())
 
@@ -120,9 +128,9 @@ class _Link:
     async def closed(self) -> None:
         await asyncio.wait((self._task,))
 
-    def start(self, sequence_id: int, choice: Choice, seconds_left: float) -> None:
-        self.choices[sequence_id] = choice
-        self._start[sequence_id] = _start_message(sequence_id, choice, self._executor_id, seconds_left)
+    def start(self, choice: Choice, message: executor_pb2.StartSequence) -> None:
+        self.choices[message.sequence_id] = choice
+        self._start[message.sequence_id] = message
         self._stream.wake()
 
     def abort(self, sequence_id: int) -> None:
@@ -145,6 +153,8 @@ class _Link:
 
     def received(self, message: executor_pb2.RunResponse) -> None:
         choices = self.choices
+        if message.reserved or message.arrived:
+            self._handoffs(message)
         if message.started or message.logprobs or message.prompt_logprobs:
             self._facts(message)
         for sequence_id, token_id, position in zip(message.sequence_ids, message.token_ids, message.positions, strict=True):
@@ -156,42 +166,50 @@ class _Link:
             self._ended(finished)
         self._pool.frame_done(ended)
 
+    def _handoffs(self, message: executor_pb2.RunResponse) -> None:
+        for reserved in message.reserved:
+            if (choice := self.choices.get(reserved.sequence_id)) is not None:
+                choice.request.reserved_blocks(choice, reserved.sequence_id, reserved.ticket.SerializeToString())
+        for arrived in message.arrived:
+            if (choice := self.choices.get(arrived.sequence_id)) is not None:
+                choice.request.kv_arrived(choice, arrived.sequence_id, messages.arrival(arrived))
+
     def _facts(self, message: executor_pb2.RunResponse) -> None:
         choices = self.choices
         for started in message.started:
             if (choice := choices.get(started.sequence_id)) is not None:
-                start = SequenceStart(started.cached_tokens, started.waited_us / 1e6, started.prefill_us / 1e6)
-                choice.request.sequence_started(choice, start)
+                choice.request.sequence_started(choice, started.sequence_id, messages.sequence_start(started))
         for prompt in message.prompt_logprobs:
             if (choice := choices.get(prompt.sequence_id)) is not None:
-                choice.request.prompt_report(
-                    choice, [_report(choice.request.plan.prompt_ids[t.position], t) for t in prompt.tokens]
-                )
+                choice.request.prompt_report(choice, messages.prompt_reports(prompt, choice.request.plan.prompt_ids))
         if message.logprobs:
             ids = dict(zip(zip(message.sequence_ids, message.positions, strict=True), message.token_ids, strict=True))
             for told in message.logprobs:
                 if (choice := choices.get(told.sequence_id)) is not None:
                     token_id = ids[told.sequence_id, told.position]
-                    choice.request.report(choice, told.position, _report(token_id, told))
+                    choice.request.report(choice, told.position, messages.token_report(token_id, told))
 
     def _ended(self, finished: executor_pb2.FinishedSequence) -> None:
-        choice = self.choices.pop(finished.sequence_id, None)
+        sequence_id = finished.sequence_id
+        choice = self.choices.pop(sequence_id, None)
         if choice is None:
             return
-        end = _ENDS.get(finished.reason)
-        if end is not None:
-            choice.request.sequence_ended(choice, end, finished.preemptions)
+        request = choice.request
+        if finished.reason == executor_pb2.SEQUENCE_FINISH_HANDED_OFF:
+            request.handed_off(choice, sequence_id, finished.preemptions)
             return
-        reason = executor_pb2.SequenceFinish.Name(finished.reason)
-        logger().warning(
-            "sequence lost",
-            executor_id=self._executor_id,
-            request_id=choice.request.caller.request_id,
-            reason=reason,
-            message=finished.message,
-        )
-        choice.sequence_id = None
-        choice.request.sequence_lost(f"{reason}: {finished.message}")
+        end = messages.ENDS.get(finished.reason)
+        if end is not None:
+            request.sequence_ended(choice, sequence_id, end, finished.preemptions)
+            return
+        failure = messages.handoff_failure(finished)
+        why = messages.why(finished)
+        logger().warning("sequence lost", executor_id=self._executor_id, request_id=request.caller.request_id, why=why)
+        if failure is not None:
+            request.handoff_failed(choice, sequence_id, failure, why)
+        else:
+            refused = finished.reason == executor_pb2.SEQUENCE_FINISH_REFUSED
+            request.sequence_lost(choice, sequence_id, Loss.REFUSED if refused else Loss.FAILED, why)
 
     def lost(self, why: str) -> None:
         """Everything that ran here goes on elsewhere."""
@@ -199,42 +217,5 @@ class _Link:
         choices, self.choices = self.choices, {}
         if choices:
             logger().warning("executor lost", executor_id=self._executor_id, why=why, sequences=len(choices))
-        for choice in choices.values():
-            choice.sequence_id = None
-        for request in {id(c.request): c.request for c in choices.values()}.values():
-            request.sequence_lost(why)
-
-
-def _report(token_id: int, told: executor_pb2.TokenLogprobs) -> TokenReport:
-    return TokenReport(token_id, told.logprob, told.rank, list(told.top_ids), list(told.top_logprobs))
-
-
-def _start_message(sequence_id: int, choice: Choice, executor_id: str, seconds_left: float) -> executor_pb2.StartSequence:
-    plan, caller, sampling = choice.request.plan, choice.request.caller, choice.request.plan.sampling
-    return executor_pb2.StartSequence(
-        sequence_id=sequence_id,
-        request_id=caller.request_id,
-        traceparent=caller.traceparent,
-        prompt_ids=plan.prompt_ids,
-        replayed_ids=choice.ids,
-        sampling=executor_pb2.SamplingParameters(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            logit_bias=sampling.logit_bias,
-            seed=(sampling.seed + choice.index) % 2**64,
-        ),
-        max_tokens=plan.max_tokens,
-        min_tokens=plan.min_tokens,
-        stop_token_ids=sorted(plan.stop_ids),
-        logprobs=plan.reporting.logprobs,
-        prompt_logprobs=plan.reporting.prompt_logprobs if choice.prompt_reports is None else None,
-        cache_salt=plan.salt,
-        priority=plan.priority,
-        deadline_ms=max(1, int(seconds_left * 1000)),
-        executor_id=executor_id,
-    )
+        for sequence_id, choice in choices.items():
+            choice.request.sequence_lost(choice, sequence_id, Loss.LOST, why)

@@ -37,6 +37,15 @@ class GatewayMetrics:
         self._generated = self._counter("gateway_generation_tokens", "Tokens told to clients")
         self._cached = self._counter("gateway_prompt_tokens_cached", "Prompt tokens found in a prefix cache")
         self._replacements = self._counter("request_replacements", "Placements after an executor was lost")
+        self._placed = self._counter("requests_placed", "Leases, by whether prefill ran apart, and why", "how", "reason")
+        self._fallbacks = self._counter("fallbacks", "Handoffs and executors that were lost to a running request", "reason")
+        self._parts = Histogram(
+            "penstock_time_to_first_token_part_seconds",
+            "Where the time to the first token, and from there to the second, went",
+            (*_MODEL, "part"),
+            buckets=TIME_TO_FIRST_TOKEN_SECONDS,
+            registry=self.registry,
+        )
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A figure that is read when it is asked for."""
@@ -49,7 +58,12 @@ class GatewayMetrics:
         self._generated.labels(model).inc(generated)
         if request.replacements:
             self._replacements.labels(model).inc(request.replacements)
+        for apart, why in request.placements:
+            self._placed.labels(model, "apart" if apart else "together", why.value).inc()
+        for _, lost, _ in request.fallbacks:
+            self._fallbacks.labels(model, lost.value).inc()
         if request.first_token_at is not None:
+            self._observe_parts(request)
             self._first.labels(model).observe(request.first_token_at - request.arrived)
             longest = max(choice.told_tokens for choice in request.choices)
             if longest > 1 and request.last_token_at is not None:
@@ -64,6 +78,14 @@ class GatewayMetrics:
         for choice in request.choices:
             reason = choice.finish.reason if choice.finish is not None else FinishReason.DEADLINE
             self._success.labels(model, reason.value).inc()
+
+    def _observe_parts(self, request: Request) -> None:
+        parts = {"queue": request.queue_seconds, "prefill": request.prefill_seconds, "first_step": request.first_step_seconds}
+        if request.arrivals:
+            parts["transfer"] = sum(arrival.exposed_seconds for _, arrival in request.arrivals)
+        for part, seconds in parts.items():
+            if seconds is not None:
+                self._parts.labels(request.plan.model, part).observe(seconds)
 
     def watch(self, live: Mapping[int, Request]) -> None:
         """Tell how many requests run and wait."""

@@ -17,9 +17,10 @@ from penstock.common.errors import (
     UnknownModel,
     UnsupportedField,
 )
+from penstock.gateway.answer import PlacementReason
 from penstock.gateway.catalog import Catalog, Executor, GenerationDefaults
 from penstock.gateway.machine import Request
-from penstock.gateway.ports import Lease, Placing, Refusal
+from penstock.gateway.ports import Lease, Placing, PrefillLease, Refusal
 from penstock.gateway.stream import Stream
 from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -27,6 +28,7 @@ __all__ = ["SchedulerPlacement"]
 
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 2.0
+_REASONS = {getattr(scheduler_pb2, f"PLACEMENT_REASON_{reason.name}"): reason for reason in PlacementReason}
 
 
 class SchedulerPlacement:
@@ -51,6 +53,7 @@ class SchedulerPlacement:
         self._place: dict[int, scheduler_pb2.Placing] = {}
         self._released: list[int] = []
         self._announced: list[scheduler_pb2.Lease] = []
+        self._prefilled: list[int] = []
         stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
         self._list = stub.ListExecutors
         self._stream = Stream("scheduler", lambda: stub.Place(wait_for_ready=True), self, forever=True)
@@ -92,8 +95,9 @@ class SchedulerPlacement:
             request_id=number,
             model=plan.model,
             tokenizer_fingerprint=plan.tokenizer_fingerprint,
-            prompt_tokens=len(plan.prompt_ids),
-            max_tokens=plan.max_tokens,
+            # What is replayed is prompt to an executor.
+            prompt_tokens=len(plan.prompt_ids) + placing.replayed,
+            max_tokens=plan.max_tokens - placing.replayed,
             choices=plan.n,
             block_hashes=plan.block_hashes,
             fields=plan.fields,
@@ -117,9 +121,17 @@ class SchedulerPlacement:
                 address=lease.address,
                 tokens=lease.tokens,
                 choices=request.plan.n,
+                prefill=_prefill_message(lease.prefill),
             )
         )
         self._stream.wake()
+
+    def prefilled(self, request: Request) -> None:
+        """Give the prefill half of a lease back."""
+        number = self._placing_ids.get(request.number)
+        if number is not None:
+            self._prefilled.append(number)
+            self._stream.wake()
 
     def release(self, request: Request) -> None:
         """Give a lease or a place in the queue back."""
@@ -140,21 +152,25 @@ class SchedulerPlacement:
 
     def opened(self) -> None:
         """Announce leases and place what is queued again: the scheduler may be another one."""
-        self._place.clear()
-        self._released.clear()
-        self._announced.clear()
+        self._clear()
         for request in list(self._requests.values()):
             request.scheduler_back()
 
     def next_message(self) -> scheduler_pb2.PlaceRequest | None:
         """All that is pending."""
-        if not (self._place or self._released or self._announced):
+        if not (self._place or self._released or self._announced or self._prefilled):
             return None
-        message = scheduler_pb2.PlaceRequest(place=self._place.values(), released=self._released, announced=self._announced)
+        message = scheduler_pb2.PlaceRequest(
+            place=self._place.values(), released=self._released, announced=self._announced, prefilled=self._prefilled
+        )
+        self._clear()
+        return message
+
+    def _clear(self) -> None:
         self._place.clear()
         self._released.clear()
         self._announced.clear()
-        return message
+        self._prefilled.clear()
 
     def received(self, message: scheduler_pb2.PlaceResponse) -> None:
         """Leases, refusals, the catalog, and executors that are lost."""
@@ -165,7 +181,7 @@ class SchedulerPlacement:
         for lease in message.granted:
             request = self._requests.get(lease.request_id)
             if request is not None:
-                request.granted(Lease(lease.executor_id, lease.address, lease.tokens, lease.queued_us / 1e6))
+                request.granted(_lease(lease))
         for refusal in message.refused:
             request = self._requests.get(refusal.request_id)
             if request is not None:
@@ -177,6 +193,33 @@ class SchedulerPlacement:
         """Running requests do not notice."""
         self.connected = False
         self._on_catalog()
+
+
+def _lease(told: scheduler_pb2.Lease) -> Lease:
+    prefill = None
+    if told.HasField("prefill"):
+        prefill = PrefillLease(
+            told.prefill.executor_id, told.prefill.address, told.prefill.tokens, told.prefill.expected_cached_tokens
+        )
+    return Lease(
+        told.executor_id,
+        told.address,
+        told.tokens,
+        told.queued_us / 1e6,
+        prefill,
+        _REASONS.get(told.reason, PlacementReason.UNSPECIFIED),
+    )
+
+
+def _prefill_message(prefill: PrefillLease | None) -> scheduler_pb2.PrefillLease | None:
+    if prefill is None:
+        return None
+    return scheduler_pb2.PrefillLease(
+        executor_id=prefill.executor_id,
+        address=prefill.address,
+        tokens=prefill.tokens,
+        expected_cached_tokens=prefill.expected_cached_tokens,
+    )
 
 
 def _error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - one line for each reason

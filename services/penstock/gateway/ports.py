@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.common.errors import PenstockError
-from penstock.gateway.answer import Closing, Finish, Logprob
+from penstock.gateway.answer import Closing, Finish, Logprob, PlacementReason
 
 if TYPE_CHECKING:
     from penstock.gateway.choice import Choice
     from penstock.gateway.machine import Request
 
 __all__ = [
+    "Arrival",
     "Decoding",
     "Execution",
+    "HandoffFailure",
     "Lease",
+    "Loss",
     "Output",
     "Placement",
     "Placing",
+    "PrefillLease",
     "Refusal",
     "SequenceEnd",
     "SequenceStart",
@@ -30,13 +34,29 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillLease:
+    """Leave to compute the first running choice's prompt on an executor of its own."""
+
+    executor_id: str
+    address: str
+    tokens: int = 0
+    expected_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
-    """Leave to run on one executor."""
+    """Leave to run on one executor, or on two: `prefill` is the other one, where prefill runs apart."""
 
     executor_id: str
     address: str
     tokens: int = 0
     queued_seconds: float = 0.0
+    prefill: PrefillLease | None = None
+    reason: PlacementReason = PlacementReason.UNSPECIFIED
+
+    def without_prefill(self) -> Lease:
+        """What is left of it when the prefill half was given back."""
+        return replace(self, prefill=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +65,15 @@ class Placing:
 
     Attributes:
         replacing: it ran before.
-        avoid: the executors that it ran on.
+        avoid: the executors that it was lost on.
         failures: placements in a row that brought no token; the more, the later it is asked again.
+        replayed: output tokens that are computed again behind the prompt, of the choice that has most of them.
     """
 
     replacing: bool
     avoid: Sequence[str] = ()
     failures: int = 0
+    replayed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +98,36 @@ class SequenceEnd(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
     DEADLINE = "deadline"
+
+
+class Loss(enum.Enum):
+    """How a sequence was lost."""
+
+    LOST = "lost"  # with its executor, or with the stream to it
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+class HandoffFailure(enum.Enum):
+    """Why an executor says that KV was not handed over."""
+
+    LEASE_EXPIRED = "lease_expired"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+    UNKNOWN_PEER = "unknown_peer"
+    BACKEND = "backend"
+    INCOMPATIBLE = "incompatible"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How KV came to the executor that decodes; `exposed_seconds` is the part of the transfer behind the end of prefill."""
+
+    kv_bytes: int
+    transfer_seconds: float
+    exposed_seconds: float
+    transport: str
+    native: bool
 
 
 @dataclass(slots=True)
@@ -109,15 +161,24 @@ class Placement(Protocol):
     def announce(self, request: Request, lease: Lease) -> None:
         """Tell a restarted scheduler of a lease."""
 
+    def prefilled(self, request: Request) -> None:
+        """Give the prefill half of a lease back."""
+
     def release(self, request: Request) -> None:
         """Give a lease or a place in the queue back. Idempotent."""
 
 
 class Execution(Protocol):
-    """The executors."""
+    """The executors. Sequence ids are unique in this gateway."""
 
     def start(self, lease: Lease, choice: Choice) -> int:
-        """Start, or go on with, a choice's sequence; its id, unique in this gateway."""
+        """Start, or go on with, a choice's sequence; its id."""
+
+    def receive(self, lease: Lease, prefill: PrefillLease, choice: Choice) -> int:
+        """Start the half of a choice that decodes behind KV that comes from another executor."""
+
+    def send(self, prefill: PrefillLease, ticket: bytes, choice: Choice) -> int:
+        """Start the half that draws the first token and hands its KV over; `ticket` is the other half's, as it was told."""
 
     def abort(self, sequence_id: int) -> None:
         """Stop a sequence and hear no more of it. Idempotent."""

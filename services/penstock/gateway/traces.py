@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -37,17 +37,30 @@ class Trace:
             return
         for request in requests:
             now, unix_ns = request.now(), time.time_ns()
-            placed, first = request.placed_at or now, request.first_token_at or now
-            last = request.last_token_at or now
-            for name, begin, end in (("place", request.begun, placed), ("prefill", placed, first), ("decode", first, last)):
-                if end > begin:
-                    span = tracing.start(name, self.caller.traceparent, at_ns=unix_ns - int((now - begin) * 1e9))
-                    span.end(at_ns=unix_ns - int((now - end) * 1e9))
+            for name, begin, end, facts in _parts(request, now):
+                span = tracing.start(name, self.caller.traceparent, facts, at_ns=unix_ns - int((now - begin) * 1e9))
+                span.end(at_ns=unix_ns - int((now - end) * 1e9))
             self._span.set(
                 {
                     "model": request.plan.model,
                     "prompt_tokens": len(request.plan.prompt_ids),
                     "completion_tokens": sum(c.told_tokens for c in request.choices),
                     "replacements": request.replacements,
+                    "prefill_executor_id": request.prefill_executor_id,
+                    "decode_executor_id": request.decode_executor_id,
                 }
             )
+
+
+def _parts(request: Request, now: float) -> Iterator[tuple[str, float, float, tracing.Attributes]]:
+    """Spans by name, begin, end and facts. A fallback is a moment, and where a request was placed or computed again."""
+    placed, first, last = request.placed_at or now, request.first_token_at or now, request.last_token_at or now
+    for name, begin, end in (("place", request.begun, placed), ("prefill", placed, first), ("decode", first, last)):
+        if end > begin:
+            yield name, begin, end, {}
+    for begin, end in request.reserved:
+        yield "reserve", begin, end, {}
+    for at, arrival in request.arrivals:
+        yield "transfer", at - arrival.transfer_seconds, at, {"kv_bytes": arrival.kv_bytes, "transport": arrival.transport}
+    for fallback, reason, at in request.fallbacks:
+        yield "fallback", at, at, {"fallback": fallback.value, "reason": reason.value}

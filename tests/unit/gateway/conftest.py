@@ -18,7 +18,7 @@ class Ports:
 
     def __init__(self):
         self.placings, self.announced = [], []
-        self.placed = set()
+        self.placed, self.prefilling = set(), set()
         self.sequences, self.decodings, self.finished = {}, {}, set()
         self.starts = []
         self._ids = itertools.count(1)
@@ -30,13 +30,30 @@ class Ports:
     def announce(self, request, lease):
         self.announced.append(lease)
 
+    def prefilled(self, request):
+        assert request.number in self.placed
+        self.prefilling.discard(request.number)
+
     def release(self, request):
         self.placed.discard(request.number)
+        self.prefilling.discard(request.number)
 
     def start(self, lease, choice):
+        return self._start(lease.executor_id, choice, "together")
+
+    def receive(self, lease, prefill, choice):
+        assert prefill is not None
+        self.prefilling.add(choice.request.number)
+        return self._start(lease.executor_id, choice, "receive")
+
+    def send(self, prefill, ticket, choice):
+        assert ticket == b"ticket"
+        return self._start(prefill.executor_id, choice, "send")
+
+    def _start(self, executor_id, choice, kind):
         sequence_id = next(self._ids)
         self.sequences[sequence_id] = choice
-        self.starts.append((lease.executor_id, choice.index, tuple(choice.ids)))
+        self.starts.append((executor_id, choice.index, tuple(choice.ids), kind))
         return sequence_id
 
     def abort(self, sequence_id):
@@ -62,7 +79,7 @@ class Ports:
     close = close_decoding
 
     def at_rest(self):
-        return not (self.placed or self.sequences or self.decodings)
+        return not (self.placed or self.prefilling or self.sequences or self.decodings)
 
 
 class Told:

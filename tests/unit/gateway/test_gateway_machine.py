@@ -5,12 +5,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.common.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
-from penstock.gateway.answer import FinishReason
-from penstock.gateway.machine import TABLE
-from penstock.gateway.ports import Lease, Refusal, SequenceEnd, SequenceStart, Text
+from penstock.gateway.answer import FallbackReason, FinishReason
+from penstock.gateway.ports import Arrival, HandoffFailure, Lease, Loss, Refusal, SequenceEnd, SequenceStart, Text
 from penstock.gateway.states import Event, State
+from penstock.gateway.table import TABLE
 
 LEASE = Lease("e0", "host:1")
+
+
+def lose(request):
+    """The executor, and with it every sequence."""
+    for choice in request.choices:
+        request.sequence_lost(choice, choice.sequence_id, Loss.LOST, "gone")
 
 
 def bring(case, state):
@@ -26,7 +32,7 @@ def bring(case, state):
     request.text(choice, Text("a", 0, 1))
     if state is State.FLUSHING:
         case.ports.sequences.clear()
-        request.sequence_ended(choice, SequenceEnd.LENGTH, 0)
+        request.sequence_ended(choice, choice.sequence_id, SequenceEnd.LENGTH, 0)
     if state is State.DONE:
         request.cancel(Cancelled("gone"))
     return choice
@@ -38,8 +44,14 @@ def send(request, choice, event):
         Event.REFUSED: lambda: request.refused(Refusal(Overloaded("full", 1.0))),
         Event.SCHEDULER_BACK: request.scheduler_back,
         Event.TOKEN: lambda: request.token(choice, 6, len(choice.ids)),
-        Event.SEQUENCE_ENDED: lambda: request.sequence_ended(choice, SequenceEnd.LENGTH, 0),
-        Event.SEQUENCE_LOST: lambda: request.sequence_lost("gone"),
+        Event.SEQUENCE_ENDED: lambda: request.sequence_ended(choice, choice.sequence_id, SequenceEnd.LENGTH, 0),
+        Event.SEQUENCE_LOST: lambda: lose(request),
+        Event.RESERVED: lambda: request.apply(Event.RESERVED, choice, b"ticket"),
+        Event.ARRIVED: lambda: request.apply(Event.ARRIVED, choice, Arrival(1, 0.0, 0.0, "grpc", native=True)),
+        Event.HANDED_OFF: lambda: request.apply(Event.HANDED_OFF, choice, 0),
+        Event.HANDOFF_FAILED: lambda: request.handoff_failed(choice, choice.sequence_id, HandoffFailure.BACKEND, "no"),
+        Event.PREFILL_ENDED: lambda: request.apply(Event.PREFILL_ENDED, choice, SequenceEnd.STOP, 0),
+        Event.PREFILL_LOST: lambda: request.apply(Event.PREFILL_LOST, choice, FallbackReason.PREFILL_LOST, "gone"),
         Event.TEXT: lambda: request.text(choice, Text("b", choice.told_bytes, len(choice.ids))),
         Event.TOKENIZER_BACK: lambda: request.tokenizer_back(choice),
         Event.CANCEL: lambda: request.cancel(Cancelled("gone")),
@@ -57,6 +69,13 @@ OUTCOMES = {
     Event.TOKEN: (Q, D, D, F, X),
     Event.SEQUENCE_ENDED: (Q, Q, F, F, X),  # a sequence that ends without a token is lost
     Event.SEQUENCE_LOST: (Q, Q, Q, F, X),
+    # Of a handoff where there is none; the stages of one are in test_gateway_handoff.
+    Event.RESERVED: (Q, P, D, F, X),
+    Event.ARRIVED: (Q, P, D, F, X),
+    Event.HANDED_OFF: (Q, P, D, F, X),
+    Event.HANDOFF_FAILED: (Q, Q, Q, F, X),
+    Event.PREFILL_ENDED: (Q, P, D, F, X),
+    Event.PREFILL_LOST: (Q, P, D, F, X),
     Event.TEXT: (Q, P, D, F, X),
     Event.TOKENIZER_BACK: (Q, P, D, F, X),
     Event.CANCEL: (X, X, X, X, X),
@@ -106,7 +125,7 @@ def test_an_answer_that_is_broken_off_keeps_its_text_and_tells_why(build):
         if end == "break_off":
             case.request.break_off(Unavailable("leaving"))
         for _ in range(3 if end == "lose" else 0):
-            case.request.sequence_lost("gone")
+            lose(case.request)
             case.request.granted(LEASE)
         assert case.told.texts[choice.index] == "a"
         assert [f.reason for f in case.told.finishes.values()] == [reason] * 2
@@ -122,9 +141,9 @@ def test_cached_tokens_are_those_of_one_choice_since_the_prompt_counts_once(buil
     case = build(n=2, max_tokens=1)
     case.request.granted(LEASE)
     for choice in case.request.choices:
-        case.request.sequence_started(choice, SequenceStart(3, 0.0, 0.0))
+        case.request.sequence_started(choice, choice.sequence_id, SequenceStart(3, 0.0, 0.0))
         case.request.token(choice, 5, 0)
-        case.request.sequence_ended(choice, SequenceEnd.LENGTH, 0)
+        case.request.sequence_ended(choice, choice.sequence_id, SequenceEnd.LENGTH, 0)
         case.request.text(choice, Text("a", 0, 1, last=True))
     assert (case.told.closing.prompt_tokens, case.told.closing.cached_tokens) == (3, 3)
 
@@ -135,11 +154,11 @@ def test_attempts_are_bounded_while_no_token_comes_and_counted_anew_when_one_doe
     for position in range(6):
         request.granted(LEASE)
         request.token(request.choices[0], 5, position)
-        request.sequence_lost("gone")
+        lose(request)
     assert case.told.error is None
     for _ in range(2):
         request.granted(LEASE)
-        request.sequence_lost("gone")
+        lose(request)
     assert isinstance(case.told.error, Unavailable)
     assert case.ports.at_rest()
 
@@ -150,7 +169,7 @@ def test_an_executor_lost_behind_the_last_token_is_not_asked_again(build):
     request.granted(LEASE)
     request.token(choice, 5, 0)
     request.token(choice, 6, 1)
-    request.sequence_lost("gone")
+    lose(request)
     assert request.state is State.FLUSHING
     request.text(choice, Text("ab", 0, 2, last=True))
     assert case.told.finishes[0].reason is FinishReason.LENGTH
@@ -206,10 +225,12 @@ class World:
             last = token == self.case.eos or position + 1 == request.plan.max_tokens
             if last and pick % 3:  # otherwise the end is not told before the executor is lost
                 ports.sequences.pop(sequence_id, None)
-                request.sequence_ended(choice, SequenceEnd.STOP if token == self.case.eos else SequenceEnd.LENGTH, 0)
+                request.sequence_ended(
+                    choice, choice.sequence_id, SequenceEnd.STOP if token == self.case.eos else SequenceEnd.LENGTH, 0
+                )
                 break
             if last:
-                request.sequence_lost("gone")
+                lose(request)
                 break
 
     def texts(self, ports, request, choice, pick):
@@ -227,7 +248,7 @@ class World:
 
     def lose_executor(self, ports, request, choice, pick):
         if any(c.sequence_id for c in request.choices):
-            request.sequence_lost("gone")
+            lose(request)
 
     def lose_tokenizer(self, ports, request, choice, pick):
         ports.finished.clear()

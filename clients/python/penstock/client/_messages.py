@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TypeVar
 
 from penstock.client._results import (
     Alternative,
     Calibration,
     Closing,
     Event,
+    Fallback,
     Finish,
     FinishReason,
+    Handoff,
     Model,
     ModelExecutor,
     Placement,
+    PlacementReason,
     TokenCount,
     TokenLogprob,
     Usage,
@@ -26,7 +31,8 @@ __all__ = ["Answer", "closing_of", "event_of", "model_of", "token_count_of"]
 
 Answer = pb.GenerateResponse | pb.ChatResponse
 
-_PREFIX = len("FINISH_REASON_")
+Named = TypeVar("Named", bound=StrEnum)
+Value = TypeVar("Value")
 
 
 def event_of(answer: Answer) -> Event:
@@ -56,6 +62,23 @@ def closing_of(closing: pb.Closing) -> Closing:
         replacements=closing.replacements,
         preemptions=closing.preemptions,
         seed=closing.seed,
+        prefill_executor_id=closing.prefill_executor_id,
+        decode_executor_id=closing.decode_executor_id,
+        placement_reason=_named(PlacementReason, pb.PlacementReason.Name, "PLACEMENT_REASON_", closing.placement_reason),
+        handoff=_handoff(closing.handoff) if closing.HasField("handoff") else None,
+        fallback=_named(Fallback, pb.Fallback.Name, "FALLBACK_", closing.fallback),
+        fallback_reason=closing.fallback_reason,
+        first_step_seconds=closing.first_step_time.ToNanoseconds() / 1e9,
+    )
+
+
+def _handoff(handoff: pb.Handoff) -> Handoff:
+    return Handoff(
+        handoff.kv_bytes,
+        handoff.transfer_time.ToNanoseconds() / 1e9,
+        handoff.exposed_time.ToNanoseconds() / 1e9,
+        handoff.transport,
+        handoff.native,
     )
 
 
@@ -105,12 +128,16 @@ def _calibration(calibration: models_pb2.Calibration) -> Calibration:
     )
 
 
-def _finish(finish: pb.Finish) -> Finish:
+def _named(kind: type[Named], name: Callable[[Value], str], prefix: str, value: Value) -> Named:
+    """A value of the wire by its name. A newer server may tell one that is not known here."""
     try:
-        reason = FinishReason(pb.FinishReason.Name(finish.reason)[_PREFIX:].lower())
+        return kind(name(value).removeprefix(prefix).lower())
     except ValueError:
-        # A newer server's reason.
-        reason = FinishReason.UNSPECIFIED
+        return kind("unspecified")
+
+
+def _finish(finish: pb.Finish) -> Finish:
+    reason = _named(FinishReason, pb.FinishReason.Name, "FINISH_REASON_", finish.reason)
     return Finish(
         reason,
         stop_text=finish.stop_text if reason is FinishReason.STOP_SEQUENCE else None,

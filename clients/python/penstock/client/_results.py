@@ -13,11 +13,14 @@ __all__ = [
     "Choice",
     "Closing",
     "Event",
+    "Fallback",
     "Finish",
     "FinishReason",
+    "Handoff",
     "Model",
     "ModelExecutor",
     "Placement",
+    "PlacementReason",
     "Result",
     "TokenCount",
     "TokenLogprob",
@@ -108,9 +111,57 @@ class Placement:
     device: str
 
 
+class PlacementReason(StrEnum):
+    """Why a request ran together or apart."""
+
+    UNSPECIFIED = "unspecified"
+    POLICY = "policy"
+    COST = "cost"
+    NO_PREFILL_EXECUTOR = "no_prefill_executor"
+    NO_DECODE_EXECUTOR = "no_decode_executor"
+    ONE_TOKEN = "one_token"  # noqa: S105 - no password
+    CACHED = "cached"
+    INCOMPATIBLE = "incompatible"
+    REPLACED = "replaced"
+
+
+class Fallback(StrEnum):
+    """What was done about a handoff, or an executor, that was lost."""
+
+    UNSPECIFIED = "unspecified"
+    NONE = "none"
+    RECOMPUTE_ON_DECODE = "recompute_on_decode"
+    REPLACED = "replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """KV that went from the executor that prefilled to the one that decoded.
+
+    Attributes:
+        transfer_seconds: from the first piece to the last.
+        exposed_seconds: the part of it behind the end of prefill.
+        transport: shared_memory, grpc or nixl.
+        native: whether it went over as the cache holds it, without conversion.
+    """
+
+    kv_bytes: int
+    transfer_seconds: float
+    exposed_seconds: float
+    transport: str
+    native: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """Where a request ran and where its time went, in seconds."""
+    """Where a request ran and where its time went, in seconds.
+
+    Attributes:
+        prefill_executor_id: that computed the prompt last; the one that decoded, where both ran together.
+        handoff: None where no KV was handed over.
+        fallback_reason: a word, as in the metric penstock_fallbacks; empty without a fallback.
+        first_step_seconds: from the first token, which prefill gives, to the second.
+    """
 
     usage: Usage
     request_id: str
@@ -123,6 +174,13 @@ class Closing:
     replacements: int
     preemptions: int
     seed: int
+    prefill_executor_id: str = ""
+    decode_executor_id: str = ""
+    placement_reason: PlacementReason = PlacementReason.UNSPECIFIED
+    handoff: Handoff | None = None
+    fallback: Fallback = Fallback.UNSPECIFIED
+    fallback_reason: str = ""
+    first_step_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from penstock.common.errors import InvalidRequest
 from penstock.gateway.admission import Live
-from penstock.gateway.answer import Closing, Delta, Finish, FinishReason, Logprob
+from penstock.gateway.answer import Closing, Delta, Fallback, Finish, FinishReason, Handoff, Logprob, PlacementReason
 from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS, Bounds, at_most
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.request import Generation, Message, Reporting, Sampling, Stopping
@@ -25,6 +25,8 @@ _REASONS = {
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
 }
+_PLACEMENT_REASONS = {reason: getattr(inference_pb2, f"PLACEMENT_REASON_{reason.name}") for reason in PlacementReason}
+_FALLBACKS = {fallback: getattr(inference_pb2, f"FALLBACK_{fallback.name}") for fallback in Fallback}
 
 Response = TypeVar("Response", inference_pb2.GenerateResponse, inference_pb2.ChatResponse)
 
@@ -145,6 +147,23 @@ def closing(call: Live, told: Closing, request_id: str, catalog: Catalog) -> inf
         replacements=told.replacements,
         preemptions=told.preemptions,
         seed=told.seed,
+        prefill_executor_id=told.prefill_executor_id,
+        decode_executor_id=told.decode_executor_id,
+        placement_reason=_PLACEMENT_REASONS[told.placement_reason],
+        handoff=_handoff(told.handoff) if told.handoff is not None else None,
+        fallback=_FALLBACKS[told.fallback],
+        fallback_reason=told.fallback_reason.value if told.fallback_reason is not None else "",
+        first_step_time=_duration(told.first_step_seconds),
+    )
+
+
+def _handoff(told: Handoff) -> inference_pb2.Handoff:
+    return inference_pb2.Handoff(
+        kv_bytes=told.kv_bytes,
+        transfer_time=_duration(told.transfer_seconds),
+        exposed_time=_duration(told.exposed_seconds),
+        transport=told.transport,
+        native=told.native,
     )
 
 

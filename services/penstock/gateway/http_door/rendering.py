@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from penstock.gateway.admission import Live
 from penstock.gateway.answer import Closing, Delta, Finish, FinishReason
+from penstock.gateway.http_door.closings import closings as told_closings
 from penstock.gateway.http_door.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 
 __all__ = ["ChatRendering", "CompletionRendering", "Rendering", "usage"]
@@ -67,7 +68,13 @@ class _Base:
         self._begun: set[int] = set()
 
     def last(self, closings: Sequence[Closing]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage(closings)}
+        return {
+            **self._head,
+            "object": self.chunk_kind,
+            "choices": [],
+            "usage": usage(closings),
+            "closings": told_closings(closings),
+        }
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         told = {**self._head, "object": self.chunk_kind, "choices": [choice]}
@@ -77,7 +84,13 @@ class _Base:
 
     def _whole(self, choices: list[dict[str, Any]], closings: Sequence[Closing]) -> dict[str, Any]:
         choices.sort(key=lambda c: int(c["index"]))
-        return {**self._head, "object": self.kind, "choices": choices, "usage": usage(closings)}
+        return {
+            **self._head,
+            "object": self.kind,
+            "choices": choices,
+            "usage": usage(closings),
+            "closings": told_closings(closings),
+        }
 
     def _ending(self, delta: Delta) -> dict[str, Any]:
         """What every choice has: its end, and its tokens where they were asked for."""
