@@ -160,6 +160,8 @@ class Driver:
             request_id=grant.client_request_id,
             model=grant.model,
             executor_id=grant.executor_id,
+            prefill_executor_id=(grant.prefill or grant).executor_id,
+            reason=grant.reason.value,
             queued_seconds=round(grant.queued_seconds, 6),
         )
 
@@ -218,6 +220,11 @@ def _trace(outcome: Grant | Refused) -> None:
     now = time.time_ns()
     facts: dict[str, str | bool | int | float] = {"model": outcome.model}
     if isinstance(outcome, Grant):
-        facts |= {"executor_id": outcome.executor_id, "expected_cached_tokens": outcome.cached_tokens}
+        facts |= {
+            "executor_id": outcome.executor_id,
+            "prefill_executor_id": (outcome.prefill or outcome).executor_id,
+            "placement_reason": outcome.reason.value,
+            "expected_cached_tokens": outcome.cached_tokens,
+        }
     span = tracing.start("queue", outcome.traceparent, facts, at_ns=now - int(outcome.queued_seconds * 1e9))
     span.end(error=outcome.reason.value if isinstance(outcome, Refused) else None, at_ns=now)
