@@ -69,6 +69,7 @@ class ExecutorServer:
         )
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
         if config.metrics is not None:
+            endpoint.count_tasks(metrics.registry)
             self._endpoint = endpoint.serve(metrics.registry, config.metrics)
             bound["metrics"] = self._endpoint.address
         self._start_engine(loaded)

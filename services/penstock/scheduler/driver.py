@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from penstock.common import tracing
+from penstock.common import faults, tracing
 from penstock.common.errors import UnknownExecutor
 from penstock.common.logs import logger
 from penstock.internal.v1 import scheduler_pb2 as pb
@@ -146,6 +146,7 @@ class Driver:
         if isinstance(outcome, Grant):
             self._note_grant(outcome)
             if outbox is not None:
+                faults.reach("scheduler.granted")
                 outbox.response.granted.append(messages.lease_message(outcome))
         else:
             self._note_refusal(outcome)

@@ -47,7 +47,8 @@ class Plan:
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
         listen = {"http": ("--http", self.settings.http), "grpc": ("--grpc", self.settings.grpc)}
-        return self._program("gateway", "gateway", ["--scheduler", scheduler, "--tokenizer", tokenizer], listen)
+        flags = ["--scheduler", scheduler, "--tokenizer", tokenizer, *self._given(("event_log",))]
+        return self._program("gateway", "gateway", flags, listen)
 
     def executors(self, *, scheduler: str) -> list[Program]:
         """The executors' processes, which register with this scheduler. Threads are split between them."""
