@@ -15,7 +15,7 @@ SERVICE = str(Path(__file__).with_name("tiny_service.py"))
 
 def program(name: str, behaviour: str) -> Program:
     argv = (sys.executable, SERVICE, name, behaviour)
-    return Program(name=name, argv=argv, listen={"grpc": ("--listen", "127.0.0.1:0")})
+    return Program(name=name, service=name, argv=argv, listen={"grpc": ("--listen", "127.0.0.1:0")})
 
 
 async def bring_up(group: Group) -> str:

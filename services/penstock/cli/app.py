@@ -36,6 +36,8 @@ app = App(
 )
 
 app.command("penstock.cli.up:up", name="up", group=_LOCAL, help="Serve a model on this machine: all services, supervised.")
+app.command("penstock.cli.scale:scale", name="scale", group=_LOCAL, help="More or fewer executors for what up started.")
+app.command("penstock.cli.role:role", name="role", group=_LOCAL, help="Another role for a live executor.")
 app.command("penstock.cli.backends:backends", name="backends", group=_LOCAL, help="What can run models here, or why it can not.")
 app.command(
     "penstock.cli.conformance:conformance", name="conformance", group=_LOCAL, help="Hold a backend against what all have to do."

@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from penstock.cli.cluster.checks import check
+from penstock.cli.cluster.concurrently import concurrently
 from penstock.cli.cluster.console import Console
+from penstock.cli.cluster.executors import Executors
 from penstock.cli.cluster.group import Group
 from penstock.cli.cluster.plan import Plan
-from penstock.cli.cluster.readiness import listed, registered, serving, told
+from penstock.cli.cluster.readiness import listed, serving, told
 from penstock.cli.cluster.restarts import RestartPolicy
+from penstock.cli.cluster.servicer import ClusterServicer
 from penstock.cli.cluster.settings import UpConfig
+from penstock.cli.cluster.sockets import socket_path
 from penstock.cli.cluster.supervisor import supervise
 from penstock.cli.layers import SERVICES
-from penstock.common.config import sections_of
+from penstock.common.config import ConfigError, sections_of
 from penstock.common.sources import resolve
 
 __all__ = ["bring_up", "up"]
-
-T = TypeVar("T")
 
 
 def up(
@@ -61,9 +62,10 @@ def up(
 
 async def bring_up(plan: Plan, console: Console, group: Group) -> str:
     """Start every process of a plan, and return the line that tells that all of them serve."""
-    workers = plan.settings.workers
-    console.line("up", f"serving {plan.folder} as {plan.served_name}")
+    settings = plan.settings
+    console.line("up", f"serving {plan.folder} as {plan.served_name}{_apart(settings)}")
     scheduler = (await group.start(plan.scheduler(), stage=0))["grpc"]
+    executors = Executors(plan, group, console, scheduler)
 
     async def doors() -> dict[str, str]:
         tokenizer = (await group.start(plan.tokenizer(), stage=1))["grpc"]
@@ -71,22 +73,30 @@ async def bring_up(plan: Plan, console: Console, group: Group) -> str:
         return await group.start(plan.gateway(scheduler=scheduler, tokenizer=tokenizer), stage=3)
 
     async with told(console, "the model to load"):
-        executors = (group.start(program, stage=2) for program in plan.executors(scheduler=scheduler))
-        gateway, *loaded = await _all(doors(), *executors)
-        await _all(*(serving(executor["grpc"]) for executor in loaded))
+        gateway, _ = await concurrently(doors(), executors.start())
     async with told(console, "the services to find each other"):
-        await registered(scheduler, workers)
-        await _all(serving(scheduler), serving(gateway["grpc"]))
+        await concurrently(serving(scheduler), serving(gateway["grpc"]))
         await listed(gateway["grpc"], plan.served_name)
+    endpoints = {"scheduler": scheduler, "http": gateway["http"], "grpc": gateway["grpc"]}
+    door = ClusterServicer(group, executors, console, {"model": plan.served_name, **endpoints})
+    await _open(door, group, console, gateway["grpc"])
     return f"ready http={gateway['http']} grpc={gateway['grpc']}"
 
 
-async def _all(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """Their results, or the first exception, which cancels the rest."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+async def _open(door: ClusterServicer, group: Group, console: Console, address: str) -> None:
+    """Let `penstock scale` and `role` in. A machine on which that can not be has a cluster all the same."""
     try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await door.open(socket_path(address))
+    except (ConfigError, OSError, RuntimeError) as error:
+        console.line("up", f"penstock scale and penstock role can not reach this cluster: {error}")
+    else:
+        group.close_first(door.close)
+
+
+def _apart(settings: UpConfig) -> str:
+    """What a person wants to see of pools, where there are any."""
+    counts = settings.pools
+    if not counts["prefill"] and not counts["decode"]:
+        return ""
+    executors = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
+    return f", executors: {executors}"

@@ -17,6 +17,7 @@ class ExecutorConfig:
     Attributes:
         model: Folder of the checkpoint, builtin, or a Hugging Face id.
         served_name: Name under which requests ask for the model; its own where absent.
+        role: What it is to be given to do; it can do all of it, and takes another role while it runs.
         backend: Name of the backend; auto takes the fastest that can run the model.
         dtype: How weights are held and computed; auto leaves it to the backend.
         threads: Threads of computation; every core of the process where absent.
@@ -53,6 +54,7 @@ class ExecutorConfig:
 
     model: str = "builtin"
     served_name: str | None = None
+    role: Literal["both", "prefill", "decode"] = "both"
     backend: str = "auto"
     dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
     threads: int | None = None

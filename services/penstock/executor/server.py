@@ -23,7 +23,7 @@ from penstock.executor.messages import describe
 from penstock.executor.metrics import ExecutorMetrics
 from penstock.executor.registration import Registration
 from penstock.executor.servicer import ExecutorServicer
-from penstock.internal.v1 import executor_pb2_grpc
+from penstock.internal.v1 import executor_pb2_grpc, scheduler_pb2
 
 __all__ = ["ExecutorServer"]
 
@@ -67,9 +67,9 @@ class ExecutorServer:
             address=config.advertise or reachable(bound["grpc"]),
             tokenizer=tokenizer_fingerprint(loaded.folder),
         )
+        description.role = scheduler_pb2.Role.Value(f"ROLE_{config.role.upper()}")
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
         if config.metrics is not None:
-            endpoint.count_tasks(metrics.registry)
             self._endpoint = endpoint.serve(metrics.registry, config.metrics)
             bound["metrics"] = self._endpoint.address
         self._start_engine(loaded)

@@ -38,14 +38,17 @@ def file(tmp_path):
         ({"grpc": "127.0.0.1:65536"}, "--grpc: can not listen on .* a port from 0 to 65535"),
         ({"grpc": "::1:0"}, "--grpc: .*not HOST:PORT"),
         ({"http": "192.0.2.1:0"}, "--http: can not listen on 192.0.2.1:0: Cannot assign"),
-        ({"workers": 0}, "--workers: must be above 0, and is 0"),
-        ({"workers": 2, "threads": 1}, "--threads: 2 workers need at least one each"),
+        ({"workers": 0}, "--workers: must be from 1 to 64 executors together, and are 0"),
+        ({"workers": -1, "decode": 2}, "--workers: must be from 0 to 64, and is -1"),
+        ({"prefill": 40, "decode": 40}, "must be from 1 to 64 executors together, and are 80"),
+        ({"workers": 2, "threads": 1}, "--threads: 2 executors need at least one each"),
+        ({"prefill": 1, "decode": 2, "threads": 2}, "--threads: 3 executors need at least one each"),
         ({"kv_cache_gib": float("nan")}, "--kv-cache-gib: must be above 0"),
         ({"max_batch_size": -1}, "--max-batch-size: must be above 0"),
         ({"max_restarts": -1}, "--max-restarts: must be 0 or more"),
         ({"backend": "cuba"}, "--backend: must be auto or one of .*torch.*'cuba'"),
         ({"served_name": "a=b"}, "--served-name"),
-        ({"prefill": 1}, "not built yet"),
+        ({"decode": 1, "decode_backend": "cuba"}, "--decode-backend: must be auto or one of .*torch.*'cuba'"),
     ],
 )
 def test_a_wrong_setting_is_refused(settings, why):
@@ -81,8 +84,9 @@ def test_executors_can_not_share_one_metrics_port(file):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     path = file(f"executor: {{metrics: '{address}'}}\n")
     check(UpConfig(**FREE), path)
-    with pytest.raises(ConfigError, match="executor: metrics: can not listen on"):
-        check(UpConfig(**FREE, workers=2), path)
+    for counts in ({"workers": 2}, {"prefill": 1, "decode": 1}):
+        with pytest.raises(ConfigError, match="executor: metrics: can not listen on"):
+            check(UpConfig(**FREE, **counts), path)
 
 
 @pytest.mark.parametrize("service", ["gateway", "tokenizer", "scheduler", "executor"])

@@ -1,4 +1,3 @@
-from penstock.cli.cluster.plan import thread_shares
 from penstock.cli.cluster.restarts import Backoff, RestartPolicy
 
 
@@ -11,10 +10,3 @@ def test_a_long_life_starts_the_count_again():
     backoff = Backoff(RestartPolicy(limit=2, first_delay=1, healthy_after=60))
     assert [backoff.after_death(0), backoff.after_death(0), backoff.after_death(60), backoff.after_death(59)] == [1, 2, 1, 2]
     assert backoff.after_death(59) is None
-
-
-def test_threads_are_split_over_executors_and_none_goes_without():
-    assert thread_shares(8, 3) == [3, 3, 2]
-    assert thread_shares(1, 1) == [1]
-    assert thread_shares(None, 1) == [None]
-    assert all(share >= 1 for share in thread_shares(None, 3))

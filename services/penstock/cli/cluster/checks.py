@@ -16,7 +16,7 @@ from penstock.common.config import ConfigError
 
 __all__ = ["check"]
 
-_POSITIVE = ("workers", "kv_cache_gib", "max_batch_tokens", "max_batch_size")
+_POSITIVE = ("kv_cache_gib", "max_batch_tokens", "max_batch_size")
 _NOT_NEGATIVE = ("max_restarts", "healthy_seconds", "grace_seconds")
 
 
@@ -32,7 +32,8 @@ def check(settings: UpConfig, config: Path | None) -> None:
         CycloptsError: a service would refuse a value in its section or its environment variables.
     """
     _check_own(settings)
-    _check_backend(settings.backend)
+    for setting in ("backend", "prefill_backend", "decode_backend"):
+        _check_backend(setting, getattr(settings, setting))
     with contextlib.ExitStack() as held:
         # Held until all are bound, so that two that are the same are found.
         for setting, address in (("--http", settings.http), ("--grpc", settings.grpc), *_metrics(settings, config)):
@@ -40,25 +41,24 @@ def check(settings: UpConfig, config: Path | None) -> None:
 
 
 def _check_own(settings: UpConfig) -> None:
-    if settings.prefill or settings.decode:
-        raise ConfigError("--prefill and --decode: pools apart are not built yet; --workers N starts executors that do both")
+    executors = sum(settings.pools.values())
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(settings, name)
         if value is not None and (value < 0 or not math.isfinite(value) or (value == 0 and name in _POSITIVE)):
             least = "above 0" if name in _POSITIVE else "0 or more"
             raise ConfigError(f"--{name.replace('_', '-')}: must be {least}, and is {value}")
-    if settings.threads is not None and settings.threads < settings.workers:
-        raise ConfigError(f"--threads: {settings.workers} workers need at least one each, and there are {settings.threads}")
+    if settings.threads is not None and settings.threads < executors:
+        raise ConfigError(f"--threads: {executors} executors need at least one each, and there are {settings.threads}")
     if settings.served_name is not None and (not settings.served_name or "=" in settings.served_name):
         raise ConfigError(f"--served-name: must be a name without '=', and is {settings.served_name!r}")
 
 
-def _check_backend(name: str) -> None:
+def _check_backend(setting: str, name: str | None) -> None:
     from penstock.backends.discovery import sources
     from penstock.backends.registry import AUTO
 
-    if name != AUTO and name not in (known := sources()):
-        raise ConfigError(f"--backend: must be auto or one of {', '.join(known)}, and is {name!r}")
+    if name not in {None, AUTO} and name not in (known := sources()):
+        raise ConfigError(f"--{setting.replace('_', '-')}: must be auto or one of {', '.join(known)}, and is {name!r}")
 
 
 def _metrics(own: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
@@ -67,7 +67,7 @@ def _metrics(own: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
         address = _parsed(service, config).metrics
         # Without a file the cluster itself says where the metrics of those behind the gateway are.
         if address is not None and (config or service == "gateway"):
-            yield from [(f"{service}: metrics", address)] * (own.workers if service == "executor" else 1)
+            yield from [(f"{service}: metrics", address)] * (sum(own.pools.values()) if service == "executor" else 1)
 
 
 def _parsed(service: str, config: Path | None) -> Any:

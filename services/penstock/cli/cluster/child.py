@@ -23,13 +23,15 @@ class Program:
     """What to start.
 
     Attributes:
-        name: how its lines are prefixed: ``executor-1``.
+        name: how its lines are prefixed: ``decode-1``.
+        service: what it is, as its command is named: ``executor``.
         argv: the command line, without what follows.
         listen: by protocol, as the process tells it, the flag that says where to listen and the address for the first start. A
             process that is started again gets the address that the one before it bound.
     """
 
     name: str
+    service: str
     argv: tuple[str, ...]
     listen: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -44,10 +46,12 @@ class Child:
 
     def __init__(self, program: Program, process: asyncio.subprocess.Process, console: Console) -> None:
         self._name = program.name
+        self._service = program.service
         self._process = process
         self._console = console
         self._endpoints: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
         self._complaint = ""
+        self._asked_to_end = False
         self._pumps = [
             asyncio.create_task(self._pump(stream, take))
             for stream, take in ((process.stdout, self._take_stdout), (process.stderr, self._take_stderr))
@@ -67,6 +71,11 @@ class Child:
             limit=_LONGEST_LINE,
         )
         return cls(program, process, console)
+
+    @property
+    def pid(self) -> int | None:
+        """Its process's id, while it lives."""
+        return self._process.pid if self._process.returncode is None else None
 
     async def listening(self) -> dict[str, str]:
         """Where it listens, by protocol, once it serves.
@@ -94,9 +103,11 @@ class Child:
         return f"exited with status {status}"
 
     async def stop(self, grace: float) -> None:
-        """Ask it to end, and end it after `grace` seconds."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        """Ask it to end, and end it after `grace` seconds. It is asked once: a second time would cut its drain short."""
+        if not self._asked_to_end:
+            self._asked_to_end = True
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
         try:
             async with asyncio.timeout(grace):
                 await self.exited()
@@ -131,7 +142,7 @@ class Child:
     def _take_stderr(self, line: str) -> None:
         # A service that can not start says so as itself, and what its command line refuses, the program does.
         who, colon, why = line.partition(": ")
-        if colon and who in {f"penstock {self._name.partition('-')[0]}", "penstock"}:
+        if colon and who in {f"penstock {self._service}", "penstock"}:
             self._complaint = why  # the supervisor says it, once
         else:
             self._console.line(self._name, line)

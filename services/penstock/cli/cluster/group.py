@@ -1,13 +1,15 @@
-"""Processes that live and end together: each is started again when it dies, and none outlives the group."""
+"""Processes that live and end together. A member that dies is started again, one may leave, and none outlives the group."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from penstock.cli.cluster.child import Child, Program
+from penstock.cli.cluster.child import Program
 from penstock.cli.cluster.console import Console
+from penstock.cli.cluster.member import GaveUp, Member
 from penstock.cli.cluster.restarts import Backoff, RestartPolicy
 from penstock.common.service import StartError
 
@@ -15,10 +17,6 @@ __all__ = ["GaveUp", "Group"]
 
 # Beyond its own grace, what a process may take to leave.
 _LEAVING_SECONDS = 10.0
-
-
-class GaveUp(Exception):
-    """A process died too often; the text says which and why."""
 
 
 class Group:
@@ -30,40 +28,59 @@ class Group:
     def __init__(self, console: Console, policy: RestartPolicy) -> None:
         self._console = console
         self._policy = policy
-        self._members: list[tuple[int, _Member]] = []
-        self._keeping: list[asyncio.Task[None]] = []
+        self._members: dict[str, tuple[int, Member]] = {}
+        self._closing: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._read_fd, self._write_fd = os.pipe()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def members(self) -> dict[str, Member]:
+        """Those that run or are on their way, by name."""
+        return {name: member for name, (_, member) in self._members.items()}
+
     async def start(self, program: Program, stage: int) -> dict[str, str]:
-        """Start a program and keep it running; where it listens, by protocol.
+        """Start a program, under a name that no other member has, and keep it running; where it listens, by protocol.
 
         Raises:
             StartError: it ended before it served; says which and why.
         """
-        member = _Member(program, self._read_fd, self._console, Backoff(self._policy))
-        self._members.append((stage, member))
-        endpoints = await member.start()
+        member = Member(program, self._read_fd, self._console, Backoff(self._policy))
+        self._members[program.name] = (stage, member)
+        try:
+            endpoints = await member.start()
+        except StartError:
+            del self._members[program.name]
+            raise
         if "metrics" in endpoints:
             self._console.line(program.name, f"metrics at http://{endpoints['metrics']}/metrics")
-        keeping = asyncio.create_task(member.keep())
-        keeping.add_done_callback(self._on_kept)
-        self._keeping.append(keeping)
+        member.keeping = asyncio.create_task(member.keep())
+        member.keeping.add_done_callback(self._on_kept)
         return endpoints
+
+    async def remove(self, name: str, grace: float) -> None:
+        """Drain and end one member for good."""
+        _, member = self._members[name]
+        await member.let_go()
+        await member.stop(grace + _LEAVING_SECONDS)
+        del self._members[name]
+
+    def close_first(self, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have this called before the group ends: it changes the group, and must not any more."""
+        self._closing.append(close)
 
     async def stop(self, grace: float) -> None:
         """Drain and end all, the last stage first, a stage's members at once."""
         await self._let_go()
-        for stage in sorted({stage for stage, _ in self._members}, reverse=True):
-            await asyncio.gather(*(m.stop(grace + _LEAVING_SECONDS) for s, m in self._members if s == stage))
+        for stage in sorted({stage for stage, _ in self._members.values()}, reverse=True):
+            await asyncio.gather(*(m.stop(grace + _LEAVING_SECONDS) for s, m in self._members.values() if s == stage))
         self.close()
 
     async def kill(self) -> None:
         """End all at once."""
         await self._let_go()
-        for _, member in self._members:
+        for member in self.members.values():
             member.kill()
-        await asyncio.gather(*(member.stop(_LEAVING_SECONDS) for _, member in self._members))
+        await asyncio.gather(*(member.stop(_LEAVING_SECONDS) for member in self.members.values()))
         self.close()
 
     def close(self) -> None:
@@ -74,61 +91,11 @@ class Group:
         self._read_fd = self._write_fd = -1
 
     async def _let_go(self) -> None:
-        for task in self._keeping:
-            task.cancel()
-        await asyncio.gather(*self._keeping, return_exceptions=True)
+        while self._closing:
+            await self._closing.pop()()
+        await asyncio.gather(*(member.let_go() for member in self.members.values()))
 
     def _on_kept(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None and not self.failed.done():
             self.failed.set_exception(error)
-
-
-class _Member:
-    def __init__(self, program: Program, fd: int, console: Console, backoff: Backoff) -> None:
-        self._program = program
-        self._fd = fd
-        self._console = console
-        self._backoff = backoff
-        self._bound: dict[str, str] = {}
-        self._child: Child | None = None
-        self._since = 0.0
-
-    async def start(self) -> dict[str, str]:
-        self._since = time.monotonic()
-        self._child = await Child.spawn(self._program, self._bound, self._fd, self._console)
-        try:
-            self._bound = await self._child.listening()
-        except StartError as error:
-            raise StartError(f"{self._program.name} can not start: {error}") from None
-        return self._bound
-
-    async def keep(self) -> None:
-        """Start it again whenever it dies.
-
-        Raises:
-            GaveUp: it died too often.
-        """
-        while self._child is not None:
-            why = await self._child.exited()
-            lived = time.monotonic() - self._since
-            while (delay := self._backoff.after_death(lived)) is not None:
-                self._console.line(
-                    self._program.name, f"died ({why}); starts again in {delay:g} s (restart {self._backoff.deaths})"
-                )
-                await asyncio.sleep(delay)
-                try:
-                    await self.start()
-                    break
-                except StartError as error:
-                    why, lived = str(error), 0.0
-            else:
-                raise GaveUp(f"{self._program.name} died {self._backoff.deaths} times in a row, last: {why}")
-
-    async def stop(self, grace: float) -> None:
-        if self._child is not None:
-            await self._child.stop(grace)
-
-    def kill(self) -> None:
-        if self._child is not None:
-            self._child.kill()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.cli.cluster.child import Program
+from penstock.cli.cluster.pools import ExecutorPlan
 from penstock.cli.cluster.settings import UpConfig
 
 __all__ = ["Plan"]
 
 _LOOPBACK = "127.0.0.1:0"
-_CACHES_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +46,27 @@ class Plan:
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
         listen = {"http": ("--http", self.settings.http), "grpc": ("--grpc", self.settings.grpc)}
-        flags = ["--scheduler", scheduler, "--tokenizer", tokenizer, *self._given(("event_log",))]
-        return self._program("gateway", "gateway", flags, listen)
+        return self._program("gateway", "gateway", ["--scheduler", scheduler, "--tokenizer", tokenizer], listen)
 
-    def executors(self, *, scheduler: str) -> list[Program]:
-        """The executors' processes, which register with this scheduler. Threads are split between them."""
-        workers = self.settings.workers
-        names = ["executor"] if workers == 1 else [f"executor-{i}" for i in range(workers)]
+    def executor(self, planned: ExecutorPlan, *, scheduler: str) -> Program:
+        """An executor's process, which registers with this scheduler."""
         flags = [
-            *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler),
-            *self._given(("backend", "dtype", "kv_cache_gib", "kv_cache_dtype", "max_batch_tokens", "max_batch_size")),
+            *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler, "--role", planned.role),
+            *self._of_pool(planned, ("backend", "dtype", "kv_cache_dtype")),
+            *self._given(("kv_cache_gib", "max_batch_tokens", "max_batch_size")),
             *([] if self.settings.prefix_cache else ["--no-prefix-cache"]),
-            # They load at the same time, and each would take the same free memory for its own.
-            *(["--kv-cache-share", f"{_CACHES_SHARE / workers:.4f}"] if workers > 1 else []),
+            *_flag("kv-cache-share", planned.kv_cache_share),
+            *_flag("threads", planned.threads),
         ]
-        shares = thread_shares(self.settings.threads, workers)
-        return [
-            self._program(name, "executor", flags + _flag("threads", share), self._internal())
-            for name, share in zip(names, shares, strict=True)
-        ]
+        return self._program(planned.name, "executor", flags, self._internal())
+
+    def _of_pool(self, planned: ExecutorPlan, keys: Sequence[str]) -> list[str]:
+        """Flags for settings that a pool may have of its own, such as prefill_backend."""
+        flags = []
+        for key in keys:
+            own = None if planned.pool == "both" else getattr(self.settings, f"{planned.pool}_{key}")
+            flags += self._given((key,)) if own is None else _flag(key.replace("_", "-"), own)
+        return flags
 
     def _internal(self) -> dict[str, tuple[str, str]]:
         """Where a service that is no door listens. Its own section of a file, where there is one, says where its metrics are."""
@@ -80,7 +81,7 @@ class Plan:
             *([] if log_format == "auto" else ["--log-format", log_format]),
         ]
         argv = (sys.executable, "-m", "penstock.cli", service, *flags, *common)
-        return Program(name=name, argv=argv, listen=listen)
+        return Program(name=name, service=service, argv=argv, listen=listen)
 
     def _given(self, keys: Sequence[str]) -> list[str]:
         """Flags for what differs from the default; the rest is left to the service's own section, environment and defaults."""
@@ -91,16 +92,6 @@ class Plan:
             if (value := getattr(self.settings, key)) != getattr(default, key)
             for word in _flag(key.replace("_", "-"), value)
         ]
-
-
-def thread_shares(threads: int | None, workers: int) -> list[int | None]:
-    """Threads of each executor; None leaves one executor alone to find out by itself."""
-    if threads is None:
-        if workers == 1:
-            return [None]
-        threads = len(os.sched_getaffinity(0))
-    each, over = divmod(threads, workers)
-    return [max(1, each + (i < over)) for i in range(workers)]
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""When a cluster serves: every service's health says so, and the model is listed once all executors have registered."""
+"""When a cluster serves: every service's health says so, its executors have registered, and the model is listed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from penstock.cli.cluster.console import Console
+from penstock.cli.cluster.pools import Role
+from penstock.cli.cluster.roles import ROLE_MESSAGES
 from penstock.common.channel import connect
-from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
+from penstock.internal.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 from penstock.v1 import models_pb2, models_pb2_grpc
 
-__all__ = ["listed", "registered", "serving", "told"]
+__all__ = ["executor_id", "listed", "registered", "serving", "told"]
 
 _POLL_SECONDS = 0.05
 _CALL_SECONDS = 2.0
@@ -36,16 +38,40 @@ async def serving(address: str) -> None:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-async def registered(scheduler: str, executors: int) -> None:
-    """Return once so many executors have registered with the scheduler."""
+async def registered(scheduler: str, executor: str) -> str:
+    """The id of the executor that listens at this address, once it has registered with the scheduler."""
     async with connect(scheduler) as channel:
         ask = scheduler_pb2_grpc.SchedulerServiceStub(channel).ListExecutors
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
+                mine = await executor_id(executor)
                 answer = await ask(scheduler_pb2.ListExecutorsRequest(), timeout=_CALL_SECONDS)
-                if len(answer.executors) >= executors:
-                    return
+                if mine in {state.description.executor_id for state in answer.executors}:
+                    return mine
             await asyncio.sleep(_POLL_SECONDS)
+
+
+async def executor_id(address: str) -> str:
+    """The id of the executor that listens there.
+
+    Raises:
+        AioRpcError: it does not answer.
+    """
+    async with connect(address) as channel:
+        ask = executor_pb2_grpc.ExecutorServiceStub(channel).GetExecutor
+        answer = await ask(executor_pb2.GetExecutorRequest(), timeout=_CALL_SECONDS)
+        return answer.description.executor_id
+
+
+async def give_role(scheduler: str, executor: str, role: Role) -> None:
+    """Have the scheduler give an executor, by its id, another role.
+
+    Raises:
+        AioRpcError: it does not; says why.
+    """
+    async with connect(scheduler) as channel:
+        request = scheduler_pb2.SetRoleRequest(executor_id=executor, role=ROLE_MESSAGES[role])
+        await scheduler_pb2_grpc.SchedulerServiceStub(channel).SetRole(request, timeout=_CALL_SECONDS)
 
 
 async def listed(gateway: str, model: str) -> None:

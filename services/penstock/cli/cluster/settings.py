@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from penstock.cli.cluster.pools import Role, pools
 from penstock.common.logs import LogFormat, LogLevel
 
 __all__ = ["UpConfig"]
+
+DTypeName = Literal["auto", "f32", "bf16", "int8", "int4"]
+KvDTypeName = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +21,15 @@ class UpConfig:
     Attributes:
         backend: What runs the model; `penstock backends` lists them. auto takes the best that is here.
         dtype: Precision of the weights; auto takes what the backend prefers.
-        workers: Executors; each holds the model once.
-        prefill: Executors for prefill alone. Not built yet: refused.
-        decode: Executors for decoding alone. Not built yet: refused.
+        workers: Executors that prefill and decode; each holds the model once. One where neither prefill nor decode is given.
+        prefill: Executors for prefill.
+        decode: Executors for decoding behind a prefill that ran elsewhere.
+        prefill_backend: Backend of the executors for prefill, where it is not that of all.
+        prefill_dtype: Precision of their weights, likewise.
+        prefill_kv_cache_dtype: Type of their KV cache, likewise.
+        decode_backend: Backend of the executors for decoding, likewise.
+        decode_dtype: Precision of their weights, likewise.
+        decode_kv_cache_dtype: Type of their KV cache, likewise.
         http: HOST:PORT of the OpenAI HTTP door; port 0 takes a free one.
         grpc: HOST:PORT of the gRPC door; port 0 takes a free one.
         kv_cache_gib: KV cache of each executor, in GiB; from the memory that is free where absent.
@@ -27,26 +37,31 @@ class UpConfig:
         max_batch_tokens: Tokens of one engine step at most.
         max_batch_size: Sequences of one engine step at most.
         prefix_cache: Whether requests share the KV of prefixes that are equal.
-        threads: Threads of all executors together; every core where absent.
+        threads: Threads of all executors that are started with the cluster, together; every core where absent.
         served_name: Name by which clients ask for the model; where absent MODEL, or the last part of a folder's path.
         max_restarts: Deaths of one service in a row after which the cluster gives up.
         healthy_seconds: Life after which a service's death is the first in a row again.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
-        event_log: File to which the gateway appends everything that happens to a request, a line of JSON each; none where absent.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         grace_seconds: Time that running requests get when the cluster ends.
     """
 
     backend: str = "auto"
-    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
-    workers: int = 1
+    dtype: DTypeName = "auto"
+    workers: int | None = None
     prefill: int = 0
     decode: int = 0
+    prefill_backend: str | None = None
+    prefill_dtype: DTypeName | None = None
+    prefill_kv_cache_dtype: KvDTypeName | None = None
+    decode_backend: str | None = None
+    decode_dtype: DTypeName | None = None
+    decode_kv_cache_dtype: KvDTypeName | None = None
     http: str = "127.0.0.1:8000"
     grpc: str = "127.0.0.1:8001"
     kv_cache_gib: float | None = None
-    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    kv_cache_dtype: KvDTypeName = "auto"
     max_batch_tokens: int | None = None
     max_batch_size: int | None = None
     prefix_cache: bool = True
@@ -56,6 +71,14 @@ class UpConfig:
     healthy_seconds: float = 60.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
-    event_log: str | None = None
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0
+
+    @property
+    def pools(self) -> dict[Role, int]:
+        """Executors by role.
+
+        Raises:
+            ConfigError: there is none, or a number is none.
+        """
+        return pools(self.prefill, self.decode, self.workers)
