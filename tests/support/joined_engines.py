@@ -19,7 +19,7 @@ class Handoff:
     def __init__(self, prefill, decode, native=False):
         self.prefill, self.decode, self.native = prefill, decode, native
         self.tickets, self.receivers, self.senders = {}, {}, {}
-        self.told, self.live = [], []
+        self.told, self.live, self.over = [], [], set()
         self.hold = False
         prefill.handoff = decode.handoff = self
 
@@ -40,21 +40,21 @@ class Handoff:
 
     def computed(self, handle, tokens):
         self._note("computed", handle)
-        assert handle in self.live
         self._sender(handle).computed = tokens
         self.push(handle)
 
     def drawn(self, handle, token):
         self._note("drawn", handle)
         sender = self._sender(handle)
-        assert handle in self.live
         assert sender.computed == sender.ticket.tokens
         sender.token = token
         self.push(handle)
 
     def ended(self, handle):
         self._note("ended", handle)
-        self.live.remove(handle)
+        self.over.add(handle)
+        if handle in self.live:
+            self.live.remove(handle)
         if isinstance(handle.request.handoff, Send):
             self.fail(self.decode, self._sender(handle).receiver, HandoffFailure.ABORTED)
         else:
@@ -63,7 +63,7 @@ class Handoff:
                     self.fail(self.prefill, sender.handle, HandoffFailure.ABORTED)
 
     def push(self, handle):
-        if not self.hold:
+        if not self.hold and handle in self.live:
             self._sender(handle).push()
 
     def go_on(self):
@@ -82,6 +82,7 @@ class Handoff:
         return self.senders[handle.request.handoff.ticket.handoff_id]
 
     def _note(self, event, handle):
+        assert handle not in self.over
         self.told.append((event, handle.request.sequence_id))
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from penstock.executor.engine_config import EngineConfig
 from penstock.executor.handoff.ticket import Receive, Send
 from penstock.executor.sequence import SequenceRequest
-
-if TYPE_CHECKING:
-    from penstock.executor.engine import EngineConfig
 
 __all__ = ["fault_of", "refusal_of"]
 

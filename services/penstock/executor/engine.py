@@ -29,7 +29,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,13 +39,15 @@ from penstock.backends.contract import GenerativeModel, ModelLost
 from penstock.executor.acceptance import fault_of, refusal_of
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
+from penstock.executor.engine_config import EngineConfig
+from penstock.executor.frames import Frames
 from penstock.executor.handoff.ports import Exported, Handle, HandoffEvents, Imported, SequenceEnded
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure
 from penstock.executor.kv_moves import KvMoves
 from penstock.executor.meter import Meter, StepFacts
 from penstock.executor.sampling import NotFinite, Sampled, Sampler
 from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
-from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Started, Status
+from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Status
 
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
@@ -54,44 +56,6 @@ _JOIN_SECONDS = 10.0
 _MOVE_SECONDS_BESIDE_STEPS, _MOVE_SECONDS = 0.005, 0.1
 # A wait for a deadline is cut into such pieces: a thread can not wait for as long as a deadline may be away.
 _LONGEST_WAIT = 3600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How an engine runs.
-
-    Attributes:
-        context_length: tokens that one sequence holds at most; never more than the cache has room for.
-        max_batch_tokens: tokens of one step; more than `max_batch_size`.
-        max_batch_size: sequences that run at a time.
-        prefill_chunk: prompt tokens of one step while others decode.
-        chunked_prefill: whether the backend takes a prompt in several steps.
-        prompt_logits: whether it gives logits of prompt tokens.
-        export_kv: whether KV can be copied out of its cache.
-        import_kv: whether it can be copied in.
-        stall_seconds: what a step of decoding takes at most before the engine counts as stalled.
-        stall_seconds_per_prompt_token: what a prompt token adds to that.
-    """
-
-    vocabulary_size: int
-    context_length: int
-    max_batch_tokens: int = 2048
-    max_batch_size: int = 64
-    prefill_chunk: int = 512
-    prefix_cache: bool = True
-    chunked_prefill: bool = True
-    prompt_logits: bool = True
-    export_kv: bool = True
-    import_kv: bool = True
-    stall_seconds: float = 2.5
-    stall_seconds_per_prompt_token: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.max_batch_tokens <= self.max_batch_size:
-            raise ValueError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be more than max_batch_size ({self.max_batch_size}): every "
-                "running sequence takes a token of each step, and prompts need room beside them"
-            )
 
 
 class EngineDead(RuntimeError):
@@ -137,7 +101,7 @@ class Engine:
         self._sampler = Sampler(config.vocabulary_size)
         self._moves = KvMoves(model)
         self._sequences: dict[Sink, dict[int, Sequence]] = {}
-        self._frames: dict[Sink, Frame] = {}
+        self._frames = Frames()
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -298,7 +262,7 @@ class Engine:
                 self._tell_reserved(step.reserved)
             if step.sequences:
                 self._run_step(step)
-            self._publish()
+            self._frames.publish()
         finally:
             self.meter.end()
 
@@ -332,9 +296,7 @@ class Engine:
     def _add(self, sequence: Sequence) -> None:
         mine = self._sequences.setdefault(sequence.sink, {})
         if sequence.request.sequence_id in mine:
-            self._frame(sequence).finished.append(
-                Finished(sequence.request.sequence_id, Finish.REFUSED, message="its sequence_id is in use")
-            )
+            self._frames.finished(sequence, Finish.REFUSED, "its sequence_id is in use", None)
             return
         mine[sequence.request.sequence_id] = sequence
         self.scheduler.add(sequence)
@@ -378,7 +340,7 @@ class Engine:
         for sequence in step.sequences:
             self._finish(sequence, Finish.FAILED, f"the backend failed: {reason}")
         if self._raised_before:
-            self._publish()
+            self._frames.publish()
             raise EngineDead(f"the backend failed twice in a row, at last with {reason}")
         self._raised_before = True
 
@@ -388,8 +350,8 @@ class Engine:
             if self.handoff is not None:
                 sequence.handing = True
                 ticket = self.handoff.reserved(sequence, sequence.computed, len(sequence.ids))
-                self._frame(sequence).reserved.append((sequence.request.sequence_id, ticket))
-        self._publish()
+                self._frames.of(sequence).reserved.append((sequence.request.sequence_id, ticket))
+        self._frames.publish()
 
     def _tell_computed(self, step: Step) -> None:
         for sequence in step.sequences:
@@ -407,7 +369,7 @@ class Engine:
         sequence.handing = False
         self.scheduler.go_on(sequence)
         sequence.first_token_at = time.monotonic()
-        self._frame(sequence).arrived.append((sequence.request.sequence_id, arrival))
+        self._frames.of(sequence).arrived.append((sequence.request.sequence_id, arrival))
         finish = sequence.append(first_token, self.block_size)
         if finish is not None:
             self._finish(sequence, finish)
@@ -437,16 +399,11 @@ class Engine:
             if drawn.error is not None:
                 self._finish(sequence, Finish.FAILED, str(drawn.error))
                 continue
-            frame = self._frame(sequence)
-            sequence_id = sequence.request.sequence_id
             if not sequence.first_token_at:
-                self._tell_start(sequence, frame, now)
-            position = sequence.output_length
-            frame.sequence_ids.append(sequence_id)
-            frame.token_ids.append(drawn.token)
-            frame.positions.append(position)
-            if drawn.logprob is not None:
-                frame.logprobs.append((sequence_id, position, drawn.logprob))
+                sequence.first_token_at = now
+                self.meter.prompted += sequence.prompt_length
+                self._frames.started(sequence)
+            self._frames.token(sequence, drawn)
             finish = sequence.append(drawn.token, self.block_size)
             if finish is not None:
                 self._finish(sequence, finish)
@@ -454,25 +411,8 @@ class Engine:
                 self.scheduler.set_aside(sequence)
                 self.handoff.drawn(sequence, drawn.token)
 
-    def _tell_start(self, sequence: Sequence, frame: Frame, now: float) -> None:
-        sequence.first_token_at = now
-        self.meter.prompted += sequence.prompt_length
-        frame.started.append(
-            Started(
-                sequence.request.sequence_id,
-                sequence.cached_tokens,
-                sequence.first_step_at - sequence.submitted_at,
-                now - sequence.first_step_at,
-            )
-        )
-        if sequence.prompt_logprobs is not None:
-            frame.prompt_logprobs.append((sequence.request.sequence_id, sequence.prompt_logprobs))
-
     def _finish(self, sequence: Sequence, reason: Finish, message: str = "", failure: HandoffFailure | None = None) -> None:
-        decodes = sequence.first_token_at and not sequence.sends
-        decode = time.monotonic() - sequence.first_token_at if decodes else 0.0
-        finished = Finished(sequence.request.sequence_id, reason, sequence.preemptions, message, decode, failure)
-        self._frame(sequence).finished.append(finished)
+        self._frames.finished(sequence, reason, message, failure)
         self.meter.finished[reason] += 1
         self._forget(sequence)
 
@@ -486,18 +426,6 @@ class Engine:
             sequence.handing = False
             self.handoff.ended(sequence)
 
-    def _frame(self, sequence: Sequence) -> Frame:
-        frame = self._frames.get(sequence.sink)
-        if frame is None:
-            frame = self._frames[sequence.sink] = Frame()
-        return frame
-
-    def _publish(self) -> None:
-        if self._frames:
-            for sink, frame in self._frames.items():
-                sink(frame)
-            self._frames = {}
-
     def _die(self, reason: str) -> None:
         """Tell everyone that nothing more comes."""
         self.failure = reason
@@ -506,7 +434,7 @@ class Engine:
             for sequence in list(mine.values()):
                 self._finish(sequence, Finish.FAILED, f"the engine has failed: {reason}")
         self._moves.give_up()
-        self._publish()
+        self._frames.publish()
         with self._wake:
             self._wake.notify_all()
         self.on_death(reason)
