@@ -482,6 +482,106 @@ async def test_restart_under_load_takes_leases_over_from_gateways_and_executors_
         assert (await gateway.grant()).request_id == 3
 
 
+HANDS_OVER = {"model_fingerprint": "v1", "features": ["export_kv", "import_kv"]}
+
+
+async def pools(stub, **fields):
+    prefill = await Executor(stub, "p", role=pb.ROLE_PREFILL, **HANDS_OVER, **fields).ready()
+    return prefill, await Executor(stub, "d", role=pb.ROLE_DECODE, **HANDS_OVER, **fields).ready()
+
+
+async def test_lease_names_both_executors_and_the_prefill_half_can_be_given_back_alone():
+    async with served(placement="apart") as stub:
+        await pools(stub, max_batch_size=1)
+        gateway = Gateway(stub)
+        gateway.place(1)
+        lease = await gateway.grant()
+        assert (lease.executor_id, lease.address, lease.tokens) == ("d", description("d").address, 15)
+        prefill = lease.prefill
+        assert (prefill.executor_id, prefill.address, prefill.tokens) == ("p", description("p").address, 10)
+        assert lease.reason == pb.PLACEMENT_REASON_POLICY
+
+        async def leased():
+            found, _ = await states(stub)
+            return {name: (state.leases, state.prefill_leases) for name, state in found.items()}
+
+        assert await leased() == {"p": (1, 1), "d": (1, 0)}
+        gateway.send(pb.PlaceRequest(prefilled=[1]))
+
+        async def given_back():
+            return await leased() == {"p": (0, 0), "d": (1, 0)}
+
+        await eventually(given_back)
+
+
+async def test_reason_is_told_of_what_runs_together_too():
+    async with served() as stub:
+        await Executor(stub).ready()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        lease = await gateway.grant()
+        assert lease.reason == pb.PLACEMENT_REASON_NO_PREFILL_EXECUTOR
+        assert not lease.HasField("prefill")
+
+
+async def test_restarted_scheduler_takes_both_halves_of_a_lease_over():
+    async with scheduler(placement="apart") as (address, _), stub_of(address) as stub:
+        await pools(stub)
+        gateway = Gateway(stub)
+        gateway.place(1)
+        lease = await gateway.grant()
+    async with scheduler(listen=address, settle_seconds=5.0) as (_, _), stub_of(address) as stub:
+        gateway = Gateway(stub)
+        gateway.send(pb.PlaceRequest(announced=[lease]))
+        await pools(stub)
+
+        async def taken_over():
+            found, _ = await states(stub)
+            return [(found[name].leases, found[name].prefill_leases) for name in "pd"] == [(1, 1), (1, 0)]
+
+        await eventually(taken_over)
+
+
+async def test_load_of_handoffs_is_heard_and_told():
+    async with served() as stub:
+        executor = await Executor(stub).ready()
+        load = pb.Load(running=1, receiving=2, sending=3, handoff_bytes_per_second=1e9)
+        executor.send(pb.RegisterRequest(load=load))
+
+        async def told():
+            return (await states(stub))[0]["e1"].load == load
+
+        await eventually(told)
+
+
+async def test_metrics_tell_each_pool():
+    async with scheduler(placement="apart", metrics="127.0.0.1:0") as (address, server), stub_of(address) as stub:
+        prefill, _ = await pools(stub, kv_blocks=100)
+        gateway = Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        prefill.send(pb.RegisterRequest(load=pb.Load(running=1, waiting=2, waiting_tokens=7, kv_blocks_free=25)))
+
+        async def heard():
+            return (await states(stub))[0]["p"].load.waiting == 2
+
+        await eventually(heard)
+        async with httpx.AsyncClient() as http:
+            text = (await http.get(f"http://{server._metrics.address}/metrics")).text
+    for line in (
+        'penstock_scheduler_placed_total{how="apart",model_name="m",reason="policy"} 1.0',
+        'penstock_scheduler_executors{model_name="m",role="prefill",state="live"} 1.0',
+        'penstock_pool_leases{half="prefill",model_name="m",role="prefill"} 1.0',
+        'penstock_pool_leases{half="decode",model_name="m",role="decode"} 1.0',
+        'penstock_pool_requests_running{model_name="m",role="prefill"} 1.0',
+        'penstock_pool_requests_waiting{model_name="m",role="prefill"} 2.0',
+        'penstock_pool_waiting_prompt_tokens{model_name="m",role="prefill"} 7.0',
+        'penstock_pool_leased_tokens{model_name="m",role="decode"} 15.0',
+        'penstock_pool_kv_cache_usage_perc{model_name="m",role="prefill"} 0.75',
+    ):
+        assert line in text
+
+
 async def test_metrics_tell_queue_leases_and_outcomes():
     async with scheduler(metrics="127.0.0.1:0") as (address, server), stub_of(address) as stub, httpx.AsyncClient() as http:
         await Executor(stub, max_batch_size=1).ready()
@@ -496,8 +596,9 @@ async def test_metrics_tell_queue_leases_and_outcomes():
         'penstock_num_requests_waiting{model_name="m"} 1.0',
         'penstock_request_queue_time_seconds_count{model_name="m"} 1.0',
         'penstock_scheduler_placements_total{model_name="m",outcome="granted"} 1.0',
-        'penstock_scheduler_executors{model_name="m",state="live"} 1.0',
+        'penstock_scheduler_executors{model_name="m",role="both",state="live"} 1.0',
         'penstock_scheduler_leases{executor_id="e1"} 1.0',
+        'penstock_scheduler_placed_total{how="together",model_name="m",reason="no_prefill_executor"} 1.0',
         "penstock_scheduler_kv_event_gaps_total 0.0",
     ):
         assert line in text
@@ -523,7 +624,9 @@ async def test_queue_time_is_a_span_of_the_request():
     assert refused.status.description == "unsupported"
 
 
-@pytest.mark.parametrize("wrong", [{"lease_seconds": 0.0}, {"max_queued_requests": -1}, {"prefill_weight": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"lease_seconds": 0.0}, {"max_queued_requests": -1}, {"prefill_weight": float("nan")}, {"placement": "best"}]
+)
 async def test_settings_that_can_not_work_are_named(wrong):
     with pytest.raises(StartError, match=next(iter(wrong))):
         await SchedulerServer(SchedulerConfig(**wrong)).start()

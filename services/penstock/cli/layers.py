@@ -15,7 +15,7 @@ __all__ = ["CONFIG_LAYERS", "SERVICES"]
 SERVICES = ("gateway", "tokenizer", "scheduler", "executor")
 
 # What belongs to a start rather than to a setting.
-_NOT_SETTINGS = {"help", "version", "config", "supervisor_fd"}
+_NOT_SETTINGS = {"help", "version", "config", "supervisor_fd", "faults"}
 
 
 def _environment_is_known(app: App, commands: tuple[str, ...], _: ArgumentCollection) -> None:
@@ -28,7 +28,7 @@ def _environment_is_known(app: App, commands: tuple[str, ...], _: ArgumentCollec
 def _all_variables(app: App, path: tuple[str, ...]) -> set[str]:
     known: set[str] = set()
     if app.default_command is not None and path:
-        keys = _keys(app.assemble_argument_collection()) | {"config"}
+        keys = _keys(app.assemble_argument_collection()) | {"config", "faults"}
         known |= variables("_".join(path), keys)
     for name, command in app.resolved_commands().items():
         if not name.startswith("-"):

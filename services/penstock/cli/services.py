@@ -8,7 +8,7 @@ from typing import Annotated, Protocol
 from cyclopts import Parameter
 
 from penstock.cli.start import Start
-from penstock.common import lifecycle, logs
+from penstock.common import faults, lifecycle, logs
 from penstock.common.service import Service
 from penstock.executor.config import ExecutorConfig
 from penstock.gateway.config import GatewayConfig
@@ -31,6 +31,8 @@ def _run(name: str, settings: _Common, start: Start, assemble: Callable[[], Serv
     if start.supervisor_fd is not None:
         lifecycle.die_with(start.supervisor_fd)
     logs.configure(name, settings.log_level, settings.log_format)
+    if start.faults is not None:
+        faults.arm(start.faults)
     return lifecycle.run(assemble(), settings.grace_seconds)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from penstock.common.addresses import host_and_port
 from penstock.common.service import StartError
@@ -16,6 +17,7 @@ __all__ = [
     "STEP_TOKENS",
     "TIME_TO_FIRST_TOKEN_SECONDS",
     "MetricsServer",
+    "count_tasks",
     "serve",
 ]
 
@@ -48,6 +50,13 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def count_tasks(registry: CollectorRegistry) -> None:
+    """Tell how many tasks the running event loop has: what a service takes for each request or stream, and has to give back."""
+    loop = asyncio.get_running_loop()
+    tasks = Gauge("penstock_tasks", "Tasks of the process's event loop.", registry=registry)
+    tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 def serve(registry: CollectorRegistry, address: str) -> MetricsServer:

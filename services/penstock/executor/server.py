@@ -70,6 +70,7 @@ class ExecutorServer:
         description.role = scheduler_pb2.Role.Value(f"ROLE_{config.role.upper()}")
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
         if config.metrics is not None:
+            endpoint.count_tasks(metrics.registry)
             self._endpoint = endpoint.serve(metrics.registry, config.metrics)
             bound["metrics"] = self._endpoint.address
         self._start_engine(loaded)

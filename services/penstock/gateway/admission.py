@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
-from penstock.common import tracing
+from penstock.common import faults, tracing
 from penstock.common.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -88,6 +88,7 @@ class Admission:
         on_done: told of each request that has ended.
         max_live: calls in work at most.
         max_attempts: see `Request`.
+        new_request: makes a request; `Request` itself, or one that tells more.
         slow_reader_seconds: a call whose reader leaves output waiting for so long is ended by `sweep`.
     """
 
@@ -103,6 +104,7 @@ class Admission:
         max_live: int,
         max_attempts: int,
         slow_reader_seconds: float,
+        new_request: Callable[..., Request] = Request,
     ) -> None:
         self.catalog = catalog
         self.tokenization = tokenization
@@ -112,6 +114,7 @@ class Admission:
         self._ports = ports
         self._on_done = on_done
         self._max_live = max_live
+        self._new_request = new_request
         self._max_attempts = max_attempts
         self._slow_reader_seconds = slow_reader_seconds
         self._calls: set[Live] = set()
@@ -248,7 +251,7 @@ class Admission:
         return await self.tokenization.detokenize(model.name, ids, deadline, skip_special_tokens=skip)
 
     def _begin(self, call: Live, number: int, planned: Plan, caller: Caller) -> None:
-        request = Request(
+        request = self._new_request(
             planned,
             caller,
             self._ports,
@@ -261,6 +264,7 @@ class Admission:
         self.requests[request.number] = request
         call.requests.append(request)
         request.begin()
+        faults.reach("gateway.accepted")
 
     def _done(self, request: Request) -> None:
         del self.requests[request.number]

@@ -32,6 +32,7 @@ class GatewayConfig:
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
         metrics: HOST:PORT of a Prometheus endpoint beside the HTTP door's /metrics.
+        event_log: File to which everything that happens to a request is appended, a line of JSON each; none where absent.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         grace_seconds: Time that running requests get to finish in when the gateway drains.
     """
@@ -54,5 +55,6 @@ class GatewayConfig:
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     metrics: str | None = None
+    event_log: str | None = None
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 
+from penstock.common import faults
 from penstock.common.channel import connect
 from penstock.common.logs import logger
 from penstock.gateway import messages
@@ -23,9 +24,16 @@ class ExecutorPool:
     Args:
         clock: monotonic seconds.
         on_frame: told once after each frame, however many tokens it held.
+        on_token: told of each token before its request is: the choice, the executor, the token and its position; None: nobody is.
     """
 
-    def __init__(self, clock: Callable[[], float], on_frame: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        on_frame: Callable[[], None],
+        on_token: Callable[[Choice, str, int, int], None] | None = None,
+    ) -> None:
+        self.on_token = on_token
         self._clock = clock
         self._on_frame = on_frame
         self._ids = itertools.count(1)
@@ -152,7 +160,9 @@ class _Link:
         return message
 
     def received(self, message: executor_pb2.RunResponse) -> None:
-        choices = self.choices
+        choices, on_token = self.choices, self._pool.on_token
+        if message.sequence_ids:
+            faults.reach("gateway.token")
         if message.reserved or message.arrived:
             self._handoffs(message)
         if message.started or message.logprobs or message.prompt_logprobs:
@@ -160,6 +170,8 @@ class _Link:
         for sequence_id, token_id, position in zip(message.sequence_ids, message.token_ids, message.positions, strict=True):
             choice = choices.get(sequence_id)
             if choice is not None:
+                if on_token is not None:
+                    on_token(choice, self._executor_id, token_id, position)
                 choice.request.token(choice, token_id, position)
         ended = [finished.sequence_id for finished in message.finished]
         for finished in message.finished:
@@ -168,9 +180,11 @@ class _Link:
 
     def _handoffs(self, message: executor_pb2.RunResponse) -> None:
         for reserved in message.reserved:
+            faults.reach("gateway.reserved")
             if (choice := self.choices.get(reserved.sequence_id)) is not None:
                 choice.request.reserved_blocks(choice, reserved.sequence_id, reserved.ticket.SerializeToString())
         for arrived in message.arrived:
+            faults.reach("gateway.arrived")
             if (choice := self.choices.get(arrived.sequence_id)) is not None:
                 choice.request.kv_arrived(choice, arrived.sequence_id, messages.arrival(arrived))
 
@@ -196,6 +210,7 @@ class _Link:
             return
         request = choice.request
         if finished.reason == executor_pb2.SEQUENCE_FINISH_HANDED_OFF:
+            faults.reach("gateway.handed_off")
             request.handed_off(choice, sequence_id, finished.preemptions)
             return
         end = messages.ENDS.get(finished.reason)
@@ -206,6 +221,7 @@ class _Link:
         why = messages.why(finished)
         logger().warning("sequence lost", executor_id=self._executor_id, request_id=request.caller.request_id, why=why)
         if failure is not None:
+            faults.reach("gateway.handoff_failed")
             request.handoff_failed(choice, sequence_id, failure, why)
         else:
             refused = finished.reason == executor_pb2.SEQUENCE_FINISH_REFUSED

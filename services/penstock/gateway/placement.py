@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import grpc.aio
 
+from penstock.common import faults
 from penstock.common.errors import (
     DeadlineExceeded,
     InternalError,
@@ -179,6 +180,7 @@ class SchedulerPlacement:
             self._catalog.update(_executor(e) for e in message.catalog.executors)
             self._on_catalog()
         for lease in message.granted:
+            faults.reach("gateway.placed")
             request = self._requests.get(lease.request_id)
             if request is not None:
                 request.granted(_lease(lease))

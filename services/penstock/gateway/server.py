@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -14,6 +15,7 @@ from penstock.common import metrics as endpoint
 from penstock.common import tracing
 from penstock.common.channel import connect
 from penstock.common.errors import Unavailable
+from penstock.common.events import EventLog
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.common.tracing import Traceparents
@@ -27,9 +29,11 @@ from penstock.gateway.grpc_door.access import AccessLog
 from penstock.gateway.grpc_door.inference import InferenceServicer
 from penstock.gateway.grpc_door.malformed import MalformedRequests
 from penstock.gateway.grpc_door.models import ModelsServicer
+from penstock.gateway.history import History
 from penstock.gateway.http_door.app import DRAINING, http_app
 from penstock.gateway.http_door.generate import Door
 from penstock.gateway.http_door.server import HttpServer
+from penstock.gateway.machine import Request
 from penstock.gateway.metrics import GatewayMetrics
 from penstock.gateway.placement import SchedulerPlacement
 from penstock.gateway.tokenization import Tokenization
@@ -56,6 +60,7 @@ class GatewayServer:
         self._grpc: GrpcServer | None = None
         self._http: HttpServer | None = None
         self._endpoint: endpoint.MetricsServer | None = None
+        self._events: EventLog | None = None
         self._changed = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
 
@@ -97,7 +102,10 @@ class GatewayServer:
         self.placement = SchedulerPlacement(scheduler, self.catalog, clock, self._on_catalog, self._lose_executor)
         # A channel of its own: a long prompt must not hold up everybody's tokens.
         self.decoding = TokenizerDecoding(decoder)
-        self.execution = ExecutorPool(clock, self.decoding.flush)
+        if config.event_log is not None:
+            self._events = EventLog(Path(config.event_log), self.name)
+        history = None if self._events is None else History(self._events)
+        self.execution = ExecutorPool(clock, self.decoding.flush, None if history is None else history.token)
         self.tokenization = Tokenization(tokenizer, clock, self._changed.set)
         self.admission = Admission(
             self.catalog,
@@ -109,7 +117,9 @@ class GatewayServer:
             max_live=config.max_live_requests,
             max_attempts=config.max_attempts,
             slow_reader_seconds=config.slow_reader_seconds,
+            new_request=Request if history is None else history.request,
         )
+        endpoint.count_tasks(self.metrics.registry)
         self.metrics.watch(self.admission.requests)
         self.metrics.gauge("gateway_calls", "Calls in work, those being encoded included", lambda: self.admission.live)
         self.metrics.gauge("gateway_placings", "Requests that are queued or leased", lambda: self.placement.live)
@@ -208,4 +218,6 @@ class GatewayServer:
             await channel.close()
         if self._endpoint is not None:
             self._endpoint.close()
+        if self._events is not None:
+            self._events.close()
         self._tasks, self._channels, self._grpc, self._http, self._endpoint = [], [], None, None, None

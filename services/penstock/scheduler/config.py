@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from penstock.common.logs import LogFormat, LogLevel
 from penstock.common.service import StartError
 
-__all__ = ["SchedulerConfig", "check"]
+__all__ = ["Policy", "SchedulerConfig", "check"]
+
+Policy = Literal["auto", "together", "apart"]
 
 _POSITIVE = ("max_queued_requests", "max_queued_tokens", "expected_output_tokens", "lease_seconds")
 
@@ -25,6 +28,8 @@ class SchedulerConfig:
         expected_output_tokens: An answer is taken to be this long where it may be longer, in load and fairness.
         look_ahead: Sequences given to an executor beyond its batch, so that it never waits for the next.
         prefill_weight: Tokens of load that one token to prefill counts for when an executor is chosen.
+        placement: Whether a request's prefill runs on an executor of its own: auto decides by what each way is expected to cost,
+            together never does, apart does wherever a pair of executors can exchange KV.
         lease_seconds: An executor from which nothing comes for so long is taken for lost.
         executor_wait_seconds: Time that requests wait for an executor when all of their model's are gone.
         model_memory_seconds: Time for which a model whose executors are all gone stays known.
@@ -42,6 +47,7 @@ class SchedulerConfig:
     expected_output_tokens: int = 256
     look_ahead: int = 2
     prefill_weight: float = 1.0
+    placement: Policy = "auto"
     lease_seconds: float = 2.5
     executor_wait_seconds: float = 30.0
     model_memory_seconds: float = 300.0
@@ -59,6 +65,8 @@ def check(config: SchedulerConfig) -> None:
     Raises:
         StartError: names the setting and what would be right.
     """
+    if config.placement not in get_args(Policy):
+        raise StartError(f"placement is {config.placement!r}: it must be one of {', '.join(get_args(Policy))}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not isinstance(value, int | float):

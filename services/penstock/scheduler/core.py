@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from penstock.scheduler.admission import retry_after
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.executors import Executor, Hold
-from penstock.scheduler.model import Grant, Needs, Outcome, Reason, Refused
-from penstock.scheduler.placement import Choice, Unsupported
+from penstock.scheduler.model import Grant, Needs, Outcome, Prefill, Reason, Refused
+from penstock.scheduler.pairing import Choice, Rules
+from penstock.scheduler.placement import Unsupported
 from penstock.scheduler.pool import Pool
 from penstock.scheduler.registry import Registry
 from penstock.scheduler.requests import Request, load_tokens
@@ -35,6 +36,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
         self._config = config
+        self._rules = Rules(config.placement, config.prefill_weight, config.expected_output_tokens)
         self._clock = clock
         self._settled_at = clock() + config.settle_seconds
         self._gateways: dict[int, dict[int, Request]] = {}
@@ -70,16 +72,21 @@ class Scheduler:
             self.release(gateway, request_id)
         del self._gateways[gateway]
 
-    def announce(self, gateway: int, request_id: int, executor_id: str, *, tokens: int, choices: int) -> None:
-        """Take over a lease that was granted on a stream which was lost, or by a scheduler which is gone."""
+    def announce(
+        self, gateway: int, request_id: int, executor_id: str, *, tokens: int, choices: int, prefill: tuple[str, int] | None = None
+    ) -> None:
+        """Take over a lease that was granted on a stream which was lost, or by a scheduler which is gone.
+
+        `prefill`: the executor where its prefill still runs, if that is another one, and the tokens that are held against it.
+        """
         self.release(gateway, request_id)
         request = self._request(gateway, request_id, Needs(model="", choices=max(choices, 1)), tokens)
         self._gateways[gateway][request_id] = request
-        hold = self.executors.hold(executor_id)
-        self._lease(request, hold, tokens)
-        executor = self.executors.get(executor_id)
-        if executor is not None:
-            executor.announced(request.needs.choices)
+        self._lease(request, self.executors.hold(executor_id), tokens)
+        self._announced(executor_id, request.needs.choices)
+        if prefill is not None:
+            self._lease_prefill(request, self.executors.hold(prefill[0]), prefill[1])
+            self._announced(prefill[0], 1)
 
     def place(self, gateway: int, request_id: int, needs: Needs) -> None:
         """Ask for an executor. What the request id stood for before is released."""
@@ -108,6 +115,12 @@ class Scheduler:
             self._pools[request.needs.model].remove(request)
             self._dirty[self._pools[request.needs.model]] = None
             self._clear_timers(request)
+
+    def prefilled(self, gateway: int, request_id: int) -> None:
+        """The executor that prefills for a request is done with it; where there is none, nothing changes."""
+        request = self._gateways[gateway].get(request_id)
+        if request is not None:
+            self._free_prefill(request)
 
     def drain(self) -> None:
         """Refuse new requests. Those that wait, and those that ran before, are placed still."""
@@ -151,7 +164,7 @@ class Scheduler:
     def _pool(self, model: str) -> Pool:
         pool = self._pools.get(model)
         if pool is None:
-            pool = Pool(model, self.executors.prefixes, self._config.prefill_weight, self._clock())
+            pool = Pool(model, self.executors.prefixes, self._rules, self._clock())
             self._pools[model] = pool
         return pool
 
@@ -194,7 +207,7 @@ class Scheduler:
         request.stranded_tick = self._patience.add(request, until)
 
     def _dispatch(self, pool: Pool, now: float) -> None:
-        while (found := pool.next_placement()) is not None:
+        while (found := pool.next_placement(now)) is not None:
             request, choice = found
             self._clear_timers(request)
             if request.deadline is not None and request.deadline <= now:
@@ -206,36 +219,65 @@ class Scheduler:
         self._forget_if_idle(pool)
 
     def _grant(self, request: Request, choice: Choice, now: float) -> None:
-        executor, cached = choice.executor, choice.cached_tokens
+        executor, cached, needs = choice.executor, choice.cached_tokens, request.needs
         tokens = max(request.tokens - cached, 1)
         self._lease(request, executor.hold, tokens)
-        executor.fresh_tokens += request.needs.prompt_tokens - cached
+        prefill = None
+        if choice.prefill is None:
+            executor.fresh_tokens += needs.prompt_tokens - cached
+        else:
+            prefill = self._grant_prefill(request, choice.prefill, choice.prefill_cached_tokens)
         description = executor.description
         self._outcomes.append(
             Grant(
                 request.gateway,
                 request.request_id,
-                request.needs.model,
+                needs.model,
                 description.executor_id,
                 description.address,
                 tokens,
-                request.needs.choices,
+                needs.choices,
                 now - request.arrived,
                 cached,
-                request.needs.traceparent,
-                request.needs.client_request_id,
+                choice.reason,
+                prefill,
+                needs.traceparent,
+                needs.client_request_id,
             )
         )
+
+    def _grant_prefill(self, request: Request, executor: Executor, cached: int) -> Prefill:
+        tokens = request.needs.prompt_tokens - cached
+        self._lease_prefill(request, executor.hold, tokens)
+        executor.fresh_tokens += tokens
+        return Prefill(executor.description.executor_id, executor.description.address, tokens, cached)
 
     def _lease(self, request: Request, hold: Hold, tokens: int) -> None:
         request.hold = hold
         request.leased_tokens = tokens
         hold.add(request.needs.choices, tokens)
 
+    def _lease_prefill(self, request: Request, hold: Hold, tokens: int) -> None:
+        request.prefill_hold = hold
+        request.prefill_tokens = tokens
+        hold.add_prefill(tokens)
+
+    def _announced(self, executor_id: str, sequences: int) -> None:
+        executor = self.executors.get(executor_id)
+        if executor is not None:
+            executor.announced(sequences)
+
     def _free(self, request: Request, hold: Hold) -> None:
+        self._free_prefill(request)
         request.hold = None
         hold.subtract(request.needs.choices, request.leased_tokens)
         self.executors.freed(hold)
+
+    def _free_prefill(self, request: Request) -> None:
+        hold, request.prefill_hold = request.prefill_hold, None
+        if hold is not None:
+            hold.subtract_prefill(request.prefill_tokens)
+            self.executors.freed(hold)
 
     def _freed(self, executor: Executor) -> None:
         self._dirty[self._pools[executor.description.model]] = None

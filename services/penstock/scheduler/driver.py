@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from penstock.common import tracing
+from penstock.common import faults, tracing
 from penstock.common.errors import UnknownExecutor
 from penstock.common.logs import logger
 from penstock.internal.v1 import scheduler_pb2 as pb
@@ -146,6 +146,7 @@ class Driver:
         if isinstance(outcome, Grant):
             self._note_grant(outcome)
             if outbox is not None:
+                faults.reach("scheduler.granted")
                 outbox.response.granted.append(messages.lease_message(outcome))
         else:
             self._note_refusal(outcome)
@@ -160,6 +161,8 @@ class Driver:
             request_id=grant.client_request_id,
             model=grant.model,
             executor_id=grant.executor_id,
+            prefill_executor_id=(grant.prefill or grant).executor_id,
+            reason=grant.reason.value,
             queued_seconds=round(grant.queued_seconds, 6),
         )
 
@@ -218,6 +221,11 @@ def _trace(outcome: Grant | Refused) -> None:
     now = time.time_ns()
     facts: dict[str, str | bool | int | float] = {"model": outcome.model}
     if isinstance(outcome, Grant):
-        facts |= {"executor_id": outcome.executor_id, "expected_cached_tokens": outcome.cached_tokens}
+        facts |= {
+            "executor_id": outcome.executor_id,
+            "prefill_executor_id": (outcome.prefill or outcome).executor_id,
+            "placement_reason": outcome.reason.value,
+            "expected_cached_tokens": outcome.cached_tokens,
+        }
     span = tracing.start("queue", outcome.traceparent, facts, at_ns=now - int(outcome.queued_seconds * 1e9))
     span.end(error=outcome.reason.value if isinstance(outcome, Refused) else None, at_ns=now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.scheduler.model import Description, Load, Role
+from penstock.scheduler.splitting import COUNTED, Pace
 
 __all__ = ["Executor", "Hold"]
 
@@ -11,7 +12,10 @@ _COMMON_STEP = (8, 1024)
 
 
 class Hold:
-    """What is leased on one executor. Leases announced to a new scheduler stand here before the executor has registered."""
+    """What is leased on one executor, leases for prefill alone included.
+
+    Leases announced to a new scheduler stand here before the executor has registered.
+    """
 
     __slots__ = ("executor_id", "leases", "prefill_leases", "sequences", "tokens")
 
@@ -27,6 +31,16 @@ class Hold:
         self.leases += 1
         self.sequences += sequences
         self.tokens += tokens
+
+    def add_prefill(self, tokens: int) -> None:
+        """One lease more, for the prefill of one sequence."""
+        self.prefill_leases += 1
+        self.add(1, tokens)
+
+    def subtract_prefill(self, tokens: int) -> None:
+        """One of these less."""
+        self.prefill_leases -= 1
+        self.subtract(1, tokens)
 
     def subtract(self, sequences: int, tokens: int) -> None:
         """One lease less."""
@@ -46,6 +60,7 @@ class Executor:
             reports in a row have to tell of them: one alone may have crossed the releases of sequences that had just ended.
         prefill_slowness: how many times longer than the model's fastest executor it takes for a token of prefill.
         decode_slowness: the same for a step of decoding.
+        pace: how quick it is by its own measurement; where it has made none, tokens are counted.
         role: what it is given to do now, as it has confirmed.
         step_seconds: of a step of decoding that is the same on all executors; 0 where it has not measured its steps.
     """
@@ -64,6 +79,7 @@ class Executor:
         "kv_tokens",
         "limit",
         "load",
+        "pace",
         "prefill_slowness",
         "role",
         "sequence_tokens",
@@ -86,6 +102,7 @@ class Executor:
         self._excess: int | None = None
         self.prefill_slowness = self.decode_slowness = 1.0
         times = description.times
+        self.pace = COUNTED if times is None else Pace.of(times, description.prefill_chunk)
         self.step_seconds = 0.0 if times is None else times.step_seconds(*_COMMON_STEP)
         self.kv_sequence: int | None = None
 
@@ -94,6 +111,12 @@ class Executor:
         """What it reports, or has measured at its start until it reports; 0 where unknown."""
         times = self.description.times
         return self.load.prefill_tokens_per_second or (0.0 if times is None else times.prefill_tokens_per_second)
+
+    @property
+    def ahead(self) -> int:
+        """Prompt tokens that wait for prefill there: as reported, and leased since. What was given back since waits no more."""
+        told = self.load.waiting_tokens + self.fresh_tokens
+        return told if self.foreign else min(told, self.hold.tokens)
 
     def report(self, load: Load) -> None:
         """Take over what the executor tells of itself."""

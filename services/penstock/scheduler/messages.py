@@ -9,7 +9,7 @@ from penstock.common.step_times import Curve, StepTimes
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Description, Grant, Load, Needs, Reason, Refused, Role
+from penstock.scheduler.model import Description, Grant, Load, Needs, PlacementReason, Prefill, Reason, Refused, Role
 from penstock.scheduler.prefixes import unpack_hashes
 
 __all__ = [
@@ -32,6 +32,16 @@ _REASONS = {
     Reason.NO_EXECUTOR: pb.REFUSAL_REASON_NO_EXECUTOR,
     Reason.DRAINING: pb.REFUSAL_REASON_DRAINING,
 }
+_PLACEMENT_REASONS = {
+    PlacementReason.POLICY: pb.PLACEMENT_REASON_POLICY,
+    PlacementReason.COST: pb.PLACEMENT_REASON_COST,
+    PlacementReason.NO_PREFILL_EXECUTOR: pb.PLACEMENT_REASON_NO_PREFILL_EXECUTOR,
+    PlacementReason.NO_DECODE_EXECUTOR: pb.PLACEMENT_REASON_NO_DECODE_EXECUTOR,
+    PlacementReason.ONE_TOKEN: pb.PLACEMENT_REASON_ONE_TOKEN,
+    PlacementReason.CACHED: pb.PLACEMENT_REASON_CACHED,
+    PlacementReason.INCOMPATIBLE: pb.PLACEMENT_REASON_INCOMPATIBLE,
+    PlacementReason.REPLACED: pb.PLACEMENT_REASON_REPLACED,
+}
 _ROLES: dict[int, Role] = {pb.ROLE_BOTH: Role.BOTH, pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE}
 _ROLE_MESSAGES = {Role.BOTH: pb.ROLE_BOTH, Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 
@@ -39,9 +49,12 @@ _ROLE_MESSAGES = {Role.BOTH: pb.ROLE_BOTH, Role.PREFILL: pb.ROLE_PREFILL, Role.D
 def apply_place(core: Scheduler, gateway: int, frame: pb.PlaceRequest) -> None:
     """One frame of a gateway: what it gives back before what it asks for."""
     for lease in frame.announced:
-        core.announce(gateway, lease.request_id, lease.executor_id, tokens=lease.tokens, choices=lease.choices)
+        prefill = (lease.prefill.executor_id, lease.prefill.tokens) if lease.HasField("prefill") else None
+        core.announce(gateway, lease.request_id, lease.executor_id, tokens=lease.tokens, choices=lease.choices, prefill=prefill)
     for request_id in frame.released:
         core.release(gateway, request_id)
+    for request_id in frame.prefilled:
+        core.prefilled(gateway, request_id)
     for placing in frame.place:
         core.place(gateway, placing.request_id, read_needs(placing))
 
@@ -184,6 +197,17 @@ def lease_message(grant: Grant) -> pb.Lease:
         queued_us=int(grant.queued_seconds * 1e6),
         expected_cached_tokens=grant.cached_tokens,
         choices=grant.choices,
+        prefill=None if grant.prefill is None else _prefill_message(grant.prefill),
+        reason=_PLACEMENT_REASONS[grant.reason],
+    )
+
+
+def _prefill_message(prefill: Prefill) -> pb.PrefillLease:
+    return pb.PrefillLease(
+        executor_id=prefill.executor_id,
+        address=prefill.address,
+        tokens=prefill.tokens,
+        expected_cached_tokens=prefill.cached_tokens,
     )
 
 

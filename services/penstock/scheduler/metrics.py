@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter as Tally
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -12,6 +11,7 @@ from prometheus_client.registry import Collector
 from penstock.common.metrics import E2E_SECONDS, TIME_TO_FIRST_TOKEN_SECONDS
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.model import Grant, Reason, Refused
+from penstock.scheduler.pool_metrics import pool_metrics
 
 __all__ = ["SchedulerMetrics"]
 
@@ -37,12 +37,19 @@ class SchedulerMetrics:
             ["model_name", "outcome"],
             registry=self.registry,
         )
+        self._placed = Counter(
+            "penstock_scheduler_placed",
+            "Requests that were placed: together, or prefill and decode apart; and why.",
+            ["model_name", "how", "reason"],
+            registry=self.registry,
+        )
         self.registry.register(_State(core))
 
     def placed(self, grant: Grant) -> None:
         """A request has its lease."""
         self._queue_time.labels(grant.model).observe(grant.queued_seconds)
         self._placements.labels(grant.model, "granted").inc()
+        self._placed.labels(grant.model, "apart" if grant.prefill else "together", grant.reason.value).inc()
 
     def refused(self, refused: Refused) -> None:
         """A request got none. Names of unknown models are a client's, and would grow without bound."""
@@ -71,12 +78,7 @@ class _State(Collector):
         yield gaps
 
     def _executors(self) -> Iterator[Metric]:
-        count = GaugeMetricFamily("penstock_scheduler_executors", "Registered executors.", labels=["model_name", "state"])
-        executors = list(self._core.executors)
-        states = Tally((e.description.model, "draining" if e.draining else "live") for e in executors)
-        for (model, state), number in states.items():
-            count.add_metric([model, state], number)
-        yield count
+        yield from pool_metrics(self._core.executors)
         leases = GaugeMetricFamily("penstock_scheduler_leases", "Leases that are held.", labels=["executor_id"])
         leased = GaugeMetricFamily("penstock_scheduler_leased_tokens", "Tokens of these.", labels=["executor_id"])
         for hold in list(self._core.executors.holds.values()):

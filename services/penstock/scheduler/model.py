@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from penstock.common.step_times import StepTimes
 
-__all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "Reason", "Refused", "Role"]
+__all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "PlacementReason", "Prefill", "Reason", "Refused", "Role"]
 
 
 class Role(enum.Enum):
@@ -106,9 +106,32 @@ class Reason(enum.Enum):
     DRAINING = "draining"
 
 
+class PlacementReason(enum.Enum):
+    """Why a request runs on one executor, or its prefill on another."""
+
+    POLICY = "policy"
+    COST = "cost"
+    NO_PREFILL_EXECUTOR = "no_prefill_executor"
+    NO_DECODE_EXECUTOR = "no_decode_executor"
+    ONE_TOKEN = "one_token"  # noqa: S105 - of an answer
+    CACHED = "cached"
+    INCOMPATIBLE = "incompatible"
+    REPLACED = "replaced"
+
+
+@dataclass(slots=True)
+class Prefill:
+    """The half of a lease that is for prefill alone."""
+
+    executor_id: str
+    address: str
+    tokens: int
+    cached_tokens: int
+
+
 @dataclass(slots=True)
 class Grant:
-    """A lease."""
+    """A lease; with `prefill`, on two executors."""
 
     gateway: int
     request_id: int
@@ -119,6 +142,8 @@ class Grant:
     choices: int
     queued_seconds: float
     cached_tokens: int
+    reason: PlacementReason
+    prefill: Prefill | None = None
     traceparent: str = ""
     client_request_id: str = ""
 

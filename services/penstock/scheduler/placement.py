@@ -21,10 +21,8 @@ from dataclasses import dataclass
 
 from penstock.scheduler.executors import Executor
 from penstock.scheduler.model import Needs
-from penstock.scheduler.prefixes import PrefixIndex
-from penstock.scheduler.requests import Request
 
-__all__ = ["Capable", "Choice", "Unsupported", "cached_tokens", "capable", "choose", "cost", "fitting"]
+__all__ = ["Capable", "Unsupported", "cached_tokens", "capable", "choose", "cost", "fitting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +93,14 @@ def cost(executor: Executor, uncached: int, prefill_weight: float) -> float:
     return executor.prefill_slowness * prefill_weight * prefill + executor.decode_slowness * executor.hold.tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The executor, and the prompt tokens expected in its cache."""
-
-    executor: Executor
-    cached_tokens: int
-
-
-def choose(request: Request, open_executors: Sequence[Executor], index: PrefixIndex, mask: int, prefill_weight: float) -> Choice:
-    """The cheapest of the executors that have room, at least one; `mask` holds their bits, and may hold others'."""
-    needs = request.needs
-    prompt = needs.prompt_tokens
-    depths = index.depths(needs.block_hashes, mask) if needs.block_hashes else {}
+def choose(
+    prompt_tokens: int, open_executors: Sequence[Executor], depths: Mapping[int, int], prefill_weight: float
+) -> tuple[Executor, int]:
+    """The cheapest of the executors that have room, at least one, and the prompt tokens expected in its cache."""
     best, best_cached, best_key = open_executors[0], 0, (math.inf, 0)
     for executor in open_executors:
-        cached = cached_tokens(executor, depths, prompt) if depths else 0
-        key = (cost(executor, prompt - cached, prefill_weight), executor.hold.sequences + executor.foreign)
+        cached = cached_tokens(executor, depths, prompt_tokens) if depths else 0
+        key = (cost(executor, prompt_tokens - cached, prefill_weight), executor.hold.sequences + executor.foreign)
         if key < best_key:
             best, best_cached, best_key = executor, cached, key
-    return Choice(best, best_cached)
+    return best, best_cached

@@ -9,9 +9,11 @@ from penstock.scheduler.admission import DrainRate, admits
 from penstock.scheduler.executors import Executor
 from penstock.scheduler.lanes import Lane, Shares
 from penstock.scheduler.model import Needs
-from penstock.scheduler.placement import Capable, Choice, Unsupported, capable, choose, fitting
+from penstock.scheduler.pairing import Choice, Rules, place
+from penstock.scheduler.placement import Capable, Unsupported, capable, fitting
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.requests import Request
+from penstock.scheduler.teams import Team, team_of
 
 __all__ = ["Pool"]
 
@@ -28,7 +30,7 @@ class Pool:
         stranded: requests that no executor can run now, in order of arrival, for as long as one may come.
     """
 
-    def __init__(self, model: str, index: PrefixIndex, prefill_weight: float, now: float) -> None:
+    def __init__(self, model: str, index: PrefixIndex, rules: Rules, now: float) -> None:
         self.model = model
         self.known = False
         self.last_seen = now
@@ -37,10 +39,10 @@ class Pool:
         self.queued_tokens = 0
         self.drain_rate = DrainRate(now)
         self._index = index
-        self._prefill_weight = prefill_weight
+        self._rules = rules
         self._open: tuple[Executor, ...] = ()
         self._lanes: dict[int, Lane] = {}
-        self._members: dict[int, tuple[Executor, ...]] = {}
+        self._teams: dict[int, Team] = {}
         self._shares: dict[int, Shares] = {}
         self._tenants: Counter[str] = Counter()
         self._queued = 0
@@ -97,27 +99,18 @@ class Pool:
             request.lane.remove(request)
         self._left(request)
 
-    def next_placement(self) -> tuple[Request, Choice] | None:
-        """Take out the request whose turn it is, with its executor; None if no lane's first request has room anywhere."""
-        found: tuple[int, int, int] | None = None
-        picked: tuple[Lane, Request, list[Executor]] | None = None
-        for mask, lane in self._lanes.items():
-            if not lane:
-                continue
-            rank, virtual, request = lane.head()
-            key = (rank, virtual, request.order)
-            if found is None or key < found:
-                sequences, tokens = request.needs.choices, request.tokens
-                room = [e for e in self._members[mask] if e.has_room(sequences, tokens)]
-                if room:
-                    found, picked = key, (lane, request, room)
-        if picked is None:
-            return None
-        lane, request, room = picked
-        choice = choose(request, room, self._index, lane.mask, self._prefill_weight)
-        lane.serve(request)
-        self._left(request)
-        return request, choice
+    def next_placement(self, now: float) -> tuple[Request, Choice] | None:
+        """Take out the request whose turn it is, with its place; None if no lane's first request has room anywhere."""
+        heads = [(lane.head(), lane) for lane in self._lanes.values() if lane]
+        if len(heads) > 1:
+            heads.sort(key=lambda h: (h[0][0], h[0][1], h[0][2].order))
+        for (_, _, request), lane in heads:
+            choice = place(request, self._teams[lane.mask], self._index, lane.mask, self._rules, now)
+            if choice is not None:
+                lane.serve(request)
+                self._left(request)
+                return request, choice
+        return None
 
     def rebuild(self, *, strict: bool) -> list[tuple[Request, Unsupported]]:
         """Route all that waits anew, after executors came or left.
@@ -136,7 +129,7 @@ class Pool:
                 request.lane.remove(request)
         self.stranded.clear()
         self._lanes.clear()
-        self._members.clear()
+        self._teams.clear()
         refused = []
         for request in waiting:
             executors = self.route(request.needs)
@@ -160,12 +153,12 @@ class Pool:
         if lane is None:
             self._drop_empty_lanes()
             lane = self._lanes[mask] = Lane(mask, self._shares)
-            self._members[mask] = tuple(executors)
+            self._teams[mask] = team_of(executors, self._rules.policy)
         lane.push(request)
 
     def _drop_empty_lanes(self) -> None:
         for mask in [mask for mask, lane in self._lanes.items() if not lane]:
-            del self._lanes[mask], self._members[mask]
+            del self._lanes[mask], self._teams[mask]
 
     def _left(self, request: Request) -> None:
         self._queued -= 1

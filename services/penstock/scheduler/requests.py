@@ -27,7 +27,10 @@ def load_tokens(needs: Needs, expected_output: int) -> int:
 
 
 class Request:
-    """Identity is the object itself. At most one of `lane` and `hold` is set; neither while it waits for any executor to come."""
+    """Identity is the object itself. At most one of `lane` and `hold` is set; neither while it waits for any executor to come.
+
+    `prefill_hold` is set beside `hold` for as long as its prefill runs on another executor.
+    """
 
     __slots__ = (
         "arrived",
@@ -39,6 +42,8 @@ class Request:
         "leased_tokens",
         "needs",
         "order",
+        "prefill_hold",
+        "prefill_tokens",
         "rank",
         "request_id",
         "stranded_tick",
@@ -59,3 +64,5 @@ class Request:
         self.lane: Lane | None = None
         self.hold: Hold | None = None
         self.leased_tokens = 0
+        self.prefill_hold: Hold | None = None
+        self.prefill_tokens = 0

@@ -46,6 +46,7 @@ class SchedulerServer:
         except RuntimeError as error:
             raise StartError(f"can not listen on {self._config.listen}: {error}") from error
         if self._config.metrics:
+            metrics.count_tasks(counts.registry)
             self._metrics = metrics.serve(counts.registry, self._config.metrics)
             bound["metrics"] = self._metrics.address
         await server.start()

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc.aio
 
+from penstock.common import faults
 from penstock.common.logs import logger
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.internal.v1 import scheduler_pb2_grpc
@@ -51,6 +52,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def _read_places(self, gateway: int, frames: AsyncIterator[pb.PlaceRequest], done: Callable[[], None]) -> None:
         try:
             async for frame in frames:
+                _pass_points(frame)
                 messages.apply_place(self._core, gateway, frame)
                 self._driver.kick()
         finally:
@@ -102,3 +104,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SetRoleResponse:
         self._driver.set_role(request.executor_id, messages.read_role(request.role, "role"))
         return pb.SetRoleResponse()
+
+
+def _pass_points(frame: pb.PlaceRequest) -> None:
+    if frame.place:
+        faults.reach("scheduler.asked")
+    if frame.prefilled:
+        faults.reach("scheduler.prefilled")

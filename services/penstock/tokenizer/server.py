@@ -52,6 +52,7 @@ class TokenizerServer:
         except RuntimeError as error:
             raise StartError(f"listen: can not listen on {config.listen}: {error}") from error
         if config.metrics is not None:
+            endpoint.count_tasks(self._metrics.registry)
             self._endpoint = endpoint.serve(self._metrics.registry, config.metrics)
             told["metrics"] = self._endpoint.address
         await self._grpc.start()

@@ -137,13 +137,13 @@ def plan(n=1, max_tokens=8, stop=()):
 
 @pytest.fixture
 def build():
-    """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told."""
+    """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told; `new` makes it."""
 
-    def made(**fields):
+    def made(new=Request, **fields):
         ports, told, done = Ports(), Told(), []
         caller = Caller(tenant="t", request_id="r", deadline=1e9)
         clock = itertools.count()
-        request = Request(
+        request = new(
             plan(**fields),
             caller,
             (ports, ports, ports),

@@ -1,48 +1,8 @@
 import pytest
+from scheduling import World, step_times
 
 from penstock.common.step_times import Curve, StepTimes
-from penstock.scheduler.config import SchedulerConfig
-from penstock.scheduler.core import Scheduler
-from penstock.scheduler.model import Description, Grant, Load, Lost, Needs, Reason
-
-
-class World:
-    """A scheduler with a clock that a test moves, and one gateway."""
-
-    def __init__(self, **config):
-        self.now = 0.0
-        given = {"settle_seconds": 0.0, "look_ahead": 0, "lease_seconds": 1e6}
-        self.core = Scheduler(SchedulerConfig(**given | config), lambda: self.now)
-        self.gateway = self.core.open_gateway()
-        self.ids = 0
-
-    def join(self, name, **fields):
-        given = {
-            "address": "h:1",
-            "model": "m",
-            "context_length": 4096,
-            "kv_block_size": 16,
-            "kv_blocks": 1000,
-            "max_batch_size": 4,
-        }
-        return self.core.executors.join(Description(executor_id=name, **given | fields))
-
-    def ask(self, **needs):
-        self.ids += 1
-        self.core.place(self.gateway, self.ids, Needs(**{"model": "m", "prompt_tokens": 100, "max_tokens": 10} | needs))
-        return self.ids
-
-    def outcome(self, **needs):
-        """What comes of a request at once; None if it waits."""
-        request_id = self.ask(**needs)
-        return next((o for o in self.core.step() if o.request_id == request_id), None)
-
-    def where(self, **needs):
-        return self.outcome(**needs).executor_id
-
-    def at(self, now):
-        self.now = now
-        return self.core.step()
+from penstock.scheduler.model import Grant, Load, Lost, Needs, Reason
 
 
 def cache(world, executor, *hashes, sequence=1):
@@ -323,16 +283,6 @@ def test_placing_an_id_again_gives_its_first_lease_back():
     world.core.place(world.gateway, request_id, Needs(model="m", replacing=True))
     assert [o.request_id for o in world.core.step()] == [request_id]
     assert executor.hold.leases == 1
-
-
-def step_times(scale):
-    return StepTimes(
-        prefill=Curve((16, 256), (0.02 * scale, 0.2 * scale)),
-        prefill_pair_seconds=0.0,
-        decode=Curve((1, 16), (0.01 * scale, 0.04 * scale)),
-        decode_context=16,
-        decode_token_seconds=0.0,
-    )
 
 
 def test_calibrated_executor_takes_its_share_before_anything_was_measured_live():

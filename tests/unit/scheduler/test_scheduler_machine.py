@@ -1,14 +1,15 @@
 """Any interleaving of gateways, executors and time: nothing leaks, nothing is lost, nothing is answered twice."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
+from penstock.common.step_times import Curve, StepTimes
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.core import Scheduler
-from penstock.scheduler.model import Description, Grant, Load, Lost, Needs, Reason
+from penstock.scheduler.model import Description, Grant, Load, Lost, Needs, PlacementReason, Reason, Role
 from penstock.scheduler.timers import TICK_SECONDS
 
 CONFIG = SchedulerConfig(
@@ -16,6 +17,13 @@ CONFIG = SchedulerConfig(
 )
 MODELS = ["a", "a", "a", "b"]
 FIELDS = ["x", "y"]
+TIMES = StepTimes(
+    prefill=Curve((16, 64), (0.02, 0.05)),
+    prefill_pair_seconds=1e-6,
+    decode=Curve((1, 4), (0.01, 0.02)),
+    decode_context=16,
+    decode_token_seconds=1e-6,
+)
 
 
 @dataclass(eq=False)
@@ -52,10 +60,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.now = 100.0
-        self.core = Scheduler(CONFIG, lambda: self.now)
         self.sides = {}
         self.executors = {}
         self.joined = 0
+
+    @initialize(policy=st.sampled_from(["auto", "together", "apart"]))
+    def begin(self, policy):
+        self.policy = policy
+        self.core = Scheduler(replace(CONFIG, placement=policy), lambda: self.now)
 
     @rule(target=gateways)
     def open_gateway(self):
@@ -76,8 +88,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch=st.integers(1, 3),
         blocks=st.sampled_from([4, 8]),
         fingerprint=st.sampled_from(["", "", "", "", "t"]),
+        role=st.sampled_from(Role),
+        version=st.sampled_from(["v1", "v1", "v1", "v2"]),
+        features=st.sampled_from([frozenset({"export_kv", "import_kv"}), frozenset({"export_kv", "import_kv"}), frozenset()]),
+        times=st.sampled_from([TIMES, TIMES, None]),
     )
-    def join(self, model, name, fields, batch, blocks, fingerprint):
+    def join(self, model, name, fields, batch, blocks, fingerprint, role, version, features, times):
         if name in self.executors and self.executors[name].description.model != model:
             self.core.executors.leave(self.executors[name])
         description = Description(
@@ -90,6 +106,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             kv_blocks=blocks,
             max_batch_size=batch,
             fields=fields,
+            role=role,
+            model_fingerprint=version,
+            features=features,
+            times=times,
         )
         self.executors[name] = self.core.executors.join(description)
         self.settle()
@@ -110,6 +130,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 executor, Load(waiting=waiting, waiting_tokens=9 * waiting, prefill_tokens_per_second=waiting)
             )
         self.settle()
+
+    @rule(name=st.sampled_from(["e1", "e2", "e3"]), role=st.sampled_from(Role))
+    def flip(self, name, role):
+        if name in self.executors:
+            self.core.executors.take_role(self.executors[name], role)
+            self.settle()
 
     @rule(
         name=st.sampled_from(["e1", "e2", "e3"]),
@@ -149,12 +175,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.core.release(side.number, request_id)
             self.settle()
 
-    @rule(side=gateways, name=st.sampled_from(["e1", "e2", "e3"]), tokens=st.integers(1, 50), choices=st.integers(1, 2))
-    def announce(self, side, name, tokens, choices):
+    @rule(side=gateways, data=st.data())
+    def prefilled(self, side, data):
+        if side.number in self.sides and (ids := sorted({*side.pending, *side.leased})):
+            request_id = data.draw(st.sampled_from(ids))
+            if request_id in side.leased:
+                del side.leased[request_id][1:]
+            self.core.prefilled(side.number, request_id)
+            self.settle()
+
+    @rule(
+        side=gateways,
+        name=st.sampled_from(["e1", "e2", "e3"]),
+        tokens=st.integers(1, 50),
+        choices=st.integers(1, 2),
+        prefill=st.none() | st.tuples(st.sampled_from(["e1", "e2", "e3"]), st.integers(1, 50)),
+    )
+    def announce(self, side, name, tokens, choices, prefill):
         if side.number in self.sides:
             side.ids += 1
-            side.leased[side.ids] = (name, tokens, choices)
-            self.core.announce(side.number, side.ids, name, tokens=tokens, choices=choices)
+            halves = [(name, choices, tokens, 0)]
+            if prefill is not None:
+                halves.append((prefill[0], 1, prefill[1], 1))
+            side.leased[side.ids] = halves
+            self.core.announce(side.number, side.ids, name, tokens=tokens, choices=choices, prefill=prefill)
             self.settle()
 
     @rule(seconds=st.floats(0.01, 3.0))
@@ -178,15 +222,34 @@ class SchedulerMachine(RuleBasedStateMachine):
                 needs, asked = side.pending.pop(outcome.request_id)
                 if isinstance(outcome, Grant):
                     self.check_grant(outcome, needs, asked)
-                    side.leased[outcome.request_id] = (outcome.executor_id, outcome.tokens, needs.choices)
+                    halves = [(outcome.executor_id, needs.choices, outcome.tokens, 0)]
+                    if outcome.prefill:
+                        halves.append((outcome.prefill.executor_id, 1, outcome.prefill.tokens, 1))
+                    side.leased[outcome.request_id] = halves
                 else:
                     self.check_refusal(outcome, needs, asked)
 
     def check_grant(self, grant, needs, asked):
         executor = self.executors[grant.executor_id]
-        assert executor in self.eligible(needs)
+        able = self.eligible(needs)
+        assert executor in able
+        if grant.prefill:
+            self.check_pair(self.executors[grant.prefill.executor_id], executor, able)
+        elif executor.role is Role.PREFILL:
+            only_prefill = all(e.role is Role.PREFILL for e in able)
+            assert only_prefill or grant.reason is PlacementReason.ONE_TOKEN
         assert needs.deadline is None or asked + needs.deadline > self.now
         assert 0 <= grant.cached_tokens < needs.prompt_tokens
+
+    def check_pair(self, prefill, decode, able):
+        assert self.policy != "together"
+        assert prefill in able
+        assert prefill is not decode
+        assert decode.role is not Role.PREFILL
+        assert prefill.role is Role.PREFILL or (self.policy == "apart" and prefill.role is Role.BOTH)
+        assert prefill.description.model_fingerprint == decode.description.model_fingerprint
+        assert "export_kv" in prefill.description.features
+        assert "import_kv" in decode.description.features
 
     def check_refusal(self, refused, needs, asked):
         match refused.reason:
@@ -219,11 +282,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def leases_are_exactly_those_told(self):
         leased = {}
         for side in self.sides.values():
-            for name, tokens, choices in side.leased.values():
-                counts = leased.setdefault(name, [0, 0, 0])
-                leased[name] = [counts[0] + 1, counts[1] + choices, counts[2] + tokens]
-        found = {h.executor_id: [h.leases, h.sequences, h.tokens] for h in self.core.executors.holds.values()}
-        assert found == {name: [0, 0, 0] for name in self.executors} | leased
+            for name, choices, tokens, prefill in (half for halves in side.leased.values() for half in halves):
+                counts = leased.setdefault(name, [0, 0, 0, 0])
+                leased[name] = [counts[0] + 1, counts[1] + choices, counts[2] + tokens, counts[3] + prefill]
+        holds = self.core.executors.holds.values()
+        found = {h.executor_id: [h.leases, h.sequences, h.tokens, h.prefill_leases] for h in holds}
+        assert found == {name: [0, 0, 0, 0] for name in self.executors} | leased
 
     @invariant()
     def nobody_waits_for_an_idle_executor(self):
@@ -232,7 +296,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 eligible = self.eligible(needs)
                 lost_on_all = all(e.description.executor_id in needs.avoid for e in eligible)
                 another_may_come = lost_on_all and self.now < max(asked + CONFIG.executor_wait_seconds, 102.0) + TICK_SECONDS
-                assert another_may_come or all(e.hold.sequences + e.foreign for e in eligible)
+                homes = [e for e in eligible if e.role is not Role.PREFILL] or eligible
+                waited_for = homes if self.policy != "apart" else eligible
+                busy = [e for e in waited_for if e.hold.sequences + e.foreign]
+                assert another_may_come or (len(busy) == len(homes) if self.policy != "apart" else busy)
 
     @invariant()
     def nobody_waits_beyond_the_deadline(self):

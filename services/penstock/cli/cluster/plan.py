@@ -46,7 +46,8 @@ class Plan:
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
         listen = {"http": ("--http", self.settings.http), "grpc": ("--grpc", self.settings.grpc)}
-        return self._program("gateway", "gateway", ["--scheduler", scheduler, "--tokenizer", tokenizer], listen)
+        flags = ["--scheduler", scheduler, "--tokenizer", tokenizer, *self._given(("event_log",))]
+        return self._program("gateway", "gateway", flags, listen)
 
     def executor(self, planned: ExecutorPlan, *, scheduler: str) -> Program:
         """An executor's process, which registers with this scheduler."""

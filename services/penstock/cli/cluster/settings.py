@@ -43,6 +43,7 @@ class UpConfig:
         healthy_seconds: Life after which a service's death is the first in a row again.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
+        event_log: File to which the gateway appends everything that happens to a request, a line of JSON each; none where absent.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
         grace_seconds: Time that running requests get when the cluster ends.
     """
@@ -71,6 +72,7 @@ class UpConfig:
     healthy_seconds: float = 60.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
+    event_log: str | None = None
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0
 

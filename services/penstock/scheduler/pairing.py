@@ -1,0 +1,176 @@
+"""Where one request runs: on one executor, or its prefill on another. The rules of each policy, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from penstock.scheduler.config import Policy
+from penstock.scheduler.executors import Executor
+from penstock.scheduler.model import Needs, PlacementReason
+from penstock.scheduler.placement import cached_tokens, choose
+from penstock.scheduler.prefixes import PrefixIndex
+from penstock.scheduler.requests import Request
+from penstock.scheduler.splitting import COUNTED, Decoding, Estimate, Link, Pace, apart, splits, together
+from penstock.scheduler.teams import Team
+
+__all__ = ["Choice", "Rules", "place"]
+
+Depths = Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an operator has set of placement; names as in `penstock.scheduler.config`."""
+
+    policy: Policy
+    prefill_weight: float
+    expected_output_tokens: int
+
+
+@dataclass(slots=True)
+class Choice:
+    """The executor, the prompt tokens expected in its cache, why, and the same of the one that prefills, if it is another."""
+
+    executor: Executor
+    cached_tokens: int
+    reason: PlacementReason
+    prefill: Executor | None = None
+    prefill_cached_tokens: int = 0
+
+
+def place(request: Request, team: Team, index: PrefixIndex, mask: int, rules: Rules, now: float) -> Choice | None:
+    """Where a request runs now; None if it has to wait for room.
+
+    Args:
+        request: it fits every member of the team.
+        team: who can run it.
+        index: what the executors have cached.
+        mask: the bits of the team.
+        rules: as the operator has set them.
+        now: on the clock of its deadline.
+    """
+    needs, reason = request.needs, team.whole
+    one_token = reason is None and needs.max_tokens == 1
+    sequences, tokens = needs.choices, request.tokens
+    room = [e for e in (team.members if one_token else team.homes) if e.has_room(sequences, tokens)]
+    if not room:
+        return None
+    depths = index.depths(needs.block_hashes, mask) if needs.block_hashes else {}
+    if one_token:
+        reason = PlacementReason.ONE_TOKEN
+    elif reason is None and needs.replacing and rules.policy == "apart":
+        reason = PlacementReason.REPLACED
+    if reason is not None:
+        return _whole(needs, room, depths, rules, reason)
+    pairs = _Pairs(request, team, depths, rules)
+    return pairs.wherever_cheaper(room, now) if rules.policy == "auto" else pairs.apart(room)
+
+
+def _whole(needs: Needs, room: Sequence[Executor], depths: Depths, rules: Rules, reason: PlacementReason) -> Choice:
+    executor, cached = choose(needs.prompt_tokens, room, depths, rules.prefill_weight)
+    return Choice(executor, cached, reason)
+
+
+class _Pairs:
+    """One request among the executors that can exchange KV."""
+
+    def __init__(self, request: Request, team: Team, depths: Depths, rules: Rules) -> None:
+        self._request = request
+        self._needs = request.needs
+        self._team = team
+        self._depths = depths
+        self._rules = rules
+        self._output = min(self._needs.max_tokens, rules.expected_output_tokens)
+        self._senders: dict[str, list[tuple[float, Executor]]] = {}
+
+    def apart(self, room: Sequence[Executor]) -> Choice | None:
+        """The best pair, whatever it costs."""
+        receivers = [e for e in room if e in self._team.receivers]
+        if not receivers:
+            return _whole(self._needs, room, self._depths, self._rules, PlacementReason.INCOMPATIBLE)
+        for executor in receivers:
+            if self._all_cached(executor):
+                return _whole(self._needs, [executor], self._depths, self._rules, PlacementReason.CACHED)
+        found = self._best(receivers)
+        return None if found is None else found[0]
+
+    def wherever_cheaper(self, room: Sequence[Executor], now: float) -> Choice:
+        """On one executor or on a pair, whichever costs less."""
+        needs = self._needs
+        otherwise = PlacementReason.REPLACED if needs.replacing else PlacementReason.COST
+        whole = _whole(needs, room, self._depths, self._rules, otherwise)
+        if self._all_cached(whole.executor):
+            whole.reason = PlacementReason.CACHED
+            return whole
+        found = self._best([e for e in room if e in self._team.receivers])
+        if found is None:
+            return whole
+        pair, split = found
+        decoding = self._decoding(whole.executor)
+        answer = decoding.answer(needs.choices, self._output)
+        deadline = self._request.deadline if self._team.calibrated else None
+        left = None if deadline is None else deadline - now
+        return pair if splits(together(needs.prompt_tokens, decoding, answer), split, left) else whole
+
+    def _best(self, receivers: Sequence[Executor]) -> tuple[Choice, Estimate] | None:
+        """The cheapest pair that has room."""
+        best: tuple[float, int] | None = None
+        found: tuple[Choice, Estimate] | None = None
+        for executor in receivers:
+            sender = self._sender_for(executor)
+            if sender is None:
+                continue
+            decoding = self._decoding(executor)
+            answer = decoding.answer(self._needs.choices, self._output)
+            split = apart(self._needs.prompt_tokens, sender[0], decoding, self._link(sender[1], executor), answer)
+            key = (split.cost, executor.hold.tokens)
+            if best is None or key < best:
+                best = key
+                cached = self._cached(sender[1])
+                found = (Choice(executor, decoding.cached, PlacementReason.COST, sender[1], cached), split)
+        if found is not None and self._rules.policy == "apart":
+            found[0].reason = PlacementReason.POLICY
+        return found
+
+    def _sender_for(self, receiver: Executor) -> tuple[float, Executor] | None:
+        version = receiver.description.model_fingerprint
+        senders = self._senders.get(version)
+        if senders is None:
+            senders = self._senders[version] = self._two_quickest(self._team.senders[version])
+        return next((s for s in senders if s[1] is not receiver), None)
+
+    def _two_quickest(self, senders: Sequence[Executor]) -> list[tuple[float, Executor]]:
+        """Seconds of the prefill, and the executor: two, since one of them may be the receiver itself."""
+        prompt = self._needs.prompt_tokens
+        timed = []
+        for executor in senders:
+            cached = self._cached(executor)
+            if executor.has_room(1, prompt - cached):
+                pace = self._pace(executor)
+                timed.append((executor.ahead * pace.token_seconds + pace.prefill(prompt - cached, cached), executor))
+        timed.sort(key=lambda s: (s[0], s[1].hold.sequences))
+        return timed[:2]
+
+    def _decoding(self, executor: Executor) -> Decoding:
+        hold = executor.hold
+        running = hold.sequences + executor.foreign
+        context = (hold.tokens + self._request.tokens) / (running + self._needs.choices)
+        return Decoding(self._pace(executor), executor.ahead, running, context, self._cached(executor))
+
+    def _pace(self, executor: Executor) -> Pace:
+        return executor.pace if self._team.calibrated else COUNTED
+
+    def _link(self, sender: Executor, receiver: Executor) -> Link:
+        if not self._team.calibrated:
+            return Link.counted()
+        measured = sender.load.handoff_bytes_per_second or receiver.load.handoff_bytes_per_second
+        return Link.of(sender.description.kv_bytes_per_token, measured)
+
+    def _cached(self, executor: Executor) -> int:
+        return cached_tokens(executor, self._depths, self._needs.prompt_tokens)
+
+    def _all_cached(self, executor: Executor) -> bool:
+        """Whether it has every block of the prompt that can be taken from a cache: at least one, and not the last token's."""
+        depth = self._depths.get(executor.bit, 0)
+        return depth > 0 and (depth + 1) * executor.description.kv_block_size >= self._needs.prompt_tokens

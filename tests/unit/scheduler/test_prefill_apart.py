@@ -1,0 +1,240 @@
+"""Roles, pairs, and why a request runs apart or together; what its halves hold."""
+
+import pytest
+from scheduling import World
+
+from penstock.scheduler.model import Load, PlacementReason, Role
+
+HANDS_OVER = frozenset({"export_kv", "import_kv"})
+BLOCKS = tuple(range(1, 7))
+
+
+class Pools(World):
+    """Executors of one version of a model that exchange KV, by role."""
+
+    def join(self, name, role=Role.BOTH, **fields):
+        return super().join(
+            name, **{"role": role, "model_fingerprint": "v1", "features": HANDS_OVER, "max_batch_size": 16} | fields
+        )
+
+    def prefill(self, name="p", **fields):
+        return self.join(name, Role.PREFILL, **fields)
+
+    def decode(self, name="d", **fields):
+        return self.join(name, Role.DECODE, **fields)
+
+    def pair(self, **needs):
+        """Prefill executor (None: together), decode executor and reason."""
+        grant = self.outcome(**needs)
+        return grant.prefill and grant.prefill.executor_id, grant.executor_id, grant.reason
+
+    def cache(self, executor, count=6):
+        self.core.executors.kv_events(executor, 1, stored=BLOCKS[:count], removed=(), cleared=False)
+
+
+def apart(**config):
+    return Pools(placement="apart", **config)
+
+
+def test_apart_takes_one_executor_of_each_pool():
+    world = apart()
+    world.prefill(), world.decode()
+    assert world.pair() == ("p", "d", PlacementReason.POLICY)
+
+
+def test_together_leaves_prefill_to_the_executor_that_decodes():
+    world = Pools(placement="together")
+    world.prefill(), world.decode()
+    assert world.pair() == (None, "d", PlacementReason.POLICY)
+    assert world.pair(max_tokens=1) == (None, "d", PlacementReason.POLICY)
+
+
+@pytest.mark.parametrize("policy", ["auto", "apart"])
+def test_empty_pool_fails_no_request(policy):
+    world = Pools(placement=policy)
+    lonely = world.prefill()
+    assert world.pair() == (None, "p", PlacementReason.NO_DECODE_EXECUTOR)
+    world.core.executors.leave(lonely)
+    world.decode()
+    assert world.pair() == (None, "d", PlacementReason.NO_PREFILL_EXECUTOR)
+
+
+def test_executors_with_both_roles_pair_only_where_all_is_to_be_split_and_nobody_else_prefills():
+    auto = Pools()
+    auto.join("a"), auto.join("b")
+    assert auto.pair()[::2] == (None, PlacementReason.NO_PREFILL_EXECUTOR)
+    world = apart()
+    world.join("a")
+    assert world.pair() == (None, "a", PlacementReason.NO_PREFILL_EXECUTOR)
+    world.join("b")
+    pairs = {world.pair()[:2] for _ in range(2)}
+    assert pairs <= {("a", "b"), ("b", "a")}
+    world.prefill()
+    assert {world.pair()[0] for _ in range(3)} == {"p"}
+
+
+def test_executor_with_both_roles_prefills_for_the_one_that_only_decodes():
+    world = apart()
+    world.join("a"), world.decode()
+    assert world.pair() == ("a", "d", PlacementReason.POLICY)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        ({"model_fingerprint": "v2"}, {}),
+        ({"model_fingerprint": ""}, {"model_fingerprint": ""}),
+        ({"features": frozenset({"import_kv"})}, {}),
+        ({}, {"features": frozenset({"export_kv"})}),
+    ],
+)
+def test_pools_that_can_not_exchange_kv_are_never_paired(prefill, decode):
+    world = apart()
+    world.prefill(**prefill), world.decode(**decode)
+    assert world.pair() == (None, "d", PlacementReason.INCOMPATIBLE)
+
+
+def test_versions_of_a_model_pair_among_themselves():
+    world = apart()
+    world.prefill("p1", model_fingerprint="v1"), world.decode("d1", model_fingerprint="v1")
+    world.prefill("p2", model_fingerprint="v2"), world.decode("d2", model_fingerprint="v2")
+    assert {world.pair()[:2] for _ in range(6)} == {("p1", "d1"), ("p2", "d2")}
+
+
+def test_pair_supports_the_fields_and_holds_the_sequence_on_both_sides():
+    world = apart()
+    world.prefill(fields=frozenset({"x"}), context_length=64)
+    world.decode(fields=frozenset({"x", "y"}))
+    assert world.pair(fields=("x",), prompt_tokens=10)[0] == "p"
+    assert world.pair(fields=("y",), prompt_tokens=10) == (None, "d", PlacementReason.NO_PREFILL_EXECUTOR)
+    assert world.pair(prompt_tokens=100) == (None, "d", PlacementReason.NO_PREFILL_EXECUTOR)
+
+
+def test_executors_that_drain_or_are_avoided_are_not_paired():
+    world = apart()
+    world.prefill("p1"), world.prefill("p2"), world.decode()
+    assert {world.pair(avoid=frozenset({"p1"}))[0] for _ in range(2)} == {"p2"}
+    world.core.executors.drain(world.core.executors.get("p2"))
+    assert {world.pair()[0] for _ in range(2)} == {"p1"}
+    world.core.executors.drain(world.core.executors.get("p1"))
+    assert world.pair() == (None, "d", PlacementReason.NO_PREFILL_EXECUTOR)
+
+
+def test_answer_of_one_token_needs_nobody_to_decode():
+    world = apart()
+    world.prefill(), world.decode()
+    busy = world.outcome(prompt_tokens=1000)
+    assert busy.prefill.executor_id == "p"
+    world.core.prefilled(world.gateway, busy.request_id)
+    assert world.pair(max_tokens=1) == (None, "p", PlacementReason.ONE_TOKEN)
+
+
+def test_prompt_that_the_decode_executor_has_cached_is_not_moved():
+    world = apart()
+    world.prefill()
+    decode = world.decode()
+    world.cache(decode, 5)
+    assert world.pair(prompt_tokens=97, block_hashes=BLOCKS)[0] == "p"
+    assert world.pair(prompt_tokens=96, block_hashes=BLOCKS) == (None, "d", PlacementReason.CACHED)
+    world.cache(decode)
+    assert world.pair(prompt_tokens=97, block_hashes=BLOCKS) == (None, "d", PlacementReason.CACHED)
+    assert world.pair(prompt_tokens=10)[0] == "p", "a prompt shorter than a block is in no cache"
+
+
+def test_request_that_was_lost_goes_on_where_it_can():
+    world = apart()
+    world.prefill(), world.decode()
+    assert world.pair(replacing=True) == (None, "d", PlacementReason.REPLACED)
+
+
+def test_halves_are_held_each_against_its_executor():
+    world = apart(expected_output_tokens=50)
+    prefill, decode = world.prefill(), world.decode()
+    world.cache(prefill, 2), world.cache(decode, 1)
+    grant = world.outcome(prompt_tokens=100, max_tokens=60, choices=3, block_hashes=BLOCKS)
+    assert (grant.prefill.tokens, grant.prefill.cached_tokens) == (68, 32)
+    assert (grant.tokens, grant.cached_tokens) == (100 + 3 * 50 - 16, 16)
+    held = (prefill.hold, decode.hold)
+    assert [(h.leases, h.prefill_leases, h.sequences, h.tokens) for h in held] == [(1, 1, 1, 68), (1, 0, 3, 234)]
+    assert (prefill.fresh_tokens, decode.fresh_tokens) == (68, 0), "the one that decodes has nothing to prefill"
+
+
+@pytest.mark.parametrize("how", ["prefilled", "release", "close", "again"])
+def test_prefill_half_ends_with_prefill_or_with_the_lease(how):
+    world = apart()
+    prefill, decode = world.prefill(), world.decode()
+    request_id = world.outcome().request_id
+    if how == "prefilled":
+        world.core.prefilled(world.gateway, request_id)
+        world.core.prefilled(world.gateway, request_id)
+        assert decode.hold.leases == 1
+    elif how == "release":
+        world.core.release(world.gateway, request_id)
+    elif how == "close":
+        world.core.close_gateway(world.gateway)
+    else:
+        world.core.announce(world.gateway, request_id, "d", tokens=9, choices=1)
+    assert (prefill.hold.leases, prefill.hold.prefill_leases, prefill.hold.sequences, prefill.hold.tokens) == (0, 0, 0, 0)
+
+
+def test_prefilled_of_what_runs_together_waits_or_is_unknown_changes_nothing():
+    world = apart()
+    decode = world.decode(max_batch_size=1)
+    running, waiting = world.outcome().request_id, world.ask()
+    for request_id in (running, waiting, 99):
+        world.core.prefilled(world.gateway, request_id)
+    assert (decode.hold.leases, world.core.queued) == (1, 1)
+
+
+def test_full_prefill_pool_lets_wait_and_the_next_prefill_that_ends_makes_room():
+    world = apart()
+    world.prefill(max_batch_size=1), world.decode()
+    first = world.outcome()
+    waits = world.ask()
+    assert world.core.step() == []
+    world.core.prefilled(world.gateway, first.request_id)
+    assert [(o.request_id, o.prefill.executor_id) for o in world.core.step()] == [(waits, "p")]
+
+
+def test_announced_halves_are_held_before_and_after_their_executors_register():
+    world = apart(settle_seconds=3)
+    world.core.announce(world.gateway, 50, "d", tokens=300, choices=2, prefill=("p", 200))
+    prefill, decode = world.prefill(), world.decode()
+    assert (prefill.hold.prefill_leases, prefill.hold.tokens, decode.hold.sequences, decode.hold.tokens) == (1, 200, 2, 300)
+    world.core.executors.report(prefill, Load(running=1))
+    world.core.executors.report(prefill, Load(running=1))
+    assert prefill.foreign == 0
+    world.core.prefilled(world.gateway, 50)
+    assert (prefill.hold.leases, decode.hold.leases) == (0, 1)
+
+
+def test_prefill_goes_where_the_prompt_is_cached_or_the_queue_is_short():
+    world = apart()
+    world.prefill("p1"), world.cache(world.prefill("p2")), world.decode()
+    assert world.pair(prompt_tokens=100, block_hashes=BLOCKS)[0] == "p2"
+    assert world.pair(prompt_tokens=1000)[0] == "p1"
+    assert world.pair(prompt_tokens=1000)[0] == "p2"
+    assert world.pair(prompt_tokens=100, block_hashes=BLOCKS)[0] == "p2", "a longer queue, but little to compute"
+
+
+def test_flipped_role_counts_from_the_next_request_on_and_what_is_held_stays_held():
+    world = apart()
+    first, second = world.join("a", Role.PREFILL), world.join("b", Role.DECODE)
+    before = world.outcome()
+    assert (before.prefill.executor_id, before.executor_id) == ("a", "b")
+    version = world.core.executors.version
+    world.core.executors.take_role(first, Role.DECODE)
+    assert (first.hold.prefill_leases, world.core.executors.version) == (1, version + 1)
+    assert world.pair()[::2] == (None, PlacementReason.NO_PREFILL_EXECUTOR)
+    world.core.executors.take_role(second, Role.PREFILL)
+    assert world.pair() == ("b", "a", PlacementReason.POLICY)
+    world.core.release(world.gateway, before.request_id)
+    assert (first.hold.prefill_leases, second.hold.prefill_leases) == (0, 1)
+
+
+def test_role_that_is_told_again_changes_nothing():
+    world = apart()
+    executor = world.prefill()
+    version = world.core.executors.version
+    world.core.executors.take_role(executor, Role.PREFILL)
+    assert world.core.executors.version == version
