@@ -99,4 +99,4 @@ def _apart(settings: UpConfig) -> str:
     if not counts["prefill"] and not counts["decode"]:
         return ""
     executors = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
-    return f", executors: {executors}"
+    return f", executors: {executors}, placement: {settings.placement}"

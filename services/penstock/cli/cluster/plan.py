@@ -36,7 +36,7 @@ class Plan:
 
     def scheduler(self) -> Program:
         """The scheduler's process."""
-        return self._program("scheduler", "scheduler", [], self._internal())
+        return self._program("scheduler", "scheduler", self._given(("placement",)), self._internal())
 
     def tokenizer(self) -> Program:
         """The tokenizer's process."""

@@ -24,6 +24,7 @@ class UpConfig:
         workers: Executors that prefill and decode; each holds the model once. One where neither prefill nor decode is given.
         prefill: Executors for prefill.
         decode: Executors for decoding behind a prefill that ran elsewhere.
+        placement: Whether a request's prefill runs on an executor of its own; auto decides by what each way is expected to cost.
         prefill_backend: Backend of the executors for prefill, where it is not that of all.
         prefill_dtype: Precision of their weights, likewise.
         prefill_kv_cache_dtype: Type of their KV cache, likewise.
@@ -53,6 +54,7 @@ class UpConfig:
     workers: int | None = None
     prefill: int = 0
     decode: int = 0
+    placement: Literal["auto", "together", "apart"] = "auto"
     prefill_backend: str | None = None
     prefill_dtype: DTypeName | None = None
     prefill_kv_cache_dtype: KvDTypeName | None = None
