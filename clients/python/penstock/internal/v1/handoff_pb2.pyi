@@ -308,6 +308,7 @@ class Welcome(_message.Message):
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     NIXL_AGENT_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     native: _builtins.bool
     """Whether blocks may go over as they are."""
@@ -318,6 +319,10 @@ class Welcome(_message.Message):
     """The NIXL agent's metadata; empty where there is none."""
     @_builtins.property
     def shared_memory(self) -> Global___SharedSegment: ...
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___HandoffTransport.ValueType]:
+        """Transports that the decode side takes from this sender; each but gRPC has to be proven first."""
+
     def __init__(
         self,
         *,
@@ -327,10 +332,11 @@ class Welcome(_message.Message):
         window_bytes: _builtins.int = ...,
         shared_memory: Global___SharedSegment | None = ...,
         nixl_agent: _builtins.bytes = ...,
+        transports: _abc.Iterable[Global___HandoffTransport.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "max_push_bytes", b"max_push_bytes", "native", b"native", "nixl_agent", b"nixl_agent", "shared_memory", b"shared_memory", "window_bytes", b"window_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "max_push_bytes", b"max_push_bytes", "native", b"native", "nixl_agent", b"nixl_agent", "shared_memory", b"shared_memory", "transports", b"transports", "window_bytes", b"window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,7 +104,8 @@ class Outgoing(Protocol):
     async def put(self, data: memoryview) -> Parcel:
         """Wait for room, then put `data` where the receiving end can reach it.
 
-        `data` is contiguous, and not written to before its payload is `taken` or the link closed. Cancelling gives the room back.
+        `data` is one-dimensional, contiguous, of unsigned bytes, and not written to before its payload is `taken` or the
+        link closed. Cancelling gives the room back.
 
         Raises:
             PayloadTooLarge: it is larger than the whole window.

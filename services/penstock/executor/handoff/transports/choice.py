@@ -1,0 +1,197 @@
+"""Which transport a link takes: the cheapest that its two ends have, allow, and have proven to share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.common.logs import logger
+from penstock.executor.handoff.ticket import Transport
+from penstock.executor.handoff.transports import segments
+from penstock.executor.handoff.transports.inline import InlineIncoming, InlineOutgoing
+from penstock.executor.handoff.transports.port import (
+    DevicePayload,
+    Incoming,
+    InlinePayload,
+    LinkClosed,
+    Outgoing,
+    Parcel,
+    Payload,
+    PayloadUnproven,
+    TransportFailed,
+)
+from penstock.executor.handoff.transports.shared_memory import SharedIncoming, SharedOutgoing
+
+__all__ = ["Attachment", "Offer", "ReceivingEnds", "SendingEnds", "Transports"]
+
+_CHEAPEST_FIRST = (Transport.SHARED_MEMORY, Transport.NIXL, Transport.GRPC)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the receiving end has for this link.
+
+    Attributes:
+        transports: that it takes; each but gRPC has to be proven first.
+    """
+
+    window_bytes: int
+    shared: segments.SegmentOffer | None = None
+    transports: tuple[Transport, ...] = _CHEAPEST_FIRST
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """The sending end has reached what was offered: `proof` says so to the receiving end."""
+
+    transport: Transport
+    proof: bytes
+
+
+class Transports:
+    """What one executor has, and makes the ends of its links from."""
+
+    def __init__(self, allowed: Sequence[Transport] = (Transport.SHARED_MEMORY, Transport.GRPC)) -> None:
+        """`allowed`: what may be taken. Others are neither offered nor taken."""
+        self._allowed = frozenset(allowed)
+        self._told: set[str] = set()
+
+    @property
+    def names(self) -> tuple[Transport, ...]:
+        """Those that may be taken, the cheapest first."""
+        return tuple(transport for transport in _CHEAPEST_FIRST if transport in self._allowed)
+
+    async def receiving(self, window_bytes: int, theirs: Sequence[Transport]) -> ReceivingEnds:
+        """The receiving ends of a new link to an executor that has `theirs`."""
+        both = [transport for transport in self.names if transport in theirs]
+        shared: SharedIncoming | None = None
+        if Transport.SHARED_MEMORY in both:
+            try:
+                shared = await asyncio.to_thread(SharedIncoming, window_bytes)
+            except OSError as error:
+                self._tell_once(str(segments.FOLDER), error, window_bytes)
+                both.remove(Transport.SHARED_MEMORY)
+        return ReceivingEnds(window_bytes, tuple(both), shared)
+
+    def sending(self, offer: Offer) -> SendingEnds:
+        """The sending ends of a link, where the other executor has offered this."""
+        return SendingEnds(offer, self._allowed)
+
+    def _tell_once(self, what: str, error: OSError, window_bytes: int) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger().warning("KV does not go through shared memory", folder=what, reason=str(error), bytes=window_bytes)
+
+
+class ReceivingEnds:
+    """The receiving end of a link, whichever transport a payload comes by. Until one is proven, that is gRPC."""
+
+    def __init__(self, window_bytes: int, transports: tuple[Transport, ...], shared: SharedIncoming | None) -> None:
+        self.offer = Offer(window_bytes, shared.offer if shared else None, transports)
+        self._shared = shared
+        self._inline = InlineIncoming() if Transport.GRPC in transports else None
+        self._proven: Incoming | None = None
+
+    @property
+    def transport(self) -> Transport:
+        """What was proven last."""
+        return self._proven.transport if self._proven else Transport.GRPC
+
+    def attach(self, attachment: Attachment) -> bool:
+        """Whether the other end's proof is right: payload may come this way from now on."""
+        if attachment.transport is Transport.SHARED_MEMORY and self._shared is not None:
+            if self._shared.prove(attachment.proof):
+                self._proven = self._shared
+                return True
+            self._forget_unproven()
+        return False
+
+    async def open(self, payload: Payload, checksum: int) -> memoryview:
+        """See `Incoming`."""
+        if isinstance(payload, InlinePayload):
+            self._forget_unproven()  # the other end has chosen, and would have said so before
+            end: Incoming | None = self._inline
+        else:
+            end = self._shared if not isinstance(payload, DevicePayload) else None
+        if end is None:
+            raise PayloadUnproven("the link has no such transport")
+        return await end.open(payload, checksum)
+
+    def close(self) -> None:
+        """See `Incoming`."""
+        for end in (self._shared, self._inline):
+            if end is not None:
+                end.close()
+
+    def _forget_unproven(self) -> None:
+        if self._shared is not None and self._proven is not self._shared:
+            self._shared.close()
+            self._shared = None
+
+
+class SendingEnds:
+    """The sending end of a link. `attach` and `attached` settle the transport, before the first `put`."""
+
+    def __init__(self, offer: Offer, allowed: frozenset[Transport]) -> None:
+        self._offer = offer
+        self._untried = [each for each in _CHEAPEST_FIRST if each in allowed and each in offer.transports]
+        self._trying: SharedOutgoing | None = None
+        self._end: Outgoing | None = None
+        self._closed = False
+
+    @property
+    def transport(self) -> Transport:
+        """What was settled on; gRPC before."""
+        return self._end.transport if self._end else Transport.GRPC
+
+    async def attach(self) -> Attachment | None:
+        """The next proof to tell, the cheapest transport's first; None when the link is settled."""
+        while self._end is None and self._untried and not self._closed:
+            transport = self._untried.pop(0)
+            if transport is Transport.GRPC:
+                self._end = InlineOutgoing(self._offer.window_bytes)
+            elif transport is Transport.SHARED_MEMORY and self._offer.shared is not None:
+                self._trying = await asyncio.to_thread(_share, self._offer.shared)
+                if self._trying is not None and not self._closed:
+                    return Attachment(transport, self._trying.answer)
+        if self._closed:
+            self.close()  # while this looked
+        return None
+
+    def attached(self, *, accepted: bool) -> None:
+        """The receiving end's word on the last proof."""
+        if accepted and not self._closed:
+            self._end, self._trying = self._trying, None
+        elif self._trying is not None:
+            self._trying.close()
+            self._trying = None
+
+    async def put(self, data: memoryview) -> Parcel:
+        """See `Outgoing`."""
+        if self._closed:
+            raise LinkClosed("the link is closed")
+        if self._end is None:
+            raise TransportFailed("the two executors share no transport that both allow")
+        return await self._end.put(data)
+
+    def taken(self, payload: Payload) -> None:
+        """See `Outgoing`."""
+        if self._end is not None:
+            self._end.taken(payload)
+
+    def close(self) -> None:
+        """See `Outgoing`."""
+        self._closed = True
+        for end in (self._trying, self._end):
+            if end is not None:
+                end.close()
+
+
+def _share(offer: segments.SegmentOffer) -> SharedOutgoing | None:
+    try:
+        segment = segments.attach(offer)
+    except (OSError, ValueError) as error:
+        logger().warning("KV does not go through shared memory", reason=str(error))
+        return None
+    return SharedOutgoing(segment) if segment is not None else None
