@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,14 @@ from penstock.scheduler.model import Needs, PlacementReason
 from penstock.scheduler.placement import cached_tokens, choose
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.requests import Request
-from penstock.scheduler.splitting import COUNTED, Decoding, Estimate, Link, Pace, apart, splits, together
+from penstock.scheduler.splitting import COUNTED, COUNTED_LINK, Decoding, Estimate, Pace, apart, link_seconds, splits, together
 from penstock.scheduler.teams import Team
 
 __all__ = ["Choice", "Rules", "place"]
 
 Depths = Mapping[int, int]
+# Seconds of prefill on an executor, what is ahead included; then what settles ties, and the executor.
+_Timed = tuple[float, int, int, Executor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class _Pairs:
         self._depths = depths
         self._rules = rules
         self._output = min(self._needs.max_tokens, rules.expected_output_tokens)
-        self._senders: dict[str, list[tuple[float, Executor]]] = {}
+        self._senders: dict[str, list[_Timed]] = {}
+        self._decodings: dict[Executor, Decoding] = {}
 
     def apart(self, room: Sequence[Executor]) -> Choice | None:
         """The best pair, whatever it costs."""
@@ -108,67 +112,71 @@ class _Pairs:
             return whole
         pair, split = found
         decoding = self._decoding(whole.executor)
-        answer = decoding.answer(needs.choices, self._output)
         deadline = self._request.deadline if self._team.calibrated else None
         left = None if deadline is None else deadline - now
-        return pair if splits(together(needs.prompt_tokens, decoding, answer), split, left) else whole
+        return pair if splits(together(needs.prompt_tokens, decoding), split, left) else whole
 
     def _best(self, receivers: Sequence[Executor]) -> tuple[Choice, Estimate] | None:
         """The cheapest pair that has room."""
-        best: tuple[float, int] | None = None
-        found: tuple[Choice, Estimate] | None = None
+        best, found = (math.inf, 0), None
         for executor in receivers:
             sender = self._sender_for(executor)
             if sender is None:
                 continue
-            decoding = self._decoding(executor)
-            answer = decoding.answer(self._needs.choices, self._output)
-            split = apart(self._needs.prompt_tokens, sender[0], decoding, self._link(sender[1], executor), answer)
+            split = apart(self._needs.prompt_tokens, sender[0], self._decoding(executor), self._link(sender[-1], executor))
             key = (split.cost, executor.hold.tokens)
-            if best is None or key < best:
-                best = key
-                cached = self._cached(sender[1])
-                found = (Choice(executor, decoding.cached, PlacementReason.COST, sender[1], cached), split)
-        if found is not None and self._rules.policy == "apart":
-            found[0].reason = PlacementReason.POLICY
-        return found
+            if found is None or key < best:
+                best, found = key, (executor, sender[-1], split)
+        if found is None:
+            return None
+        executor, prefill, split = found
+        reason = PlacementReason.POLICY if self._rules.policy == "apart" else PlacementReason.COST
+        return Choice(executor, self._decoding(executor).cached, reason, prefill, self._cached(prefill)), split
 
-    def _sender_for(self, receiver: Executor) -> tuple[float, Executor] | None:
+    def _sender_for(self, receiver: Executor) -> _Timed | None:
+        """The quickest that has room."""
         version = receiver.description.model_fingerprint
         senders = self._senders.get(version)
         if senders is None:
-            senders = self._senders[version] = self._two_quickest(self._team.senders[version])
-        return next((s for s in senders if s[1] is not receiver), None)
+            senders = self._senders[version] = self._timed(self._team.senders[version])
+        for sender in senders:
+            executor = sender[-1]
+            if executor is not receiver and executor.has_room(1, self._needs.prompt_tokens - self._cached(executor)):
+                return sender
+        return None
 
-    def _two_quickest(self, senders: Sequence[Executor]) -> list[tuple[float, Executor]]:
-        """Seconds of the prefill, and the executor: two, since one of them may be the receiver itself."""
-        prompt = self._needs.prompt_tokens
-        timed = []
+    def _timed(self, senders: Sequence[Executor]) -> list[_Timed]:
+        """Prefill on each of these, the quickest first."""
+        prompt, timed = self._needs.prompt_tokens, []
         for executor in senders:
-            cached = self._cached(executor)
-            if executor.has_room(1, prompt - cached):
-                pace = self._pace(executor)
-                timed.append((executor.ahead * pace.token_seconds + pace.prefill(prompt - cached, cached), executor))
-        timed.sort(key=lambda s: (s[0], s[1].hold.sequences))
-        return timed[:2]
+            cached, pace = self._cached(executor), self._pace(executor)
+            seconds = executor.ahead * pace.token_seconds + pace.prefill(prompt - cached, cached)
+            timed.append((seconds, executor.hold.sequences, executor.bit, executor))
+        timed.sort()
+        return timed
 
     def _decoding(self, executor: Executor) -> Decoding:
-        hold = executor.hold
-        running = hold.sequences + executor.foreign
-        context = (hold.tokens + self._request.tokens) / (running + self._needs.choices)
-        return Decoding(self._pace(executor), executor.ahead, running, context, self._cached(executor))
+        found = self._decodings.get(executor)
+        if found is None:
+            hold, sequences, pace = executor.hold, self._needs.choices, self._pace(executor)
+            running = hold.sequences + executor.foreign
+            context = (hold.tokens + self._request.tokens) / (running + sequences)
+            answer = self._output * pace.step(running + sequences, context)
+            found = Decoding(pace, executor.ahead, running, pace.step(running, context), answer, self._cached(executor))
+            self._decodings[executor] = found
+        return found
 
     def _pace(self, executor: Executor) -> Pace:
         return executor.pace if self._team.calibrated else COUNTED
 
-    def _link(self, sender: Executor, receiver: Executor) -> Link:
+    def _link(self, sender: Executor, receiver: Executor) -> float:
         if not self._team.calibrated:
-            return Link.counted()
+            return COUNTED_LINK
         measured = sender.load.handoff_bytes_per_second or receiver.load.handoff_bytes_per_second
-        return Link.of(sender.description.kv_bytes_per_token, measured)
+        return link_seconds(sender.description.kv_bytes_per_token, measured)
 
     def _cached(self, executor: Executor) -> int:
-        return cached_tokens(executor, self._depths, self._needs.prompt_tokens)
+        return cached_tokens(executor, self._depths, self._needs.prompt_tokens) if self._depths else 0
 
     def _all_cached(self, executor: Executor) -> bool:
         """Whether it has every block of the prompt that can be taken from a cache: at least one, and not the last token's."""

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 from penstock.common.step_times import StepTimes
 
-__all__ = ["COUNTED", "Decoding", "Estimate", "Link", "Pace", "apart", "splits", "together"]
+__all__ = ["COUNTED", "COUNTED_LINK", "Decoding", "Estimate", "Pace", "apart", "link_seconds", "splits", "together"]
 
 # Of two streams, to a decode executor and back, and of the next one to the prefill executor.
 _ROUND_TRIP_SECONDS = 0.002
@@ -90,27 +90,18 @@ class Pace:
         return _COUNTED_SECONDS * running if self.times is None else self.times.step_seconds(running, context)
 
 
+# Where tokens are counted.
 COUNTED = Pace(_COUNTED_SECONDS, 0.0, _COUNTED_CHUNK, _COUNTED_CHUNK, None)
+COUNTED_LINK = 0.1 * _COUNTED_SECONDS
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Seconds that a token's KV takes from one executor to another."""
-
-    token_seconds: float
-
-    @classmethod
-    def of(cls, bytes_per_token: int, bytes_per_second: float) -> Link:
-        """As measured; 0 where a number is not known."""
-        return cls((bytes_per_token or _BYTES_PER_TOKEN) / (bytes_per_second or _BYTES_PER_SECOND))
-
-    @classmethod
-    def counted(cls) -> Link:
-        """Where tokens are counted."""
-        return cls(0.1 * _COUNTED_SECONDS)
+def link_seconds(bytes_per_token: int, bytes_per_second: float) -> float:
+    """Seconds that a token's KV takes from one executor to another, as measured; a number that is not known is 0."""
+    return (bytes_per_token or _BYTES_PER_TOKEN) / (bytes_per_second or _BYTES_PER_SECOND)
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that would cost a tenth of a placement.
+@dataclass(slots=True)
 class Decoding:
     """An executor on which a request may decode.
 
@@ -118,22 +109,20 @@ class Decoding:
         pace: how quick it is.
         ahead: prompt tokens that wait for prefill there.
         running: sequences that are there.
-        context: tokens of each of them, and of the request's, on average.
+        step: seconds of a step in which these decode.
+        answer: seconds of all steps of the request's own answer.
         cached: tokens of the request's prompt in its prefix cache.
     """
 
     pace: Pace
     ahead: int
     running: int
-    context: float
+    step: float
+    answer: float
     cached: int
 
-    def answer(self, sequences: int, tokens: int) -> float:
-        """Seconds of an answer's steps."""
-        return tokens * self.pace.step(self.running + sequences, self.context)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Estimate:
     """Seconds to a request's first token, and of waiting that it costs everyone."""
 
@@ -141,39 +130,31 @@ class Estimate:
     cost: float
 
 
-def together(prompt: int, decoding: Decoding, answer: float) -> Estimate:
-    """All of a request on one executor.
-
-    Args:
-        prompt: its prompt's tokens.
-        decoding: the executor.
-        answer: seconds of the answer's steps.
-    """
+def together(prompt: int, decoding: Decoding) -> Estimate:
+    """All of a request, with a prompt of so many tokens, on one executor."""
     pace, uncached = decoding.pace, prompt - decoding.cached
     own = pace.prefill(uncached, decoding.cached)
-    ahead = decoding.ahead * pace.token_seconds
-    shared = (decoding.ahead + uncached) / pace.chunk * pace.step(decoding.running, decoding.context)
-    first = ahead + own + shared
-    return Estimate(first, first + decoding.running * own + answer)
+    steps = (decoding.ahead + uncached) / pace.chunk
+    first = decoding.ahead * pace.token_seconds + own + steps * decoding.step
+    return Estimate(first, first + decoding.running * own + decoding.answer)
 
 
-def apart(prompt: int, prefilling: float, decoding: Decoding, link: Link, answer: float) -> Estimate:
+def apart(prompt: int, prefilling: float, decoding: Decoding, link: float) -> Estimate:
     """Prefill on an executor of its own.
 
     Args:
-        prompt: its prompt's tokens.
+        prompt: the prompt's tokens.
         prefilling: seconds of the prefill there, what is ahead of it included.
         decoding: the executor that takes the KV over.
-        link: between the two.
-        answer: seconds of the answer's steps.
+        link: seconds that a token's KV takes between the two.
     """
     pace, moved = decoding.pace, prompt - decoding.cached
-    if link.token_seconds >= pace.least_token_seconds:
+    if link >= pace.least_token_seconds:
         return Estimate(math.inf, math.inf)
-    transfer = moved * link.token_seconds
-    exposed = max(min(moved, pace.best_chunk) * link.token_seconds, transfer - prefilling)
-    first = _ROUND_TRIP_SECONDS + pace.step(decoding.running, decoding.context) + prefilling
-    return Estimate(first, first + exposed + decoding.running * transfer + answer)
+    transfer = moved * link
+    exposed = max(min(moved, pace.best_chunk) * link, transfer - prefilling)
+    first = _ROUND_TRIP_SECONDS + decoding.step + prefilling
+    return Estimate(first, first + exposed + decoding.running * transfer + decoding.answer)
 
 
 def splits(whole: Estimate, split: Estimate, left: float | None) -> bool:

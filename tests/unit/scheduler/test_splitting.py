@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.common.step_times import Curve, StepTimes
-from penstock.scheduler.splitting import COUNTED, Decoding, Link, Pace, apart, splits, together
+from penstock.scheduler.splitting import COUNTED, Decoding, Pace, apart, link_seconds, splits, together
 
 
 def step_times(overhead, token, pair, step):
@@ -32,16 +32,21 @@ PACES = st.just(COUNTED) | st.builds(
     st.sampled_from([0, 64, 300]),
 )
 SIDES = st.builds(
-    Decoding, PACES, ahead=st.integers(0, 50_000), running=st.integers(0, 64), context=small(1, 5000), cached=st.integers(0, 4000)
+    Decoding,
+    PACES,
+    ahead=st.integers(0, 50_000),
+    running=st.integers(0, 64),
+    step=small(0, 1),
+    answer=small(0, 100),
+    cached=st.integers(0, 4000),
 )
-LINKS = st.builds(Link, small(1e-9, 1e-2))
+LINKS = small(1e-9, 1e-2)
 SECONDS = small(0, 60)
 LEFT = st.none() | SECONDS
 
 
-def split(prompt, decoding, prefilling, link, left=None, output=100):
-    answer = decoding.answer(1, output)
-    return splits(together(prompt, decoding, answer), apart(prompt, prefilling, decoding, link, answer), left)
+def split(prompt, decoding, prefilling, link, left=None):
+    return splits(together(prompt, decoding), apart(prompt, prefilling, decoding, link), left)
 
 
 @given(st.integers(2, 4000), SIDES, SECONDS, LINKS, LEFT, st.data())
@@ -51,10 +56,10 @@ def test_more_cached_tokens_never_move_a_request_apart(prompt, decoding, prefill
         assert split(prompt, replace(decoding, cached=less), prefilling, link, left)
 
 
-@given(st.integers(1, 4000), SIDES, SECONDS, st.tuples(small(1e-9, 1e-2), small(1e-9, 1e-2)), LEFT)
+@given(st.integers(1, 4000), SIDES, SECONDS, st.tuples(LINKS, LINKS), LEFT)
 def test_slower_link_never_moves_a_request_apart(prompt, decoding, prefilling, links, left):
     decoding = replace(decoding, cached=min(decoding.cached, prompt - 1))
-    quick, slow = (Link(seconds) for seconds in sorted(links))
+    quick, slow = sorted(links)
     if split(prompt, decoding, prefilling, slow, left):
         assert split(prompt, decoding, prefilling, quick, left)
 
@@ -77,7 +82,7 @@ def test_longer_queue_where_it_decodes_never_moves_a_request_together(prompt, de
 @given(st.integers(1, 4000), SIDES, SECONDS, LINKS, SECONDS)
 def test_way_that_misses_the_deadline_alone_is_not_taken(prompt, decoding, prefilling, link, left):
     decoding = replace(decoding, cached=min(decoding.cached, prompt - 1))
-    whole, parted = together(prompt, decoding, 0.0), apart(prompt, prefilling, decoding, link, 0.0)
+    whole, parted = together(prompt, decoding), apart(prompt, prefilling, decoding, link)
     if whole.first_token <= left < parted.first_token:
         assert not splits(whole, parted, left)
     if parted.first_token <= left < whole.first_token:
@@ -86,15 +91,15 @@ def test_way_that_misses_the_deadline_alone_is_not_taken(prompt, decoding, prefi
 
 @given(st.integers(1, 4000), PACES, LINKS)
 def test_idle_executor_prefills_for_itself_what_another_prefills_no_quicker(prompt, pace, link):
-    assert not split(prompt, Decoding(pace, 0, 0, 100.0, 0), pace.prefill(prompt, 0), link)
+    assert not split(prompt, Decoding(pace, 0, 0, 0.0, 1.0, 0), pace.prefill(prompt, 0), link)
 
 
 def test_long_prompt_leaves_an_executor_that_others_decode_on_and_a_short_one_stays():
     pace = Pace.of(step_times(5e-3, 1e-3, 1e-8, 2e-2), 64)
-    link = Link.of(100_000, 1e9)
+    link = link_seconds(100_000, 1e9)
 
     def prompt_of(tokens, running):
-        return split(tokens, Decoding(pace, 0, running, 500.0, 0), pace.prefill(tokens, 0), link)
+        return split(tokens, Decoding(pace, 0, running, pace.step(running, 500.0), 1.0, 0), pace.prefill(tokens, 0), link)
 
     assert prompt_of(2000, 8)
     assert not prompt_of(2000, 0)
@@ -102,31 +107,30 @@ def test_long_prompt_leaves_an_executor_that_others_decode_on_and_a_short_one_st
 
 
 def test_waiting_that_is_expected_is_what_each_step_takes():
-    pace = Pace.of(
-        StepTimes(
-            prefill=Curve((100,), (1.0,)),
-            prefill_pair_seconds=1e-5,
-            decode=Curve((1, 2), (0.1, 0.2)),
-            decode_context=50,
-            decode_token_seconds=1e-3,
-        ),
-        50,
+    times = StepTimes(
+        prefill=Curve((100,), (1.0,)),
+        prefill_pair_seconds=1e-5,
+        decode=Curve((1, 2), (0.1, 0.2)),
+        decode_context=50,
+        decode_token_seconds=1e-3,
     )
-    here = Decoding(pace, ahead=100, running=1, context=60.0, cached=100)
-    whole = together(300, here, answer=5.0)
-    own = 200 * 0.01 + 1e-5 * (100 * 100 + 100 * 200)
+    pace = Pace.of(times, 50)
     step = 0.1 + 0.01
+    assert pace.step(1, 60.0) == pytest.approx(step)
+    here = Decoding(pace, ahead=100, running=1, step=step, answer=5.0, cached=100)
+    own = 200 * 0.01 + 1e-5 * (100 * 100 + 100 * 200)
+    whole = together(300, here)
     assert whole.first_token == pytest.approx(1.0 + own + 6 * step)
     assert whole.cost == pytest.approx(whole.first_token + own + 5.0)
-    parted = apart(300, 4.0, here, Link.of(1000, 1e6), answer=5.0)
+    parted = apart(300, 4.0, here, link_seconds(1000, 1e6))
     assert parted.first_token == pytest.approx(4.0 + step, abs=0.01)
     assert parted.cost == pytest.approx(parted.first_token + 0.1 + 0.2 + 5.0)
-    slow = apart(300, 0.5, here, Link.of(5000, 1e6), answer=5.0)
+    slow = apart(300, 0.5, here, link_seconds(5000, 1e6))
     assert slow.cost == pytest.approx(slow.first_token + (1.0 - 0.5) + 1.0 + 5.0)
 
 
 def test_link_that_is_slower_than_prefill_is_not_used():
     pace = Pace.of(step_times(5e-3, 1e-3, 0.0, 2e-2), 64)
-    crowded = Decoding(pace, 100_000, 50, 500.0, 0)
-    assert split(1000, crowded, 0.1, Link(0.9e-3))
-    assert not split(1000, crowded, 0.1, Link(1.1e-3))
+    crowded = Decoding(pace, 100_000, 50, 0.1, 1.0, 0)
+    assert split(1000, crowded, 0.1, 0.9e-3)
+    assert not split(1000, crowded, 0.1, 1.1e-3)
