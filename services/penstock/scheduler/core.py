@@ -261,6 +261,8 @@ class Scheduler:
         request.prefill_hold = hold
         request.prefill_tokens = tokens
         hold.add_prefill(tokens)
+        if request.hold is not None:
+            request.hold.receive(request.leased_tokens)
 
     def _announced(self, executor_id: str, sequences: int) -> None:
         executor = self.executors.get(executor_id)
@@ -278,6 +280,9 @@ class Scheduler:
         if hold is not None:
             hold.subtract_prefill(request.prefill_tokens)
             self.executors.freed(hold)
+            if request.hold is not None:
+                request.hold.received(request.leased_tokens)
+                self.executors.freed(request.hold)
 
     def _freed(self, executor: Executor) -> None:
         self._dirty[self._pools[executor.description.model]] = None

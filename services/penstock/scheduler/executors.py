@@ -10,19 +10,29 @@ __all__ = ["Executor", "Hold"]
 # Sequences and tokens of each. Executors are compared by one step, since what they report depends on how many run on each.
 _COMMON_STEP = (8, 1024)
 
+# An executor lets so large a part of its places and blocks, one in so many, wait for KV.
+_RECEIVING_SHARE = 2
+
 
 class Hold:
     """What is leased on one executor, leases for prefill alone included.
 
     Leases announced to a new scheduler stand here before the executor has registered.
+
+    Attributes:
+        prefill_leases: those of the leases that are for prefill alone.
+        receiving: those whose prefill runs on another executor still.
+        receiving_tokens: all that these hold.
     """
 
-    __slots__ = ("executor_id", "leases", "prefill_leases", "sequences", "tokens")
+    __slots__ = ("executor_id", "leases", "prefill_leases", "receiving", "receiving_tokens", "sequences", "tokens")
 
     def __init__(self, executor_id: str) -> None:
         self.executor_id = executor_id
         self.leases = 0
         self.prefill_leases = 0
+        self.receiving = 0
+        self.receiving_tokens = 0
         self.sequences = 0
         self.tokens = 0
 
@@ -41,6 +51,16 @@ class Hold:
         """One of these less."""
         self.prefill_leases -= 1
         self.subtract(1, tokens)
+
+    def receive(self, tokens: int) -> None:
+        """A lease that is held waits for KV."""
+        self.receiving += 1
+        self.receiving_tokens += tokens
+
+    def received(self, tokens: int) -> None:
+        """It waits no more."""
+        self.receiving -= 1
+        self.receiving_tokens -= tokens
 
     def subtract(self, sequences: int, tokens: int) -> None:
         """One lease less."""
@@ -123,7 +143,8 @@ class Executor:
         self.load = load
         self.fresh_tokens = 0
         before = self._excess
-        self._excess = max(0, load.running + load.waiting - self.hold.sequences)
+        there = load.running + load.waiting + load.receiving + load.sending
+        self._excess = max(0, there - self.hold.sequences)
         self.foreign = self._excess if before is None else min(before, self._excess)
 
     def announced(self, sequences: int) -> None:
@@ -137,3 +158,11 @@ class Executor:
         hold = self.hold
         busy = hold.sequences + self.foreign
         return busy == 0 or (busy + sequences <= self.limit and hold.tokens + tokens <= self.kv_tokens)
+
+    def has_room_to_receive(self, tokens: int) -> bool:
+        """Whether one more may wait for KV here. What is larger than that part of the executor waits alone."""
+        hold = self.hold
+        return hold.receiving == 0 or (
+            (hold.receiving + 1) * _RECEIVING_SHARE <= self.limit
+            and (hold.receiving_tokens + tokens) * _RECEIVING_SHARE <= self.kv_tokens
+        )

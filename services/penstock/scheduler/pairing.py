@@ -120,7 +120,7 @@ class _Pairs:
         """The cheapest pair that has room."""
         best, found = (math.inf, 0), None
         for executor in receivers:
-            sender = self._sender_for(executor)
+            sender = self._sender_for(executor) if executor.has_room_to_receive(self._request.tokens) else None
             if sender is None:
                 continue
             split = apart(self._needs.prompt_tokens, sender[0], self._decoding(executor), self._link(sender[-1], executor))

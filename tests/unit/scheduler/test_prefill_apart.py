@@ -196,6 +196,47 @@ def test_full_prefill_pool_lets_wait_and_the_next_prefill_that_ends_makes_room()
     assert [(o.request_id, o.prefill.executor_id) for o in world.core.step()] == [(waits, "p")]
 
 
+def test_half_of_an_executor_at_most_waits_for_kv():
+    world = apart()
+    world.prefill(max_batch_size=99), world.decode(max_batch_size=4)
+    first = world.outcome()
+    assert world.outcome() is not None
+    waits = world.ask()
+    assert world.core.step() == []
+    world.core.prefilled(world.gateway, first.request_id)
+    assert [(o.request_id, o.prefill.executor_id) for o in world.core.step()] == [(waits, "p")]
+
+
+def test_half_of_the_blocks_at_most_wait_for_kv_but_a_request_alone_may_take_more():
+    world = apart(expected_output_tokens=10)
+    world.prefill(), world.decode(kv_blocks=100)
+    large = world.outcome(prompt_tokens=1200)
+    assert world.outcome(prompt_tokens=100) is None
+    world.core.prefilled(world.gateway, large.request_id)
+    assert [o.prefill.executor_id for o in world.core.step()] == ["p"]
+
+
+def test_auto_prefills_where_it_decodes_what_would_wait_too_long_to_hand_over():
+    world = Pools()
+    world.prefill(max_batch_size=99), world.decode(max_batch_size=8)
+    ways = [world.pair(prompt_tokens=900)[::2] for _ in range(6)]
+    assert ways == [(None, PlacementReason.COST), *[("p", PlacementReason.COST)] * 4, (None, PlacementReason.COST)]
+
+
+def test_sequences_that_wait_for_kv_or_are_on_their_way_out_are_not_taken_for_others():
+    world = apart()
+    prefill, decode = world.prefill(), world.decode()
+    for _ in range(2):
+        world.outcome()
+    for _ in range(2):
+        world.core.executors.report(prefill, Load(running=1, sending=1))
+        world.core.executors.report(decode, Load(waiting=1, receiving=1))
+    assert (prefill.foreign, decode.foreign) == (0, 0)
+    for _ in range(2):
+        world.core.executors.report(decode, Load(receiving=5))
+    assert decode.foreign == 3
+
+
 def test_announced_halves_are_held_before_and_after_their_executors_register():
     world = apart(settle_seconds=3)
     world.core.announce(world.gateway, 50, "d", tokens=300, choices=2, prefill=("p", 200))

@@ -290,6 +290,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert found == {name: [0, 0, 0, 0] for name in self.executors} | leased
 
     @invariant()
+    def exactly_the_leases_with_two_halves_wait_for_kv(self):
+        waiting = {}
+        for side in self.sides.values():
+            for halves in side.leased.values():
+                if len(halves) == 2:
+                    name, _, tokens, _ = halves[0]
+                    counts = waiting.get(name, (0, 0))
+                    waiting[name] = (counts[0] + 1, counts[1] + tokens)
+        for hold in self.core.executors.holds.values():
+            assert (hold.receiving, hold.receiving_tokens) == waiting.get(hold.executor_id, (0, 0))
+
+    @invariant()
     def nobody_waits_for_an_idle_executor(self):
         for side in self.sides.values():
             for needs, asked in side.pending.values():
