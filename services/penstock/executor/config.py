@@ -42,6 +42,9 @@ class ExecutorConfig:
         load_seconds: Seconds that the backend may take to load the model.
         stall_seconds: A decoding step that takes longer makes the executor NOT_SERVING.
         stall_seconds_per_prompt_token: What each prompt token in a step adds to that.
+        handoff_lease_seconds: A handoff of KV from or to another executor ends when nothing is heard of the other for this long.
+        handoff_push_mib: MiB of KV that goes to another executor in one piece at most, unless one block is more.
+        handoff_window_mib: MiB of KV that are on their way from one executor to this one at most.
         scheduler: HOST:PORT of the scheduler to register with; none where absent.
         listen: HOST:PORT of its gRPC service; port 0 takes a free one.
         advertise: HOST:PORT at which gateways reach it; where absent, where it listens, under this host's name if that is 0.0.0.0.
@@ -75,6 +78,9 @@ class ExecutorConfig:
     load_seconds: float = 900
     stall_seconds: float = 2.5
     stall_seconds_per_prompt_token: float = 0.05
+    handoff_lease_seconds: float = 3
+    handoff_push_mib: float = 16
+    handoff_window_mib: float = 128
     scheduler: str | None = None
     listen: str = "127.0.0.1:8013"
     advertise: str | None = None

@@ -13,6 +13,8 @@ import grpc.aio
 from penstock.common.channel import connect
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
+from penstock.executor.handoff.exchange import Exchange
+from penstock.executor.handoff.peers import Peer
 from penstock.executor.messages import kv_events, load_of
 from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -35,6 +37,7 @@ class Registration:
         engine: Engine,
         healthy: Callable[[], bool],
         why: Callable[[], str],
+        exchange: Exchange,
         tick_seconds: float = _TICK_SECONDS,
     ) -> None:
         self._scheduler = scheduler
@@ -42,6 +45,7 @@ class Registration:
         self._engine = engine
         self._healthy = healthy
         self._why = why
+        self._exchange = exchange
         self._tick = tick_seconds
         self._changed = asyncio.Event()
         self.registered = asyncio.Event()
@@ -85,8 +89,8 @@ class Registration:
         listening = asyncio.create_task(self._listen(call))
         try:
             log = self._engine.blocks.log
-            last = load_of(self._engine)
-            draining = self._engine.draining
+            last = self._load()
+            draining, role = self._engine.draining, self._description.role
             first = scheduler_pb2.RegisterRequest(
                 description=self._description, load=last, kv_events=kv_events(log.snapshot()), draining=draining
             )
@@ -95,12 +99,14 @@ class Registration:
             while self._healthy() and not listening.done():
                 await self._next_tick(listening)
                 silent += 1
-                load, changes = load_of(self._engine), log.take()
-                if load == last and changes is None and draining == self._engine.draining and silent < _TICKS_PER_HEARTBEAT:
+                load, changes, now = self._load(), log.take(), (self._engine.draining, self._description.role)
+                if load == last and changes is None and now == (draining, role) and silent < _TICKS_PER_HEARTBEAT:
                     continue
-                last, draining, silent = load, self._engine.draining, 0
+                told_role = scheduler_pb2.ROLE_UNSPECIFIED if now[1] == role else now[1]
+                last, (draining, role), silent = load, now, 0
                 events = None if changes is None else kv_events(changes)
-                await call.write(scheduler_pb2.RegisterRequest(load=load, kv_events=events, draining=draining))
+                message = scheduler_pb2.RegisterRequest(load=load, kv_events=events, draining=draining, role=told_role)
+                await call.write(message)
             if listening.done():
                 listening.result()
             else:
@@ -123,7 +129,22 @@ class Registration:
         self._changed.clear()
 
     async def _listen(self, call: Any) -> None:
-        async for _ in call:
+        async for response in call:
+            if response.HasField("peers"):
+                self._exchange.peers.update(Peer(p.executor_id, p.address, p.model_fingerprint) for p in response.peers.peers)
+            if response.role not in {scheduler_pb2.ROLE_UNSPECIFIED, self._description.role}:
+                self._take_on(response.role)
             if not self.registered.is_set():
                 logger().info("registered", scheduler=self._scheduler, executor_id=self._description.executor_id)
                 self.registered.set()
+
+    def _take_on(self, role: scheduler_pb2.Role.ValueType) -> None:
+        """The role is told back at once, and again to a scheduler that has been started anew."""
+        self._description.role = role
+        logger().info("role taken on", role=scheduler_pb2.Role.Name(role))
+        self._changed.set()
+
+    def _load(self) -> scheduler_pb2.Load:
+        load = load_of(self._engine)
+        load.handoff_bytes_per_second = self._exchange.handoffs.counts.bytes_per_second
+        return load

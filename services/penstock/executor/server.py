@@ -18,16 +18,21 @@ from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import EngineDead
+from penstock.executor.handoff.exchange import Exchange, settings_of
+from penstock.executor.handoff.handoffs import Settings
+from penstock.executor.handoff.identity import Identity
+from penstock.executor.handoff.servicer import HandoffServicer
 from penstock.executor.loading import Loaded, create, prepare
 from penstock.executor.messages import describe
 from penstock.executor.metrics import ExecutorMetrics
 from penstock.executor.registration import Registration
 from penstock.executor.servicer import ExecutorServicer
-from penstock.internal.v1 import executor_pb2_grpc, scheduler_pb2
+from penstock.internal.v1 import executor_pb2_grpc, handoff_pb2_grpc, scheduler_pb2
 
 __all__ = ["ExecutorServer"]
 
 _NAME = "penstock.internal.v1.ExecutorService"
+_HANDOFF_NAME = "penstock.internal.v1.HandoffService"
 _WATCH_SECONDS = 0.25
 _FAREWELL_SECONDS = 2.0
 
@@ -47,11 +52,14 @@ class ExecutorServer:
         self._dead: asyncio.Future[str] | None = None
         self._serving = False
         self._servicer = ExecutorServicer()
+        self._handoff_servicer = HandoffServicer()
+        self._exchange: Exchange | None = None
 
     async def start(self) -> Mapping[str, str]:
         """Bind, load the model while health says NOT_SERVING, then serve."""
         config = self._config
         tracing.configure(self.name, config.otlp_endpoint)
+        settings = settings_of(config)
         began = time.monotonic()
         server = self._grpc = GrpcServer()
         try:
@@ -59,6 +67,7 @@ class ExecutorServer:
         except RuntimeError as error:
             raise StartError(f"listen: can not listen on {config.listen}: {error}") from error
         server.add(executor_pb2_grpc.add_ExecutorServiceServicer_to_server, self._servicer, _NAME)
+        server.add(handoff_pb2_grpc.add_HandoffServiceServicer_to_server, self._handoff_servicer, _HANDOFF_NAME)
         await server.start()
         loaded = self._loaded = await self._load()
         description = describe(
@@ -68,6 +77,8 @@ class ExecutorServer:
             tokenizer=tokenizer_fingerprint(loaded.folder),
         )
         description.role = scheduler_pb2.Role.Value(f"ROLE_{config.role.upper()}")
+        exchange = self._exchange = _exchange(loaded, description, settings)
+        self._handoff_servicer.serve(exchange.door)
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
         if config.metrics is not None:
             endpoint.count_tasks(metrics.registry)
@@ -78,7 +89,7 @@ class ExecutorServer:
         await self._set_serving(serving=True)
         self._spawn(self._watch())
         if config.scheduler is not None:
-            self._registration = Registration(config.scheduler, description, loaded.engine, self._healthy, self._why)
+            self._registration = Registration(config.scheduler, description, loaded.engine, self._healthy, self._why, exchange)
             self._spawn(self._registration.run())
         logger().info(
             "model loaded",
@@ -124,6 +135,9 @@ class ExecutorServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._exchange is not None:
+            await self._exchange.close()
+            self._exchange = None
         if self._grpc is not None:
             # What was told last is still on its way.
             await self._grpc.stop(0.5 if self._loaded is not None and self._loaded.engine.draining else 0)
@@ -200,6 +214,11 @@ class ExecutorServer:
         self._servicer.failure = why
         if self._grpc is not None:
             await self._grpc.set_serving(serving=serving)
+
+
+def _exchange(loaded: Loaded, description: scheduler_pb2.ExecutorDescription, settings: Settings) -> Exchange:
+    identity = Identity(description.executor_id, description.model_fingerprint, description.native_layout)
+    return Exchange(identity, loaded.engine, loaded.model.kv, description.vocabulary_size, settings)
 
 
 def _line(standing: Standing) -> str:

@@ -1,0 +1,63 @@
+"""Assembly of an executor's handoffs: the peers that it knows, the streams both ways, and what runs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.backends.contract import KvSpec
+from penstock.common.channel import MAX_MESSAGE_BYTES
+from penstock.common.service import StartError
+from penstock.executor.config import ExecutorConfig
+from penstock.executor.engine import Engine
+from penstock.executor.handoff.geometry import Geometry
+from penstock.executor.handoff.handoffs import Handoffs, Settings
+from penstock.executor.handoff.identity import Identity
+from penstock.executor.handoff.link import Links
+from penstock.executor.handoff.peers import Peers
+from penstock.executor.handoff.servicer import Door
+from penstock.executor.handoff.transports.choice import Transports
+
+__all__ = ["Exchange", "settings_of"]
+
+_MIB = 1 << 20
+
+
+def settings_of(config: ExecutorConfig) -> Settings:
+    """How handoffs run.
+
+    Raises:
+        StartError: a setting can not be; names it.
+    """
+    lease, push, window = config.handoff_lease_seconds, config.handoff_push_mib * _MIB, config.handoff_window_mib * _MIB
+    if not 0.1 <= lease <= 3600:
+        raise StartError(f"handoff_lease_seconds: must be from 0.1 to 3600, and is {lease:g}")
+    if not 0 < push <= MAX_MESSAGE_BYTES // 2:
+        raise StartError(f"handoff_push_mib: must be more than 0 and at most {MAX_MESSAGE_BYTES // 2 // _MIB}")
+    if not push <= window:
+        raise StartError("handoff_window_mib: must be at least handoff_push_mib")
+    return Settings(lease, int(push), int(window))
+
+
+class Exchange:
+    """Of one executor, in its event loop. The engine tells `handoffs`; streams come in by `door`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        engine: Engine,
+        kv: KvSpec,
+        vocabulary_size: int,
+        settings: Settings,
+        transports: Callable[[], Transports] = Transports,
+    ) -> None:
+        geometry, shared = Geometry(kv, vocabulary_size), transports()
+        self.peers = Peers()
+        self._links = Links(identity, geometry, self.peers, shared, settings.lease_seconds / 2)
+        self.handoffs = Handoffs(identity.executor_id, engine, geometry, settings, self._links.dial)
+        self.door = Door(identity, geometry, self.peers, shared, self.handoffs)
+        engine.handoff = self.handoffs
+
+    async def close(self) -> None:
+        """End all streams; what runs over them fails by its lease, if the engine has not ended it before."""
+        await self._links.close()
+        self.handoffs.close()

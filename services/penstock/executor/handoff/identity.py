@@ -1,0 +1,20 @@
+"""What an executor says of itself to another one before they exchange KV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Identity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Of this executor.
+
+    Attributes:
+        model_fingerprint: of another model, or version, no KV is taken.
+    """
+
+    executor_id: str
+    model_fingerprint: str
+    native_layout: str

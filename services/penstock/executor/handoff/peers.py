@@ -1,0 +1,44 @@
+"""Whom this executor may exchange KV with, by the scheduler's word alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["Peer", "Peers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another executor of the same model.
+
+    Attributes:
+        address: HOST:PORT of its services.
+    """
+
+    executor_id: str
+    address: str
+    model_fingerprint: str
+
+
+class Peers:
+    """The scheduler's last word, which holds while the scheduler is away. Of one event loop."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, Peer] = {}
+        self._changed = asyncio.Event()
+
+    def update(self, peers: Iterable[Peer]) -> None:
+        """These and no others."""
+        self._peers = {peer.executor_id: peer for peer in peers}
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def get(self, executor_id: str) -> Peer | None:
+        """None where the scheduler does not name it."""
+        return self._peers.get(executor_id)
+
+    async def change(self) -> None:
+        """Wait for the scheduler's next word."""
+        await self._changed.wait()

@@ -1,0 +1,370 @@
+"""The decode side of one handoff, from the ticket to the first step behind the KV that came.
+
+What happens to it is an `Event`; what an event does in a state stands in one table at the end, and nowhere else. Every message may
+come twice, late, or from before the stream was lost: an epoch, which grows with every Reserve, tells.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final, Protocol
+
+from penstock.executor.handoff.geometry import Fault, Geometry
+from penstock.executor.handoff.progress import ArrivalClock
+from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Ticket, Transport
+from penstock.executor.handoff.words import Aborted, Ack, Answer, Commit, Push, Pushed, Refusal, Refused, Reserved
+
+__all__ = ["TABLE", "Chunk", "Event", "Receiver", "ReceiverPorts", "State"]
+
+
+class State(enum.Enum):
+    """Where a handoff is on the side that decodes."""
+
+    RESERVED = "reserved"  # blocks are there, and a ticket; nothing was heard yet
+    RECEIVING = "receiving"  # an epoch has begun, and KV comes
+    COMMITTING = "committing"  # all KV and the first token are here; imports are awaited
+    DONE = "done"  # the sequence decodes; late messages are answered as before
+    ENDED = "ended"  # the sequence is gone; so are they
+
+
+class Event(enum.Enum):
+    """What happens to it."""
+
+    RESERVE = "reserve"
+    PUSH = "push"
+    CHECKED = "checked"  # a chunk's bytes are here, and right
+    UNREADABLE = "unreadable"  # they are not
+    IMPORTED = "imported"
+    IMPORT_FAILED = "import failed"
+    COMMIT = "commit"
+    RENEW = "renew"
+    ABORT = "abort"
+    RELEASE = "release"
+    STREAM_LOST = "stream lost"
+    LEASE_EXPIRED = "lease expired"
+    SEQUENCE_ENDED = "sequence ended"
+
+
+class Chunk:
+    """One push on its way into the blocks. Compared by identity."""
+
+    __slots__ = ("imported", "push", "source")
+
+    def __init__(self, push: Push, source: Any) -> None:
+        self.push = push
+        self.source = source
+        self.imported = False
+
+
+class ReceiverPorts(Protocol):
+    """What a receiver asks for. Every call returns at once; answers are events."""
+
+    def answer(self, receiver: Receiver, answer: Answer) -> None:
+        """Send to the other side, if a stream of it is there."""
+
+    def check(self, receiver: Receiver, chunk: Chunk) -> None:
+        """Have the chunk's bytes fetched and checked: `checked` or `unreadable`."""
+
+    def write(self, receiver: Receiver, chunk: Chunk, data: memoryview) -> None:
+        """Have them written into the sequence's blocks: `imported` or `import_failed`."""
+
+    def begin_decode(self, receiver: Receiver, first_token: int, arrival: Arrival) -> None:
+        """The sequence goes on here."""
+
+    def fail(self, receiver: Receiver, failure: HandoffFailure, message: str) -> None:
+        """The sequence ends here."""
+
+    def closed(self, receiver: Receiver) -> None:
+        """DONE or ENDED was reached."""
+
+    def forget(self, receiver: Receiver) -> None:
+        """Nothing more will be asked of it."""
+
+
+_Row = tuple[Callable[..., None], ...]
+
+
+class Receiver:
+    """One handoff. Every public method is an event, or renews the lease; `now` is in monotonic seconds.
+
+    Args:
+        handle: the engine's.
+        geometry: of this executor's cache.
+    """
+
+    def __init__(self, ticket: Ticket, handle: Any, geometry: Geometry, ports: ReceiverPorts, now: float) -> None:
+        self.ticket = ticket
+        self.handle = handle
+        self.state = State.RESERVED
+        self.epoch = 0
+        self.failure: HandoffFailure | None = None
+        self.lease_ends = now + ticket.lease_seconds
+        self._geometry = geometry
+        self._ports = ports
+        self._expected = ticket.cached_tokens
+        self._accepted: dict[int, Chunk] = {}  # by first token: those of this handoff that are not refused, imported ones included
+        self._unchecked: deque[Chunk] = deque()
+        self._writing: set[Chunk] = set()
+        self._first_token: int | None = None
+        self._clock = ArrivalClock(now)
+
+    @property
+    def live(self) -> bool:
+        """Whether the sequence still waits."""
+        return self.state not in {State.DONE, State.ENDED}
+
+    @property
+    def leased(self) -> bool:
+        """Whether it waits for the other side."""
+        return self.state in {State.RESERVED, State.RECEIVING}
+
+    # What happens
+
+    def heard(self, now: float) -> None:
+        """The other side has said something about it."""
+        if self.leased:
+            self.lease_ends = now + self.ticket.lease_seconds
+
+    def reserve(self) -> None:
+        self._apply(Event.RESERVE)
+
+    def push(self, push: Push, source: Any, now: float, *, native_agreed: bool) -> None:
+        self._apply(Event.PUSH, push, source, now, native_agreed)
+
+    def checked(self, chunk: Chunk, data: memoryview) -> None:
+        self._apply(Event.CHECKED, chunk, data)
+
+    def unreadable(self, chunk: Chunk, fault: Fault) -> None:
+        self._apply(Event.UNREADABLE, chunk, fault)
+
+    def imported(self, chunk: Chunk, transport: Transport, now: float) -> None:
+        self._apply(Event.IMPORTED, chunk, transport, now)
+
+    def import_failed(self, chunk: Chunk, message: str) -> None:
+        self._apply(Event.IMPORT_FAILED, chunk, message)
+
+    def commit(self, commit: Commit, now: float) -> None:
+        self._apply(Event.COMMIT, commit, now)
+
+    def renew(self) -> None:
+        self._apply(Event.RENEW)
+
+    def abort(self) -> None:
+        self._apply(Event.ABORT)
+
+    def release(self) -> None:
+        self._apply(Event.RELEASE)
+
+    def stream_lost(self) -> None:
+        self._apply(Event.STREAM_LOST)
+
+    def lease_expired(self) -> None:
+        self._apply(Event.LEASE_EXPIRED)
+
+    def sequence_ended(self) -> None:
+        self._apply(Event.SEQUENCE_ENDED)
+
+    # What is done about it
+
+    def _apply(self, event: Event, *facts: Any) -> None:
+        TABLE[self.state, event](self, *facts)
+
+    def _begin(self) -> None:
+        """Whatever of an earlier epoch is not being written already is wanted again."""
+        if self.epoch:
+            self._clock.resumptions += 1
+        self.epoch += 1
+        if self.state is State.RESERVED:
+            self.state = State.RECEIVING
+        self._cut()
+        self._tell(Reserved(self.ticket.handoff_id, self.epoch, self._expected, self.ticket.lease_seconds))
+
+    def _cut(self) -> None:
+        """Forget chunks that are not checked: their bytes may be gone with the stream."""
+        if self._unchecked:
+            self._drop_from(self._unchecked[0])
+
+    def _drop_from(self, chunk: Chunk) -> None:
+        """Chunks are checked one by one, in order, so all behind this one are unchecked."""
+        while self._unchecked and self._unchecked[-1] is not chunk:
+            self._accepted.pop(self._unchecked.pop().push.tokens.start)
+        self._unchecked.pop()
+        self._accepted.pop(chunk.push.tokens.start)
+        self._expected = chunk.push.tokens.start
+        if self.state is State.COMMITTING:
+            self.state = State.RECEIVING
+
+    def _take(self, push: Push, source: Any, now: float, native_agreed: bool) -> None:
+        if push.epoch != self.epoch:
+            self._refuse_stale(push)
+            return
+        known = self._accepted.get(push.tokens.start)
+        if known is not None and known.push.tokens == push.tokens:
+            if known.imported:
+                self._tell(Pushed(push.handoff_id, push.epoch, push.tokens.start))
+            return
+        fault = self._fault(push, native_agreed=native_agreed)
+        if fault is not None:
+            self._refuse(push, fault)
+            return
+        chunk = Chunk(push, source)
+        self._clock.pushed(now)
+        self._accepted[push.tokens.start] = chunk
+        self._expected = push.tokens.stop
+        self._unchecked.append(chunk)
+        if len(self._unchecked) == 1:
+            self._ports.check(self, chunk)
+
+    def _fault(self, push: Push, *, native_agreed: bool) -> Fault | None:
+        tokens, end = push.tokens, self.ticket.tokens
+        if not tokens or tokens.stop > end or tokens.start != self._expected:
+            due = f"{self._expected} to {end} are due"
+            return Refusal.OUT_OF_RANGE, f"tokens {tokens.start} to {tokens.stop} came where {due}"
+        return self._geometry.fault(push, end, native_agreed=native_agreed)
+
+    def _write(self, chunk: Chunk, data: memoryview) -> None:
+        if not self._unchecked or self._unchecked[0] is not chunk:
+            return  # it was dropped meanwhile
+        fault = self._geometry.wrong_size(chunk.push, data.nbytes)
+        if fault is not None:
+            self._refuse_chunk(chunk, fault)
+            return
+        self._unchecked.popleft()
+        self._writing.add(chunk)
+        self._ports.write(self, chunk, data)
+        if self._unchecked:
+            self._ports.check(self, self._unchecked[0])
+
+    def _refuse_chunk(self, chunk: Chunk, fault: Fault) -> None:
+        if self._unchecked and self._unchecked[0] is chunk:
+            self._drop_from(chunk)
+            self._refuse(chunk.push, fault)
+
+    def _note_import(self, chunk: Chunk, transport: Transport, _now: float) -> None:
+        self._writing.discard(chunk)
+        chunk.imported = True
+        push = chunk.push
+        size = self._geometry.size(len(push.tokens), native=push.native, dtype=push.dtype)
+        self._clock.imported(size, transport, native=push.native)
+        self._tell(Pushed(push.handoff_id, push.epoch, push.tokens.start))
+
+    def _finish_import(self, chunk: Chunk, transport: Transport, now: float) -> None:
+        self._note_import(chunk, transport, now)
+        self._decode_if_complete(now)
+
+    def _commit(self, commit: Commit, now: float) -> None:
+        fault = self._fault_of_commit(commit)
+        if fault is not None:
+            self._refuse(commit, fault)
+            return
+        self.state = State.COMMITTING
+        self._first_token = commit.first_token_id
+        self._clock.committed(now)
+        self._decode_if_complete(now)
+
+    def _commit_again(self, commit: Commit, _now: float) -> None:
+        fault = self._fault_of_commit(commit)
+        if fault is None and commit.first_token_id != self._first_token:
+            fault = Refusal.OUT_OF_RANGE, f"token {commit.first_token_id} came behind token {self._first_token}"
+        if fault is not None:
+            self._refuse(commit, fault)
+
+    def _fault_of_commit(self, commit: Commit) -> Fault | None:
+        if commit.epoch != self.epoch:
+            return self._stale(commit)
+        if commit.tokens != self.ticket.tokens:
+            return Refusal.OUT_OF_RANGE, f"{commit.tokens} tokens are committed where {self.ticket.tokens} are reserved"
+        if commit.first_token_id >= self._geometry.vocabulary_size:
+            return Refusal.OUT_OF_RANGE, f"the vocabulary of {self._geometry.vocabulary_size} has no token {commit.first_token_id}"
+        if self._expected < self.ticket.tokens:
+            return Refusal.INCOMPLETE, f"{self._expected} of {self.ticket.tokens} tokens have come"
+        return None
+
+    def _decode_if_complete(self, now: float) -> None:
+        if self._unchecked or self._writing or self._first_token is None:
+            return
+        self.state = State.DONE
+        self._ports.begin_decode(self, self._first_token, self._clock.arrival(now))
+        self._ack()
+        self._ports.closed(self)
+
+    def _abort(self) -> None:
+        self._fail(HandoffFailure.ABORTED, "the prefill executor has given the sequence up")
+
+    def _backend_failed(self, chunk: Chunk, message: str) -> None:
+        self._writing.discard(chunk)
+        self._fail(HandoffFailure.BACKEND, message)
+
+    def _expire(self) -> None:
+        self._fail(HandoffFailure.LEASE_EXPIRED, f"nothing was heard for {self.ticket.lease_seconds:g} s")
+
+    def _fail(self, failure: HandoffFailure, message: str) -> None:
+        self.failure = failure
+        self._ports.fail(self, failure, message)
+        self._end()
+
+    def _end(self) -> None:
+        self.state = State.ENDED
+        self._unchecked.clear()
+        self._ports.closed(self)
+        self._tell_aborted()
+
+    def _tell_aborted(self) -> None:
+        """Once nothing of it is read any more: behind this answer the other side writes where the bytes lay."""
+        if not self._writing:
+            self._tell(Aborted(self.ticket.handoff_id, self.epoch))
+
+    def _end_write(self, chunk: Chunk, *_facts: Any) -> None:
+        self._writing.discard(chunk)
+        self._tell_aborted()
+
+    def _refuse(self, message: Push | Commit, fault: Fault) -> None:
+        first_token = message.tokens.start if isinstance(message, Push) else 0
+        self._tell(Refused(self.ticket.handoff_id, message.epoch, fault[0], fault[1], first_token))
+
+    def _refuse_stale(self, message: Push | Commit, *_facts: Any) -> None:
+        self._refuse(message, self._stale(message))
+
+    def _stale(self, message: Push | Commit) -> Fault:
+        return Refusal.STALE_EPOCH, f"epoch {message.epoch} is not {self.epoch}"
+
+    def _ack(self, *_facts: Any) -> None:
+        self._tell(Ack(self.ticket.handoff_id, self.epoch))
+
+    def _aborted(self, *_facts: Any) -> None:
+        self._tell_aborted()
+
+    def _forget(self) -> None:
+        self._ports.forget(self)
+
+    def _tell(self, answer: Answer) -> None:
+        self._ports.answer(self, answer)
+
+    def _ignore(self, *_facts: Any) -> None:
+        """It came too late, or twice, or says nothing but that the other side lives."""
+
+    ROWS: ClassVar[Mapping[Event, _Row]] = {
+        # columns: RESERVED, RECEIVING, COMMITTING, DONE, ENDED
+        Event.RESERVE: (_begin, _begin, _begin, _ack, _aborted),
+        Event.PUSH: (_refuse_stale, _take, _take, _ack, _aborted),
+        Event.CHECKED: (_ignore, _write, _write, _ignore, _ignore),
+        Event.UNREADABLE: (_ignore, _refuse_chunk, _refuse_chunk, _ignore, _ignore),
+        Event.IMPORTED: (_ignore, _note_import, _finish_import, _ignore, _end_write),
+        Event.IMPORT_FAILED: (_ignore, _backend_failed, _backend_failed, _ignore, _end_write),
+        Event.COMMIT: (_refuse_stale, _commit, _commit_again, _ack, _aborted),
+        Event.RENEW: (_ignore, _ignore, _ignore, _ack, _aborted),
+        # Of whichever epoch: who holds the ticket never goes on behind its own Abort.
+        Event.ABORT: (_abort, _abort, _abort, _ack, _aborted),
+        Event.RELEASE: (_ignore, _ignore, _ignore, _forget, _ignore),
+        Event.STREAM_LOST: (_ignore, _cut, _cut, _ignore, _ignore),
+        # Nothing that is awaited while COMMITTING comes from the other side.
+        Event.LEASE_EXPIRED: (_expire, _expire, _ignore, _ignore, _ignore),
+        Event.SEQUENCE_ENDED: (_end, _end, _end, _ignore, _ignore),
+    }
+
+
+TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = {
+    (state, event): row[column] for event, row in Receiver.ROWS.items() for column, state in enumerate(State)
+}

@@ -1,0 +1,432 @@
+"""The prefill side of one handoff, from the ticket that the gateway brought to the Ack.
+
+What happens to it is an `Event`; what an event does in a state stands in one table at the end, and nowhere else. KV stays in the
+sequence's blocks until the Ack, so whatever was lost on the way is copied out again, under a new epoch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol
+
+from penstock.executor.handoff.ticket import HandoffFailure, Ticket
+from penstock.executor.handoff.transports.port import Parcel
+from penstock.executor.handoff.words import (
+    Abort,
+    Ack,
+    Ask,
+    Commit,
+    Push,
+    Pushed,
+    Refusal,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+)
+
+__all__ = ["TABLE", "Chunk", "Cut", "Event", "Sender", "SenderPorts", "State"]
+
+# A step back is taken when an answer is a third of a lease late, or a push was refused: so often at most without headway between.
+_MOST_STEPS_BACK = 6
+_RETRIED = frozenset({Refusal.STALE_EPOCH, Refusal.OUT_OF_RANGE, Refusal.WRONG_CHECKSUM, Refusal.INCOMPLETE, Refusal.UNPROVEN})
+
+
+class State(enum.Enum):
+    """Where a handoff is on the side that prefills."""
+
+    OPENING = "opening"  # no Reserved on this stream yet, or no stream
+    PUSHING = "pushing"  # KV goes as it is computed
+    COMMITTING = "committing"  # all has gone; the Ack is awaited
+    DONE = "done"  # the other side decodes
+    FAILED = "failed"  # the sequence is gone, or the handoff is
+
+
+class Event(enum.Enum):
+    """What happens to it."""
+
+    COMPUTED = "computed"
+    DRAWN = "drawn"
+    ROOM = "room"  # the link has room for the chunk that was asked for
+    EXPORTED = "exported"
+    EXPORT_FAILED = "export failed"
+    STREAM_UP = "stream up"
+    STREAM_LOST = "stream lost"
+    RESERVED = "reserved"
+    PUSHED = "pushed"
+    ACK = "ack"
+    REFUSED = "refused"
+    ABORTED = "aborted"
+    OVERDUE = "overdue"  # no answer for a third of a lease
+    LEASE_EXPIRED = "lease expired"
+    UNREACHABLE = "unreachable"  # the other side can not take it at all
+    SEQUENCE_ENDED = "sequence ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How KV is cut into pushes on a stream.
+
+    Attributes:
+        native: whether blocks go as they are.
+        block_size: tokens of a block.
+        most_tokens: of a push at most: whole blocks.
+        dtype: numpy's name of the values' type, for the canonical form.
+    """
+
+    native: bool
+    block_size: int
+    most_tokens: int
+    dtype: str
+
+
+_NO_STREAM = Cut(native=False, block_size=1, most_tokens=0, dtype="")
+
+
+class Chunk:
+    """KV on its way out; `parcel` once it was copied out. Compared by identity."""
+
+    __slots__ = ("native", "parcel", "tokens")
+
+    def __init__(self, tokens: range, *, native: bool) -> None:
+        self.tokens = tokens
+        self.native = native
+        self.parcel: Parcel | None = None
+
+
+class SenderPorts(Protocol):
+    """What a sender asks for. Every call returns at once; answers are events."""
+
+    def ask(self, sender: Sender, message: Ask) -> None:
+        """Send to the other side, if there is a stream."""
+
+    def push(self, sender: Sender, chunk: Chunk, message: Push) -> None:
+        """Send a chunk, which is not the sender's any more."""
+
+    def want_room(self, sender: Sender) -> None:
+        """Have a `room` once the link has some; asking twice is asking once."""
+
+    def export(self, sender: Sender, chunk: Chunk) -> None:
+        """Have the chunk copied out and put where the other side can reach it: `exported` or `export_failed`."""
+
+    def drop(self, sender: Sender, chunk: Chunk) -> None:
+        """A chunk that was asked for and will not be pushed."""
+
+    def handed_off(self, sender: Sender) -> None:
+        """The sequence ends here; the other side decodes."""
+
+    def fail(self, sender: Sender, failure: HandoffFailure, message: str) -> None:
+        """The sequence ends here."""
+
+    def closed(self, sender: Sender) -> None:
+        """DONE or FAILED was reached."""
+
+
+_Row = tuple[Callable[..., None], ...]
+
+
+class Sender:
+    """One handoff. Every public method is an event, or a fact; `now` is in monotonic seconds.
+
+    Attributes:
+        lease_ends: unless something is heard before.
+        answer_due: when an answer that is awaited is late; None: none is.
+        said_at: when something was sent last.
+    """
+
+    def __init__(self, ticket: Ticket, handle: Any, ports: SenderPorts, now: float) -> None:
+        self.ticket = ticket
+        self.handle = handle
+        self.state = State.OPENING
+        self.epoch = 0
+        self.failure: HandoffFailure | None = None
+        self.lease_ends = now + ticket.lease_seconds
+        self.answer_due: float | None = None
+        self.said_at = now
+        self._ports = ports
+        self._cut = _NO_STREAM
+        self._computed = 0
+        self._token: int | None = None
+        self._asked = 0  # tokens before this one are there, or on their way
+        self._coming: deque[Chunk] = deque()
+        self._unanswered: set[int] = set()  # first tokens of pushes of this epoch
+        self._committed = False
+        self._furthest = 0
+        self._steps_back = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether the sequence is still held for it."""
+        return self.state not in {State.DONE, State.FAILED}
+
+    def heard(self, now: float) -> None:
+        """The other side has said something about it."""
+        self.lease_ends = now + self.ticket.lease_seconds
+
+    # What happens
+
+    def computed(self, tokens: int) -> None:
+        self._apply(Event.COMPUTED, tokens)
+
+    def drawn(self, token: int, now: float) -> None:
+        self._apply(Event.DRAWN, token, now)
+
+    def room(self) -> None:
+        self._apply(Event.ROOM)
+
+    def exported(self, chunk: Chunk, now: float) -> None:
+        self._apply(Event.EXPORTED, chunk, now)
+
+    def export_failed(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:
+        self._apply(Event.EXPORT_FAILED, chunk, failure, message)
+
+    def stream_up(self, cut: Cut, now: float) -> None:
+        self._apply(Event.STREAM_UP, cut, now)
+
+    def stream_lost(self) -> None:
+        self._apply(Event.STREAM_LOST)
+
+    def reserved(self, reserved: Reserved, now: float) -> None:
+        self._apply(Event.RESERVED, reserved, now)
+
+    def pushed(self, pushed: Pushed, now: float) -> None:
+        self._apply(Event.PUSHED, pushed, now)
+
+    def ack(self, ack: Ack) -> None:
+        self._apply(Event.ACK, ack)
+
+    def refused(self, refused: Refused, now: float) -> None:
+        self._apply(Event.REFUSED, refused, now)
+
+    def aborted(self) -> None:
+        self._apply(Event.ABORTED)
+
+    def overdue(self, now: float) -> None:
+        self._apply(Event.OVERDUE, now)
+
+    def lease_expired(self, failure: HandoffFailure, message: str) -> None:
+        self._apply(Event.LEASE_EXPIRED, failure, message)
+
+    def unreachable(self, failure: HandoffFailure, message: str) -> None:
+        self._apply(Event.UNREACHABLE, failure, message)
+
+    def sequence_ended(self) -> None:
+        self._apply(Event.SEQUENCE_ENDED)
+
+    # What is done about it
+
+    def _apply(self, event: Event, *facts: Any) -> None:
+        TABLE[self.state, event](self, *facts)
+
+    def _note_computed(self, tokens: int) -> None:
+        self._computed = max(self._computed, tokens)
+
+    def _push_computed(self, tokens: int) -> None:
+        self._note_computed(tokens)
+        self._want_room()
+
+    def _note_drawn(self, token: int, _now: float) -> None:
+        self._note_computed(self.ticket.tokens)
+        self._token = token
+
+    def _push_rest(self, token: int, now: float) -> None:
+        self._note_drawn(token, now)
+        self._advance(now)
+
+    def _advance(self, now: float) -> None:
+        """Ask for what can go now, or commit if all has gone."""
+        if self._asked < self.ticket.tokens:
+            self._want_room()
+        elif self._token is not None and not self._coming:
+            self.state = State.COMMITTING
+            self._committed = True
+            self._say(Commit(self.ticket.handoff_id, self.epoch, self.ticket.tokens, self._token), now)
+
+    def _want_room(self) -> None:
+        if self._next_tokens():
+            self._ports.want_room(self)
+
+    def _next_tokens(self) -> range:
+        """What the next chunk would hold: whole blocks, but at the end."""
+        end = min(self._computed, self.ticket.tokens)
+        end = min(end, (self._asked // self._cut.block_size) * self._cut.block_size + self._cut.most_tokens)
+        if end < self.ticket.tokens:
+            end = end // self._cut.block_size * self._cut.block_size
+        return range(self._asked, max(end, self._asked))
+
+    def _export(self) -> None:
+        tokens = self._next_tokens()
+        if not tokens:
+            return
+        chunk = Chunk(tokens, native=self._cut.native and tokens.start % self._cut.block_size == 0)
+        self._coming.append(chunk)
+        self._asked = tokens.stop
+        self._ports.export(self, chunk)
+        self._want_room()
+
+    def _push(self, chunk: Chunk, now: float) -> None:
+        """In order, whichever was copied out first."""
+        if chunk not in self._coming:
+            self._ports.drop(self, chunk)
+            return
+        while self._coming and (parcel := self._coming[0].parcel) is not None:
+            ready = self._coming.popleft()
+            dtype = "" if ready.native else self._cut.dtype
+            self._unanswered.add(ready.tokens.start)
+            self._note_said(now)
+            push = Push(self.ticket.handoff_id, self.epoch, ready.tokens, ready.native, dtype, parcel)
+            self._ports.push(self, ready, push)
+        self._advance(now)
+
+    def _reserve(self, cut: Cut, now: float) -> None:
+        self._cut = cut
+        self._say(Reserve(self.ticket), now)
+
+    def _reserve_anew(self, cut: Cut, now: float) -> None:
+        self._go_back()
+        self._reserve(cut, now)
+
+    def _go_back(self) -> None:
+        """To before the Reserved."""
+        self.state = State.OPENING
+        self._drop_all()
+        self.answer_due = None
+
+    def _lose_stream(self) -> None:
+        self._go_back()
+        self._cut = _NO_STREAM
+
+    def _drop_all(self) -> None:
+        while self._coming:
+            self._ports.drop(self, self._coming.popleft())
+        self._unanswered.clear()
+
+    def _begin(self, reserved: Reserved, now: float) -> None:
+        """The other side's word for what is there. A Reserved that is late is for an epoch that is over."""
+        if reserved.epoch <= self.epoch or self._cut is _NO_STREAM:
+            return
+        first = reserved.first_token
+        if not self.ticket.cached_tokens <= first <= self.ticket.tokens:
+            self._fail(HandoffFailure.REFUSED, f"token {first} is wanted of {self.ticket.tokens}")
+            return
+        self._drop_all()
+        self.answer_due = None
+        self.epoch = reserved.epoch
+        self.state = State.PUSHING
+        self._asked = first
+        if first > self._furthest:
+            self._furthest = first
+            self._steps_back = 0
+        self._advance(now)
+
+    def _note_pushed(self, pushed: Pushed, now: float) -> None:
+        if pushed.epoch == self.epoch:
+            self._steps_back = 0
+            self._unanswered.discard(pushed.first_token)
+            awaited = self._unanswered or self.state is State.COMMITTING
+            self.answer_due = now + self._patience if awaited else None
+
+    def _finish(self, ack: Ack) -> None:
+        if not self._committed:
+            return  # of what is not known here
+        self._close(State.DONE)
+        self._ports.ask(self, Release(self.ticket.handoff_id, ack.epoch))
+        self._ports.handed_off(self)
+
+    def _refused(self, refused: Refused, now: float) -> None:
+        if refused.reason not in _RETRIED:
+            self._be_failed(HandoffFailure.REFUSED, refused.message)
+        elif refused.epoch == self.epoch and self.state is not State.OPENING:
+            self._step_back(now)
+
+    def _step_back(self, now: float) -> None:
+        """Ask again from where to go on."""
+        self._steps_back += 1
+        if self._steps_back > _MOST_STEPS_BACK:
+            self._fail(HandoffFailure.LEASE_EXPIRED, "the other side answers, but takes nothing")
+        elif self._cut is not _NO_STREAM:
+            self._reserve_anew(self._cut, now)
+
+    def _fail_export(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:
+        if chunk in self._coming:
+            self._coming.remove(chunk)
+            self._fail(failure, message)
+        self._ports.drop(self, chunk)
+
+    def _drop_export(self, chunk: Chunk, *_facts: Any) -> None:
+        self._ports.drop(self, chunk)
+
+    def _fail(self, failure: HandoffFailure, message: str) -> None:
+        """Here, and on the other side."""
+        self.failure = failure
+        self._end()
+        self._ports.fail(self, failure, message)
+
+    def _end(self) -> None:
+        self._ports.ask(self, Abort(self.ticket.handoff_id, self.epoch))
+        self._close(State.FAILED)
+
+    def _be_aborted(self) -> None:
+        self._be_failed(HandoffFailure.ABORTED, "the decode executor has ended the sequence")
+
+    def _be_failed(self, failure: HandoffFailure, message: str) -> None:
+        """The other side knows."""
+        self.failure = failure
+        self._close(State.FAILED)
+        self._ports.fail(self, failure, message)
+
+    def _close(self, state: State) -> None:
+        self._drop_all()
+        self.answer_due = None
+        self.state = state
+        self._ports.closed(self)
+
+    def _say(self, message: Ask, now: float) -> None:
+        self._note_said(now)
+        self._ports.ask(self, message)
+
+    def _note_said(self, now: float) -> None:
+        self.said_at = now
+        if self.answer_due is None:
+            self.answer_due = now + self._patience
+
+    @property
+    def renew_at(self) -> float:
+        """When to say that it lives, if nothing else is said before."""
+        return self.said_at + self._patience
+
+    @property
+    def _patience(self) -> float:
+        return self.ticket.lease_seconds / 3
+
+    def _ignore(self, *_facts: Any) -> None:
+        """It came too late, or twice."""
+
+    ROWS: ClassVar[Mapping[Event, _Row]] = {
+        # columns: OPENING, PUSHING, COMMITTING, DONE, FAILED
+        Event.COMPUTED: (_note_computed, _push_computed, _ignore, _ignore, _ignore),
+        Event.DRAWN: (_note_drawn, _push_rest, _ignore, _ignore, _ignore),
+        Event.ROOM: (_ignore, _export, _ignore, _ignore, _ignore),
+        Event.EXPORTED: (_drop_export, _push, _drop_export, _drop_export, _drop_export),
+        Event.EXPORT_FAILED: (_drop_export, _fail_export, _drop_export, _drop_export, _drop_export),
+        Event.STREAM_UP: (_reserve, _reserve_anew, _reserve_anew, _ignore, _ignore),
+        Event.STREAM_LOST: (_lose_stream, _lose_stream, _lose_stream, _ignore, _ignore),
+        # A Reserve that came twice has begun two epochs; the later one is right, whatever was done under the first.
+        Event.RESERVED: (_begin, _begin, _begin, _ignore, _ignore),
+        Event.PUSHED: (_ignore, _note_pushed, _note_pushed, _ignore, _ignore),
+        Event.ACK: (_finish, _finish, _finish, _ignore, _ignore),
+        Event.REFUSED: (_refused, _refused, _refused, _ignore, _ignore),
+        Event.ABORTED: (_be_aborted, _be_aborted, _be_aborted, _ignore, _ignore),
+        Event.OVERDUE: (_step_back, _step_back, _step_back, _ignore, _ignore),
+        Event.LEASE_EXPIRED: (_fail, _fail, _fail, _ignore, _ignore),
+        Event.UNREACHABLE: (_fail, _fail, _fail, _ignore, _ignore),
+        Event.SEQUENCE_ENDED: (_end, _end, _end, _ignore, _ignore),
+    }
+
+
+TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = {
+    (state, event): row[column] for event, row in Sender.ROWS.items() for column, state in enumerate(State)
+}

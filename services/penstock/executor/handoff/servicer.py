@@ -1,0 +1,144 @@
+"""`penstock.internal.v1.HandoffService`: the decode side's end of the streams over which KV comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc.aio
+
+from penstock.common.errors import Unavailable
+from penstock.common.logs import logger
+from penstock.executor.handoff.geometry import Geometry
+from penstock.executor.handoff.handoffs import Handoffs
+from penstock.executor.handoff.identity import Identity
+from penstock.executor.handoff.messages import read_ask, read_attach, read_transports, tell_answer, tell_segment, tell_transports
+from penstock.executor.handoff.peers import Peers
+from penstock.executor.handoff.transports.choice import ReceivingEnds, Transports
+from penstock.executor.handoff.words import Answer, Refusal, Refused
+from penstock.internal.v1 import handoff_pb2 as pb
+from penstock.internal.v1 import handoff_pb2_grpc
+
+__all__ = ["Door", "HandoffServicer"]
+
+_Context = grpc.aio.ServicerContext[pb.HandoffRequest, pb.HandoffResponse]
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What streams come in by, once a model is loaded."""
+
+    identity: Identity
+    geometry: Geometry
+    peers: Peers
+    transports: Transports
+    handoffs: Handoffs
+
+
+class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
+    """Streams of prefill executors, once `serve` has given it what they come in by."""
+
+    def __init__(self) -> None:
+        self._door: Door | None = None
+
+    def serve(self, door: Door) -> None:
+        """Take streams from now on."""
+        self._door = door
+
+    async def Handoff(  # type: ignore[override] # a coroutine that writes, so that a write which does not end can be given up
+        self, request_iterator: AsyncIterator[pb.HandoffRequest], context: _Context
+    ) -> None:
+        """One prefill executor's stream."""
+        door = self._door
+        first = await anext(request_iterator, None)
+        if door is None:
+            raise Unavailable("no model is loaded yet")
+        if first is None:
+            return
+        fault = _fault(door, first)
+        if fault is not None:
+            door.handoffs.counts.refusals[fault[0]] += 1
+            logger().warning("a handoff stream was refused", peer=context.peer(), reason=fault[0].value, message=fault[1])
+            await context.write(tell_answer(Refused(b"", 0, *fault)))
+            return
+        window = door.handoffs.settings.window_bytes
+        ends = await door.transports.receiving(window, read_transports(first.introduce.transports))
+        native = door.geometry.agrees(first.introduce.native_layout)
+        stream = _Stream(first.introduce.executor_id, ends, native=native)
+        try:
+            await context.write(_welcome(door, ends, native=native))
+            door.handoffs.receiving.stream_up(stream)
+            await _converse(door, stream, request_iterator, context)
+        finally:
+            door.handoffs.receiving.stream_lost(stream)
+            ends.close()
+
+
+class _Stream:
+    """A `PeerStream`."""
+
+    def __init__(self, executor_id: str, incoming: ReceivingEnds, *, native: bool) -> None:
+        self.executor_id = executor_id
+        self.incoming = incoming
+        self.native = native
+        self.answers: asyncio.Queue[pb.HandoffResponse] = asyncio.Queue()
+
+    def send(self, answer: Answer) -> None:
+        """Queue it."""
+        self.answers.put_nowait(tell_answer(answer))
+
+
+def _fault(door: Door, first: pb.HandoffRequest) -> tuple[Refusal, str] | None:
+    """Why a stream is not taken."""
+    told, own = first.introduce, door.identity
+    if not first.HasField("introduce"):
+        return Refusal.UNREGISTERED, "a stream begins with Introduce"
+    if told.decode_executor_id != own.executor_id:
+        return Refusal.NOT_YOURS, f"this is executor {own.executor_id}"
+    if door.peers.get(told.executor_id) is None:
+        return Refusal.UNREGISTERED, "the scheduler does not name the executor"
+    if told.model_fingerprint != own.model_fingerprint:
+        return Refusal.WRONG_MODEL, "the two executors serve different models, or versions of one"
+    return None
+
+
+def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResponse:
+    settings = door.handoffs.settings
+    welcome = pb.Welcome(
+        executor_id=door.identity.executor_id,
+        native=native,
+        max_push_bytes=settings.push_bytes,
+        window_bytes=settings.window_bytes,
+        shared_memory=tell_segment(ends.offer),
+        transports=tell_transports(ends.offer.transports),
+    )
+    return pb.HandoffResponse(welcome=welcome)
+
+
+async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[pb.HandoffRequest], context: _Context) -> None:
+    writer = asyncio.create_task(_write(stream, context))
+    reader = asyncio.create_task(_read(door, stream, requests))
+    try:
+        done, _ = await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        writer.cancel()
+        reader.cancel()
+
+
+async def _read(door: Door, stream: _Stream, requests: AsyncIterator[pb.HandoffRequest]) -> None:
+    async for request in requests:
+        if request.HasField("attach"):
+            attachment = read_attach(request.attach)
+            accepted = attachment is not None and stream.incoming.attach(attachment)
+            attached = pb.Attached(transport=request.attach.transport, accepted=accepted)
+            stream.answers.put_nowait(pb.HandoffResponse(attached=attached))
+        elif (word := read_ask(request)) is not None:
+            door.handoffs.receiving.hear(stream, word)
+
+
+async def _write(stream: _Stream, context: _Context) -> None:
+    while True:
+        await context.write(await stream.answers.get())
