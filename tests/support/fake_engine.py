@@ -42,9 +42,8 @@ def expected(prompt, count):
 class Bench:
     """An engine, and what it told of each sequence."""
 
-    def __init__(self, blocks=256, **config):
-        model = FakeModel(fake_spec(), DeviceConfig(kv_cache_bytes=blocks * BLOCK_SIZE * 8))
-        self.model = model
+    def __init__(self, blocks=256, model=None, **config):
+        model = self.model = model or FakeModel(fake_spec(), DeviceConfig(kv_cache_bytes=blocks * BLOCK_SIZE * 8))
         self.engine = Engine(model, EngineConfig(**{"vocabulary_size": VOCABULARY, "context_length": 1024} | config))
         self.tokens: dict[int, list[int]] = {}
         self.finished = {}
@@ -79,5 +78,11 @@ class Bench:
         holding = [*scheduler.running, *scheduler.receiving, *scheduler.sending]
         held = {b for s in holding for b in s.table[: s.blocks].tolist()}
         assert counts.used == len(held)
-        # What is free holds nothing that anyone may count on.
-        self.model.storage[self.engine.blocks._free] = -1
+        if isinstance(self.model, FakeModel):  # what is free holds nothing that anyone may count on
+            self.model.storage[self.engine.blocks._free] = -1
+
+    @property
+    def logprobs(self):
+        """What was told of each place: of the output by (sequence id, position), of the prompt by (sequence id, "prompt")."""
+        told = {(i, position): logprob for frame in self.frames for i, position, logprob in frame.logprobs}
+        return told | {(i, "prompt"): places for frame in self.frames for i, places in frame.prompt_logprobs}

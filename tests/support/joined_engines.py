@@ -174,3 +174,9 @@ class JoinedBenches:
         """What both told, in order of position."""
         ids = self.prefill.tokens.keys() | self.decode.tokens.keys()
         return {i: self.prefill.tokens.get(i, []) + self.decode.tokens.get(i, []) for i in ids}
+
+    @property
+    def logprobs(self):
+        """What both told; nothing was told by both."""
+        assert not self.prefill.logprobs.keys() & self.decode.logprobs.keys()
+        return self.prefill.logprobs | self.decode.logprobs
