@@ -42,6 +42,9 @@ app.command("penstock.cli.backends:backends", name="backends", group=_LOCAL, hel
 app.command(
     "penstock.cli.conformance:conformance", name="conformance", group=_LOCAL, help="Hold a backend against what all have to do."
 )
+app.command(
+    "penstock.cli.parity.command:parity", name="parity", group=_LOCAL, help="Hold prefill and decode apart against together."
+)
 app.command("penstock.cli.generate:generate", name="generate", group=_CLIENTS, help="Continue a prompt.")
 app.command("penstock.cli.chat:chat", name="chat", group=_CLIENTS, help="Talk with a model.")
 app.command("penstock.cli.models:models", name="models", group=_CLIENTS, help="The models that are served.")

@@ -1,0 +1,89 @@
+"""`penstock parity`: two clusters held against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from penstock.cli.connection import Connection, connected
+from penstock.cli.parity.checks import CHECKS
+from penstock.cli.parity.runner import Outcome, Report, run
+from penstock.cli.tables import print_table
+from penstock.common.config import ConfigError
+
+__all__ = ["parity"]
+
+
+def parity(
+    *,
+    together: str,
+    apart: str,
+    model: str | None = None,
+    tolerance: float = 0.0,
+    check: Annotated[list[str] | None, Parameter(negative=())] = None,
+    api_key: str | None = None,
+    timeout: float = 120.0,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """Hold a cluster that runs prefill and decoding apart against one that runs them together; exit with 1 where they differ.
+
+    Tokens, texts, finish reasons and usage have to be the same, log-probabilities within the tolerance, and the closings have to
+    prove where each request ran. Cached tokens are compared where all executors are of one backend and dtype. Have both clusters
+    idle: what else they do changes how steps are cut, and on most backends the last bits of logits with it.
+
+    Args:
+        together: HOST:PORT of the gRPC door of the cluster that runs them together.
+        apart: HOST:PORT of the gRPC door of the other; it should run with --placement apart.
+        model: Name of the model; the only one where absent.
+        tolerance: By how much log-probabilities may differ. Executors of other backends, threads or chunks differ in the last bits.
+        check: Name of a check to run, more than once for several; all where absent.
+        api_key: Key that both clusters know the caller by, where they want one.
+        timeout: Seconds that one request may take.
+        as_json: One JSON list instead of a table.
+    """
+    _refuse(tolerance, check or [])
+    one, other = (Connection(target=target, api_key=api_key, timeout=timeout) for target in (together, apart))
+    with connected(one) as ours, connected(other) as theirs:
+        reports = run(ours, theirs, model=model, tolerance=tolerance, checks=check or ())
+        told = list(_with_progress(reports) if sys.stderr.isatty() else reports)
+    if as_json:
+        print(json.dumps([asdict(report) for report in told], indent=2))
+    else:
+        _print(told)
+    return 1 if any(report.outcome is Outcome.FAILED for report in told) else 0
+
+
+def _refuse(tolerance: float, checks: list[str]) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"--tolerance: must be 0 or more, and is {tolerance}")
+    for name in checks:
+        if name not in CHECKS:
+            raise ConfigError(f"--check: must be one of {', '.join(CHECKS)}, and is {name!r}")
+
+
+def _with_progress(reports: Iterable[Report]) -> Iterator[Report]:
+    for report in reports:
+        print(f"\r\x1b[K{report.check} {report.outcome}", end="", file=sys.stderr, flush=True)
+        yield report
+    print("\r\x1b[K", end="", file=sys.stderr)
+
+
+def _print(reports: list[Report]) -> None:
+    """A table, how many checks there were of each outcome, and what was handed over."""
+    headings = ("check", "outcome", "requests", "ran apart", "tokens", "seconds", "why")
+    rows = ((r.check, r.outcome, r.requests, r.apart, r.tokens, f"{r.seconds:.2f}", r.why) for r in reports)
+    print_table(headings, rows)
+    counts = Counter(report.outcome for report in reports)
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
+    handed: Counter[str] = Counter()
+    for report in reports:
+        handed.update(report.kv_bytes or {})
+    told = ", ".join(f"{size / 2**20:.2f} MiB by {transport}" for transport, size in handed.items()) or "none"
+    print(f"KV handed over: {told}; largest difference of log-probabilities: {max(r.logprob_difference for r in reports):.3g}")

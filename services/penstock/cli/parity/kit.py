@@ -1,0 +1,130 @@
+"""Asks two clusters the same, and keeps what was different."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Unpack, cast
+
+from penstock.cli.parity.compare import Measure, differences
+from penstock.cli.parity.proof import fault_apart, fault_together
+from penstock.client import Client, InvalidRequest, Message, Model, Options, PenstockError, Result
+
+__all__ = ["Kit", "Prompt", "Question", "Unanswered"]
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+_MOST_AT_ONCE = 8
+# What an executor computes of a prompt in one step at most where it has not measured itself.
+_COMMON_CHUNK = 512
+
+
+class Unanswered(Exception):
+    """A cluster failed to answer what the other may have answered; the text says which and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request, and whether it has to run apart on the cluster that does so, if its answer has more than one token."""
+
+    prompt: Prompt
+    options: Options
+    must: bool = True
+
+
+@dataclass(slots=True)
+class Kit:
+    """What a check works with. A new one for each check; its prompts are cached for no other.
+
+    Attributes:
+        together: the cluster that runs prefill and decoding together.
+        apart: the one that does not.
+        model: as `together` tells it.
+        measure: how answers are compared.
+        asked: requests so far, to each of the two.
+        apart_count: those of them that ran apart.
+        tokens: output tokens that were compared.
+        kv_bytes: of KV that was handed over, by transport.
+        faults: what was different, or ran where it should not.
+    """
+
+    together: Client
+    apart: Client
+    model: Model
+    measure: Measure
+    seed: str
+    salt: str = field(default_factory=lambda: secrets.token_hex(8))
+    asked: int = 0
+    apart_count: int = 0
+    tokens: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def chunk(self) -> int:
+        """Prompt tokens that a step holds at most while others decode, as far as that is known."""
+        told = [executor.calibration.prefill_chunk for executor in self.model.executors if executor.calibration]
+        return max(told, default=_COMMON_CHUNK)
+
+    def ids(self, length: int) -> list[int]:
+        """A prompt of so many tokens, drawn at random and the same in every run."""
+        draw = random.Random(f"{self.seed} {length}")  # noqa: S311 - the same prompts every time
+        return [draw.randrange(self.model.vocabulary_size) for _ in range(min(length, self.model.context_length - 64))]
+
+    def same(self, prompt: Prompt, *, must: bool = True, **options: Unpack[Options]) -> Result:
+        """Ask both, compare, and return what the cluster that runs together said."""
+        return self.same_at_once([Question(prompt, options, must)])[0]
+
+    def same_at_once(self, questions: Sequence[Question]) -> list[Result]:
+        """The same of several that run beside one another.
+
+        Raises:
+            InvalidRequest: both clusters refused one.
+            Unanswered: one failed.
+        """
+        with ThreadPoolExecutor(2 * _MOST_AT_ONCE) as pool:
+            asked = [(q, pool.submit(self._ask, self.together, q), pool.submit(self._ask, self.apart, q)) for q in questions]
+            answers = [(q, one.result(), other.result()) for q, one, other in asked]
+        return [self._judge(*answer) for answer in answers]
+
+    def _ask(self, cluster: Client, question: Question) -> Result | PenstockError:
+        try:
+            return self._answer(cluster, question)
+        except PenstockError as error:
+            return error
+
+    def _answer(self, cluster: Client, question: Question) -> Result:
+        options: Options = {"token_ids": True, "cache_salt": self.salt, "temperature": 0.0, **question.options}
+        options["model"] = self.model.name
+        prompt = question.prompt
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Message):
+            return cluster.chat([one for one in prompt if isinstance(one, Message)], **options).result()
+        ids = prompt if isinstance(prompt, str) else [one for one in prompt if isinstance(one, int)]
+        return cluster.generate(ids, **options).result()
+
+    def _judge(self, question: Question, one: Result | PenstockError, other: Result | PenstockError) -> Result:
+        self.asked += 1
+        if isinstance(one, InvalidRequest) and isinstance(other, InvalidRequest):
+            raise one
+        for where, outcome in (("together", one), ("apart", other)):
+            if isinstance(outcome, PenstockError):
+                raise Unanswered(f"request {self.asked}: {where}: {type(outcome).__name__}: {outcome}")
+        return self._compare(question, cast("Result", one), cast("Result", other))
+
+    def _compare(self, question: Question, one: Result, other: Result) -> Result:
+        self.tokens += one.usage.completion_tokens
+        if (handoff := other.closing.handoff) is not None:
+            self.apart_count += 1
+            self.kv_bytes[handoff.transport] = self.kv_bytes.get(handoff.transport, 0) + handoff.kv_bytes
+        found = list(differences(one, other, self.measure))
+        if why := fault_together(one.closing):
+            found.append(f"together: {why}")
+        # Prefill draws the first token: what ends with it has nothing to hand over.
+        decodes = bool(other.choices) and len(other.choices[0].token_ids) > 1
+        if why := fault_apart(other.closing, must=question.must and decodes):
+            found.append(f"apart: {why}")
+        self.faults += [f"request {self.asked}: {what}" for what in found]
+        return one

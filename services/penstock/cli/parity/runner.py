@@ -1,0 +1,100 @@
+"""Runs the checks on two clusters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from penstock.cli.parity.checks import CHECKS
+from penstock.cli.parity.compare import Measure
+from penstock.cli.parity.kit import Kit, Unanswered
+from penstock.client import Client, InvalidRequest, Model, UnknownModel
+
+__all__ = ["Outcome", "Report", "model_of", "run"]
+
+
+class Outcome(StrEnum):
+    """What came of a check."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of one check.
+
+    Attributes:
+        requests: that were asked of each of the two clusters.
+        tokens: output tokens that were compared.
+        apart: requests of which KV was handed over.
+        kv_bytes: of that KV, by transport.
+        logprob_difference: the largest that was seen.
+        why: the first fault and how many there are, or why it was skipped.
+    """
+
+    check: str
+    outcome: Outcome
+    requests: int = 0
+    tokens: int = 0
+    apart: int = 0
+    kv_bytes: dict[str, int] | None = None
+    logprob_difference: float = 0.0
+    seconds: float = 0.0
+    why: str = ""
+
+
+def model_of(client: Client, name: str | None) -> Model:
+    """The model of this name, or the only one.
+
+    Raises:
+        UnknownModel: there is none, or there are several to choose from.
+        PenstockError: the cluster does not say.
+    """
+    models = client.models()
+    found = [model for model in models if name in {None, model.name}]
+    if len(found) != 1:
+        raise UnknownModel(f"--model: must be one of {', '.join(model.name for model in models)}")
+    return found[0]
+
+
+def run(together: Client, apart: Client, *, model: str | None, tolerance: float, checks: Collection[str]) -> Iterator[Report]:
+    """The report of each check, as it ends: first of what both serve, then of those that are named, or of all.
+
+    Raises:
+        PenstockError: a cluster does not answer, or serves no such model.
+    """
+    ours, theirs = model_of(together, model), model_of(apart, model)
+    yield _models(ours, theirs)
+    executors = (*ours.executors, *theirs.executors)
+    # Blocks are of other sizes on another backend, and some share no prefixes.
+    alike = len({(e.backend, e.dtype, e.kv_layout, "prefix_cache" in e.features) for e in executors}) == 1
+    for name, check in CHECKS.items():
+        if not checks or name in checks:
+            yield _checked(name, check, Kit(together, apart, ours, Measure(tolerance, cached_tokens=alike), seed=name))
+
+
+def _models(ours: Model, theirs: Model) -> Report:
+    told = [(m.name, m.fingerprint, m.context_length, m.vocabulary_size) for m in (ours, theirs)]
+    same = told[0][1:] == told[1][1:]
+    why = "" if same else f"{told[0]} and {told[1]}: name, fingerprint, context and vocabulary"
+    return Report("model", Outcome.PASSED if same else Outcome.FAILED, why=why)
+
+
+def _checked(name: str, check: Callable[[Kit], None], kit: Kit) -> Report:
+    began = time.monotonic()
+    outcome, why = Outcome.PASSED, ""
+    try:
+        check(kit)
+    except InvalidRequest as error:
+        outcome, why = Outcome.SKIPPED, str(error)
+    except Unanswered as error:
+        kit.faults.append(str(error))
+    if kit.faults:
+        more = f" (and {len(kit.faults) - 1} more)" if len(kit.faults) > 1 else ""
+        outcome, why = Outcome.FAILED, f"{kit.faults[0]}{more}"
+    seconds, largest = time.monotonic() - began, kit.measure.largest
+    return Report(name, outcome, kit.asked, kit.tokens, kit.apart_count, kit.kv_bytes, largest, seconds, why)
