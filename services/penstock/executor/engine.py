@@ -52,8 +52,8 @@ from penstock.executor.sequence import Finish, Finished, Frame, Sequence, Sequen
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
 _JOIN_SECONDS = 10.0
-# Copies of KV between two steps, while sequences run and while none does.
-_MOVE_SECONDS_BESIDE_STEPS, _MOVE_SECONDS = 0.005, 0.1
+# Copies of KV between two steps: while sequences run, a share of what the last step took and at least so long; else longer.
+_MOVE_SHARE, _LEAST_MOVE_SECONDS, _MOVE_SECONDS = 0.1, 0.005, 0.1
 # A wait for a deadline is cut into such pieces: a thread can not wait for as long as a deadline may be away.
 _LONGEST_WAIT = 3600.0
 
@@ -108,6 +108,7 @@ class Engine:
         self._over = False
         self._draining = False
         self._stepped = False
+        self._step_seconds = 0.0
         self._raised_before = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -283,7 +284,7 @@ class Engine:
             self._commands.popleft()  # not before it is done: `idle` is read by other threads
 
     def _move_kv(self) -> None:
-        seconds = _MOVE_SECONDS_BESIDE_STEPS if self.scheduler.running else _MOVE_SECONDS
+        seconds = max(_LEAST_MOVE_SECONDS, _MOVE_SHARE * self._step_seconds) if self.scheduler.running else _MOVE_SECONDS
         try:
             self._moves.make(seconds, lambda: self.meter.begin(time.monotonic() + self._config.stall_seconds))
         except ModelLost as error:
@@ -332,7 +333,8 @@ class Engine:
             self._fail(step, f"{type(error).__name__}: {error}")
             return None
         finally:
-            self.meter.computed(StepFacts(time.monotonic() - began, decodes, prompt_tokens, next_tokens))
+            self._step_seconds = time.monotonic() - began
+            self.meter.computed(StepFacts(self._step_seconds, decodes, prompt_tokens, next_tokens))
         self._raised_before = False
         return logits
 

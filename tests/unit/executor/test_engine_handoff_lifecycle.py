@@ -233,23 +233,27 @@ def test_a_model_that_is_lost_while_kv_is_copied_ends_the_engine(parked, half):
     assert isinstance(answers[-1], ModelLost)
 
 
-def test_copies_do_not_keep_those_that_decode_from_their_next_token(parked, monkeypatch):
+@pytest.mark.parametrize(("step_seconds", "copies"), [(0.1, 1), (39.0, 4)])
+def test_copies_of_kv_take_a_small_share_of_the_time_while_others_decode(parked, monkeypatch, step_seconds, copies):
     bench, handle = parked.prefill, halves(parked)[0][1]
     bench.submit(9, [1], 40)
     bench.engine.step()
-    clock, export = [0.0], bench.model.export_kv
+    clock = [0.0]
 
-    def slow(blocks, tokens):
-        clock[0] += 1.0
-        return export(blocks, tokens)
+    def slow(call, seconds):
+        def called(*arguments):
+            clock[0] += seconds
+            return call(*arguments)
 
-    monkeypatch.setattr("penstock.executor.kv_moves.time.monotonic", lambda: clock[0])
-    bench.model.export_kv = slow
-    answers = []
-    for _ in range(10):
+        return called
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bench.model.export_kv, bench.model.step = slow(bench.model.export_kv, 1.0), slow(bench.model.step, step_seconds)
+    bench.engine.step()
+    answers, told = [], len(bench.tokens[9])
+    for _ in range(40):
         bench.engine.export_kv(handle, range(5), native=False, done=answers.append)
-    told = len(bench.tokens[9])
     for i in range(1, 11):
         bench.engine.step()
-        assert len(answers) == i
+        assert len(answers) == i * copies
         assert len(bench.tokens[9]) == told + i
