@@ -556,14 +556,16 @@ async def test_load_of_handoffs_is_heard_and_told():
 
 async def test_metrics_tell_each_pool():
     async with scheduler(placement="apart", metrics="127.0.0.1:0") as (address, server), stub_of(address) as stub:
-        prefill, _ = await pools(stub, kv_blocks=100)
+        prefill, _ = await pools(stub, kv_blocks=100, max_batch_size=1)
         gateway = Gateway(stub)
         gateway.place(1)
         await gateway.grant()
+        gateway.place(2)
         prefill.send(pb.RegisterRequest(load=pb.Load(running=1, waiting=2, waiting_tokens=7, kv_blocks_free=25)))
 
         async def heard():
-            return (await states(stub))[0]["p"].load.waiting == 2
+            found, queued = await states(stub)
+            return found["p"].load.waiting == 2 and queued == 1
 
         await eventually(heard)
         async with httpx.AsyncClient() as http:
@@ -576,6 +578,7 @@ async def test_metrics_tell_each_pool():
         'penstock_pool_requests_running{model_name="m",role="prefill"} 1.0',
         'penstock_pool_requests_waiting{model_name="m",role="prefill"} 2.0',
         'penstock_pool_waiting_prompt_tokens{model_name="m",role="prefill"} 7.0',
+        'penstock_pool_queue{model_name="m",role="decode"} 1.0',
         'penstock_pool_leased_tokens{model_name="m",role="decode"} 15.0',
         'penstock_pool_kv_cache_usage_perc{model_name="m",role="prefill"} 0.75',
     ):

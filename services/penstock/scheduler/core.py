@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 
 from penstock.scheduler.admission import retry_after
 from penstock.scheduler.config import SchedulerConfig
-from penstock.scheduler.executors import Executor, Hold
-from penstock.scheduler.model import Grant, Needs, Outcome, Prefill, Reason, Refused
+from penstock.scheduler.executors import Executor
+from penstock.scheduler.leases import Leases
+from penstock.scheduler.model import Grant, Needs, Outcome, Reason, Refused
 from penstock.scheduler.pairing import Choice, Rules
 from penstock.scheduler.placement import Unsupported
 from penstock.scheduler.pool import Pool
@@ -49,6 +50,7 @@ class Scheduler:
         self._outcomes: list[Outcome] = []
         self._draining = False
         self.executors = Registry(config, clock, self._changed, self._freed)
+        self._leases = Leases(self.executors)
 
     @property
     def pools(self) -> Mapping[str, Pool]:
@@ -82,11 +84,7 @@ class Scheduler:
         self.release(gateway, request_id)
         request = self._request(gateway, request_id, Needs(model="", choices=max(choices, 1)), tokens)
         self._gateways[gateway][request_id] = request
-        self._lease(request, self.executors.hold(executor_id), tokens)
-        self._announced(executor_id, request.needs.choices)
-        if prefill is not None:
-            self._lease_prefill(request, self.executors.hold(prefill[0]), prefill[1])
-            self._announced(prefill[0], 1)
+        self._leases.announce(request, executor_id, tokens, prefill)
 
     def place(self, gateway: int, request_id: int, needs: Needs) -> None:
         """Ask for an executor. What the request id stood for before is released."""
@@ -110,7 +108,7 @@ class Scheduler:
         if request is None:
             return
         if request.hold is not None:
-            self._free(request, request.hold)
+            self._leases.free(request)
         else:
             self._pools[request.needs.model].remove(request)
             self._dirty[self._pools[request.needs.model]] = None
@@ -120,7 +118,7 @@ class Scheduler:
         """The executor that prefills for a request is done with it; where there is none, nothing changes."""
         request = self._gateways[gateway].get(request_id)
         if request is not None:
-            self._free_prefill(request)
+            self._leases.free_prefill(request)
 
     def drain(self) -> None:
         """Refuse new requests. Those that wait, and those that ran before, are placed still."""
@@ -219,15 +217,8 @@ class Scheduler:
         self._forget_if_idle(pool)
 
     def _grant(self, request: Request, choice: Choice, now: float) -> None:
-        executor, cached, needs = choice.executor, choice.cached_tokens, request.needs
-        tokens = max(request.tokens - cached, 1)
-        self._lease(request, executor.hold, tokens)
-        prefill = None
-        if choice.prefill is None:
-            executor.fresh_tokens += needs.prompt_tokens - cached
-        else:
-            prefill = self._grant_prefill(request, choice.prefill, choice.prefill_cached_tokens)
-        description = executor.description
+        needs, description = request.needs, choice.executor.description
+        prefill = self._leases.grant(request, choice)
         self._outcomes.append(
             Grant(
                 request.gateway,
@@ -235,54 +226,16 @@ class Scheduler:
                 needs.model,
                 description.executor_id,
                 description.address,
-                tokens,
+                request.leased_tokens,
                 needs.choices,
                 now - request.arrived,
-                cached,
+                choice.cached_tokens,
                 choice.reason,
                 prefill,
                 needs.traceparent,
                 needs.client_request_id,
             )
         )
-
-    def _grant_prefill(self, request: Request, executor: Executor, cached: int) -> Prefill:
-        tokens = request.needs.prompt_tokens - cached
-        self._lease_prefill(request, executor.hold, tokens)
-        executor.fresh_tokens += tokens
-        return Prefill(executor.description.executor_id, executor.description.address, tokens, cached)
-
-    def _lease(self, request: Request, hold: Hold, tokens: int) -> None:
-        request.hold = hold
-        request.leased_tokens = tokens
-        hold.add(request.needs.choices, tokens)
-
-    def _lease_prefill(self, request: Request, hold: Hold, tokens: int) -> None:
-        request.prefill_hold = hold
-        request.prefill_tokens = tokens
-        hold.add_prefill(tokens)
-        if request.hold is not None:
-            request.hold.receive(request.leased_tokens)
-
-    def _announced(self, executor_id: str, sequences: int) -> None:
-        executor = self.executors.get(executor_id)
-        if executor is not None:
-            executor.announced(sequences)
-
-    def _free(self, request: Request, hold: Hold) -> None:
-        self._free_prefill(request)
-        request.hold = None
-        hold.subtract(request.needs.choices, request.leased_tokens)
-        self.executors.freed(hold)
-
-    def _free_prefill(self, request: Request) -> None:
-        hold, request.prefill_hold = request.prefill_hold, None
-        if hold is not None:
-            hold.subtract_prefill(request.prefill_tokens)
-            self.executors.freed(hold)
-            if request.hold is not None:
-                request.hold.received(request.leased_tokens)
-                self.executors.freed(request.hold)
 
     def _freed(self, executor: Executor) -> None:
         self._dirty[self._pools[executor.description.model]] = None

@@ -6,33 +6,16 @@ import asyncio
 import time
 
 from penstock.common import faults, tracing
-from penstock.common.errors import UnknownExecutor
 from penstock.common.logs import logger
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler import messages
 from penstock.scheduler.core import Scheduler
-from penstock.scheduler.executors import Executor
+from penstock.scheduler.members import Members
 from penstock.scheduler.metrics import SchedulerMetrics
-from penstock.scheduler.model import Grant, Lost, Outcome, Refused, Role
+from penstock.scheduler.model import Grant, Lost, Outcome, Refused
 from penstock.scheduler.outbox import Outbox
 
-__all__ = ["Driver", "Member"]
-
-
-class Member:
-    """A registered executor's stream.
-
-    Attributes:
-        description: as it was told, with the role that it has now.
-        outbox: what it is to be told.
-        peers: those of whom it knows.
-    """
-
-    def __init__(self, description: pb.ExecutorDescription, lease_ms: int) -> None:
-        self.description = description
-        self.outbox = Outbox(pb.RegisterResponse)
-        self.outbox.response.lease_ms = lease_ms
-        self.peers: list[Executor] | None = None
+__all__ = ["Driver"]
 
 
 class Driver:
@@ -41,13 +24,17 @@ class Driver:
     Args:
         core: what decides. Its clock is the event loop's.
         metrics: where outcomes are counted.
+
+    Attributes:
+        members: the executors' streams.
+        emptied: set while nothing is queued.
     """
 
     def __init__(self, core: Scheduler, metrics: SchedulerMetrics) -> None:
         self._core = core
         self._metrics = metrics
         self._outboxes: dict[int, Outbox[pb.PlaceResponse]] = {}
-        self._members: dict[Executor, Member] = {}
+        self.members = Members(core.executors)
         self._told_version = 0
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
@@ -63,38 +50,6 @@ class Driver:
     def disconnect(self, gateway: int) -> None:
         """It has ended."""
         del self._outboxes[gateway]
-
-    def register(self, description: pb.ExecutorDescription, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
-        """An executor's stream begins, with its lease and its peers; it is closed when the executor is taken for lost."""
-        member = self._members[executor] = Member(description, lease_ms)
-        self._tell_peers(executor, member)
-        member.outbox.flush()
-        logger().info(
-            "executor joined",
-            executor_id=description.executor_id,
-            model=description.model,
-            address=description.address,
-            role=executor.role.value,
-        )
-        return member.outbox
-
-    def set_role(self, executor_id: str, role: Role) -> None:
-        """Have an executor take on another role.
-
-        Raises:
-            UnknownExecutor: none of this id lives.
-        """
-        executor = self._core.executors.get(executor_id)
-        member = None if executor is None else self._members.get(executor)
-        if member is None:
-            raise UnknownExecutor(f"no live executor has the id {executor_id[:200]!r}")
-        member.outbox.response.role = messages.role_message(role)
-        member.outbox.flush()
-        logger().info("role given", executor_id=executor_id, role=role.value)
-
-    def unregister(self, executor: Executor) -> None:
-        """It has ended."""
-        del self._members[executor]
 
     def kick(self) -> None:
         """Step soon: once, however many inputs come before."""
@@ -112,14 +67,13 @@ class Driver:
         """All that live, those that drain too."""
         states = [
             pb.ExecutorState(
-                description=self._described(executor),
+                description=description,
                 load=messages.load_message(executor),
                 draining=executor.draining,
                 leases=executor.hold.leases,
                 prefill_leases=executor.hold.prefill_leases,
             )
-            for executor in self._core.executors
-            if executor in self._members
+            for executor, description in self.members.described()
         ]
         return pb.ListExecutorsResponse(executors=states, queued=self._core.queued)
 
@@ -131,8 +85,7 @@ class Driver:
             outbox.flush()
         if self._core.executors.version != self._told_version:
             self._tell_catalog()
-            for executor, member in self._members.items():
-                self._tell_peers(executor, member)
+            self.members.tell_peers()
         (self.emptied.clear if self._core.queued else self.emptied.set)()
         self._set_timer()
 
@@ -182,25 +135,10 @@ class Driver:
         for outbox in self._outboxes.values():
             outbox.response.lost_executor_ids.append(lost.executor_id)
             outbox.flush()
-        for executor, member in self._members.items():
-            if executor.description.executor_id == lost.executor_id:
-                member.outbox.close()
+        self.members.lose(lost.executor_id)
 
     def _catalog(self) -> pb.Catalog:
-        live = (e for e in self._core.executors if not e.draining)
-        return pb.Catalog(executors=[self._described(e) for e in live if e in self._members])
-
-    def _described(self, executor: Executor) -> pb.ExecutorDescription:
-        description = self._members[executor].description
-        description.role = messages.role_message(executor.role)
-        return description
-
-    def _tell_peers(self, executor: Executor, member: Member) -> None:
-        peers = self._core.executors.peers(executor)
-        if peers != member.peers:
-            member.peers = peers
-            member.outbox.response.peers.CopyFrom(messages.peers_message(peers))
-            member.outbox.flush()
+        return pb.Catalog(executors=[told for executor, told in self.members.described() if not executor.draining])
 
     def _tell_catalog(self) -> None:
         self._told_version = self._core.executors.version

@@ -11,6 +11,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from penstock.scheduler.model import Role
 from penstock.scheduler.requests import Request
 
 __all__ = ["FairQueue", "Lane", "Shares"]
@@ -145,10 +146,17 @@ class FairQueue:
 
 
 class Lane:
-    """Requests that exactly the same executors, named by a mask of their bits, can run."""
+    """Requests that exactly the same executors, named by a mask of their bits, can run.
 
-    def __init__(self, mask: int, shares: dict[int, Shares]) -> None:
+    Attributes:
+        count: how many.
+        waits_for: executors of this role have no room for the first of them, or had none when that was last looked for.
+    """
+
+    def __init__(self, mask: int, shares: dict[int, Shares], waits_for: Role) -> None:
         self.mask = mask
+        self.count = 0
+        self.waits_for = waits_for
         self._shares = shares
         self._queues: dict[int, FairQueue] = {}
         self._ranks: list[int] = []
@@ -170,6 +178,7 @@ class Lane:
             queue = self._queues[request.rank] = FairQueue(shares)
             heapq.heappush(self._ranks, request.rank)
         queue.push(request)
+        self.count += 1
         request.lane = self
 
     def remove(self, request: Request) -> None:
@@ -192,6 +201,7 @@ class Lane:
 
     def _left(self, request: Request, queue: FairQueue) -> None:
         request.lane = None
+        self.count -= 1
         rank = request.rank
         if not queue.count:
             del self._queues[rank]

@@ -72,10 +72,20 @@ class _State(Collector):
                 tokens.add_metric([model], pool.queued_tokens)
         yield waiting
         yield tokens
+        yield self._queues()
         yield from self._executors()
         gaps = CounterMetricFamily("penstock_scheduler_kv_event_gaps", "Times that an executor's KV events were lost.")
         gaps.add_metric([], self._core.executors.gaps)
         yield gaps
+
+    def _queues(self) -> Metric:
+        queues = GaugeMetricFamily(
+            "penstock_pool_queue", "Requests in the queue that wait for room in a pool.", labels=["model_name", "role"]
+        )
+        for model, pool in list(self._core.pools.items()):
+            for role, count in pool.waiting_by_role().items():
+                queues.add_metric([model, role.value], count)
+        return queues
 
     def _executors(self) -> Iterator[Metric]:
         yield from pool_metrics(self._core.executors)

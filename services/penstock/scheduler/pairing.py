@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from penstock.scheduler.config import Policy
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Needs, PlacementReason
+from penstock.scheduler.model import Needs, PlacementReason, Role
 from penstock.scheduler.placement import cached_tokens, choose
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.requests import Request
@@ -42,8 +42,8 @@ class Choice:
     prefill_cached_tokens: int = 0
 
 
-def place(request: Request, team: Team, index: PrefixIndex, mask: int, rules: Rules, now: float) -> Choice | None:
-    """Where a request runs now; None if it has to wait for room.
+def place(request: Request, team: Team, index: PrefixIndex, mask: int, rules: Rules, now: float) -> Choice | Role:
+    """Where a request runs now, or the pool that it has to wait for.
 
     Args:
         request: it fits every member of the team.
@@ -58,7 +58,7 @@ def place(request: Request, team: Team, index: PrefixIndex, mask: int, rules: Ru
     sequences, tokens = needs.choices, request.tokens
     room = [e for e in (team.members if one_token else team.homes) if e.has_room(sequences, tokens)]
     if not room:
-        return None
+        return team.home_role
     depths = index.depths(needs.block_hashes, mask) if needs.block_hashes else {}
     if one_token:
         reason = PlacementReason.ONE_TOKEN
@@ -88,8 +88,8 @@ class _Pairs:
         self._senders: dict[str, list[_Timed]] = {}
         self._decodings: dict[Executor, Decoding] = {}
 
-    def apart(self, room: Sequence[Executor]) -> Choice | None:
-        """The best pair, whatever it costs."""
+    def apart(self, room: Sequence[Executor]) -> Choice | Role:
+        """The best pair, whatever it costs; the pool to wait for if none has room."""
         receivers = [e for e in room if e in self._team.receivers]
         if not receivers:
             return _whole(self._needs, room, self._depths, self._rules, PlacementReason.INCOMPATIBLE)
@@ -97,7 +97,10 @@ class _Pairs:
             if self._all_cached(executor):
                 return _whole(self._needs, [executor], self._depths, self._rules, PlacementReason.CACHED)
         found = self._best(receivers)
-        return None if found is None else found[0]
+        if found is not None:
+            return found[0]
+        prefill_is_full = any(e.has_room_to_receive(self._request.tokens) for e in receivers)
+        return self._team.sender_role if prefill_is_full else self._team.home_role
 
     def wherever_cheaper(self, room: Sequence[Executor], now: float) -> Choice:
         """On one executor or on a pair, whichever costs less."""
@@ -159,7 +162,7 @@ class _Pairs:
         found = self._decodings.get(executor)
         if found is None:
             hold, sequences, pace = executor.hold, self._needs.choices, self._pace(executor)
-            running = hold.sequences + executor.foreign
+            running = hold.sequences + executor.foreign - hold.receiving
             context = (hold.tokens + self._request.tokens) / (running + sequences)
             answer = self._output * pace.step(running + sequences, context)
             found = Decoding(pace, executor.ahead, running, pace.step(running, context), answer, self._cached(executor))

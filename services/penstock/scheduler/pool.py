@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from penstock.scheduler.admission import DrainRate, admits
 from penstock.scheduler.executors import Executor
 from penstock.scheduler.lanes import Lane, Shares
-from penstock.scheduler.model import Needs
+from penstock.scheduler.model import Needs, Role
 from penstock.scheduler.pairing import Choice, Rules, place
 from penstock.scheduler.placement import Capable, Unsupported, capable, fitting
 from penstock.scheduler.prefixes import PrefixIndex
@@ -64,6 +64,13 @@ class Pool:
         for lane in self._lanes.values():
             yield from lane
 
+    def waiting_by_role(self) -> Counter[Role]:
+        """How many wait for each role, by what the first of each lane waits for. May be called from other threads."""
+        waiting: Counter[Role] = Counter()
+        for lane in list(self._lanes.values()):
+            waiting[lane.waits_for] += lane.count
+        return waiting
+
     def admits(self, tenant: str, tokens: int, max_requests: int, max_tokens: int) -> bool:
         """Whether a tenant may let one more request wait."""
         if self._queued and self.queued_tokens + tokens > max_tokens:
@@ -100,16 +107,21 @@ class Pool:
         self._left(request)
 
     def next_placement(self, now: float) -> tuple[Request, Choice] | None:
-        """Take out the request whose turn it is, with its place; None if no lane's first request has room anywhere."""
+        """Take out the request whose turn it is, with its place; None if no lane's first request has room anywhere.
+
+        A lane whose first request has none knows the pool that it waits for.
+        """
         heads = [(lane.head(), lane) for lane in self._lanes.values() if lane]
         if len(heads) > 1:
             heads.sort(key=lambda h: (h[0][0], h[0][1], h[0][2].order))
         for (_, _, request), lane in heads:
             choice = place(request, self._teams[lane.mask], self._index, lane.mask, self._rules, now)
-            if choice is not None:
-                lane.serve(request)
-                self._left(request)
-                return request, choice
+            if isinstance(choice, Role):
+                lane.waits_for = choice
+                continue
+            lane.serve(request)
+            self._left(request)
+            return request, choice
         return None
 
     def rebuild(self, *, strict: bool) -> list[tuple[Request, Unsupported]]:
@@ -152,8 +164,8 @@ class Pool:
         lane = self._lanes.get(mask)
         if lane is None:
             self._drop_empty_lanes()
-            lane = self._lanes[mask] = Lane(mask, self._shares)
-            self._teams[mask] = team_of(executors, self._rules.policy)
+            team = self._teams[mask] = team_of(executors, self._rules.policy)
+            lane = self._lanes[mask] = Lane(mask, self._shares, team.home_role)
         lane.push(request)
 
     def _drop_empty_lanes(self) -> None:

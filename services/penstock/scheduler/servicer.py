@@ -65,7 +65,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         if first is None:
             return
         executor = self._core.executors.join(messages.read_description(first.description))
-        outbox = self._driver.register(first.description, executor, self._lease_ms)
+        outbox = self._driver.members.join(first.description, executor, self._lease_ms)
         reading = asyncio.create_task(self._read_reports(executor, first, request_iterator, outbox.close))
         try:
             async for response in outbox:
@@ -74,7 +74,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
                 reading.result()
         finally:
             reading.cancel()
-            self._driver.unregister(executor)
+            self._driver.members.leave(executor)
             if self._core.executors.leave(executor):
                 logger().info("executor left", executor_id=executor.description.executor_id, model=executor.description.model)
             self._driver.kick()
@@ -102,7 +102,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         return self._driver.list_executors()
 
     async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SetRoleResponse:
-        self._driver.set_role(request.executor_id, messages.read_role(request.role, "role"))
+        self._driver.members.set_role(request.executor_id, messages.read_role(request.role, "role"))
         return pb.SetRoleResponse()
 
 

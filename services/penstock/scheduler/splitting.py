@@ -108,7 +108,7 @@ class Decoding:
     Attributes:
         pace: how quick it is.
         ahead: prompt tokens that wait for prefill there.
-        running: sequences that are there.
+        running: sequences that are there, but for those that wait for KV.
         step: seconds of a step in which these decode.
         answer: seconds of all steps of the request's own answer.
         cached: tokens of the request's prompt in its prefix cache.

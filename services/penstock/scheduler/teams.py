@@ -11,6 +11,8 @@ from penstock.scheduler.model import PlacementReason, Role
 
 __all__ = ["Team", "team_of"]
 
+_HOME_ROLES = (Role.DECODE, Role.BOTH)
+
 
 @dataclass(frozen=True, slots=True)
 class Team:
@@ -23,15 +25,22 @@ class Team:
         senders: those that prefill for others, by the version of the model.
         receivers: those of the homes that take KV over from a sender.
         whole: why no request is split here; None where some may be.
+        home_role: the homes' own, and what most of the work there is where they differ.
         calibrated: whether all have measured their steps.
     """
 
     members: tuple[Executor, ...]
     homes: tuple[Executor, ...]
     whole: PlacementReason | None
+    home_role: Role
     calibrated: bool = False
     senders: Mapping[str, tuple[Executor, ...]] = field(default_factory=dict)
     receivers: frozenset[Executor] = frozenset()
+
+    @property
+    def sender_role(self) -> Role:
+        """The senders' own."""
+        return next(e.role for senders in self.senders.values() for e in senders)
 
 
 def team_of(members: Sequence[Executor], policy: Policy) -> Team:
@@ -44,26 +53,28 @@ def team_of(members: Sequence[Executor], policy: Policy) -> Team:
     prefilling = [e for e in everyone if e.role is Role.PREFILL]
     if not prefilling and policy == "apart":
         prefilling = [e for e in everyone if e.role is Role.BOTH]
+    home_role = min((e.role for e in homes), key=_HOME_ROLES.index, default=Role.PREFILL)
     if policy == "together":
-        return Team(everyone, homes or everyone, PlacementReason.POLICY)
+        return Team(everyone, homes or everyone, PlacementReason.POLICY, home_role)
     if not homes:
-        return Team(everyone, everyone, PlacementReason.NO_DECODE_EXECUTOR)
+        return Team(everyone, everyone, PlacementReason.NO_DECODE_EXECUTOR, home_role)
     if not prefilling or (len(homes) == 1 and prefilling == [homes[0]]):
-        return Team(everyone, homes, PlacementReason.NO_PREFILL_EXECUTOR)
-    return _paired(everyone, homes, prefilling)
+        return Team(everyone, homes, PlacementReason.NO_PREFILL_EXECUTOR, home_role)
+    senders = _senders(prefilling)
+    receivers = frozenset(e for e in homes if "import_kv" in e.description.features and _others(senders, e))
+    if not receivers:
+        return Team(everyone, homes, PlacementReason.INCOMPATIBLE, home_role)
+    calibrated = all(e.description.times is not None for e in everyone)
+    return Team(everyone, homes, None, home_role, calibrated, senders, receivers)
 
 
-def _paired(everyone: tuple[Executor, ...], homes: tuple[Executor, ...], prefilling: Sequence[Executor]) -> Team:
+def _senders(prefilling: Sequence[Executor]) -> dict[str, tuple[Executor, ...]]:
     senders: dict[str, tuple[Executor, ...]] = {}
     for executor in prefilling:
         told = executor.description
         if told.model_fingerprint and "export_kv" in told.features:
             senders[told.model_fingerprint] = (*senders.get(told.model_fingerprint, ()), executor)
-    receivers = frozenset(e for e in homes if "import_kv" in e.description.features and _others(senders, e))
-    if not receivers:
-        return Team(everyone, homes, PlacementReason.INCOMPATIBLE)
-    calibrated = all(e.description.times is not None for e in everyone)
-    return Team(everyone, homes, None, calibrated, senders, receivers)
+    return senders
 
 
 def _others(senders: Mapping[str, tuple[Executor, ...]], receiver: Executor) -> bool:

@@ -192,8 +192,19 @@ def test_full_prefill_pool_lets_wait_and_the_next_prefill_that_ends_makes_room()
     first = world.outcome()
     waits = world.ask()
     assert world.core.step() == []
+    assert world.core.pools["m"].waiting_by_role() == {Role.PREFILL: 1}
     world.core.prefilled(world.gateway, first.request_id)
     assert [(o.request_id, o.prefill.executor_id) for o in world.core.step()] == [(waits, "p")]
+
+
+@pytest.mark.parametrize("role", [Role.BOTH, Role.DECODE, Role.PREFILL])
+def test_queue_is_that_of_the_pool_without_room(role):
+    world = apart()
+    world.join("a", role, max_batch_size=1)
+    world.outcome()
+    world.ask(), world.ask()
+    world.core.step()
+    assert world.core.pools["m"].waiting_by_role() == {role: 2}
 
 
 def test_half_of_an_executor_at_most_waits_for_kv():
@@ -203,6 +214,7 @@ def test_half_of_an_executor_at_most_waits_for_kv():
     assert world.outcome() is not None
     waits = world.ask()
     assert world.core.step() == []
+    assert world.core.pools["m"].waiting_by_role() == {Role.DECODE: 1}
     world.core.prefilled(world.gateway, first.request_id)
     assert [(o.request_id, o.prefill.executor_id) for o in world.core.step()] == [(waits, "p")]
 
@@ -218,8 +230,12 @@ def test_half_of_the_blocks_at_most_wait_for_kv_but_a_request_alone_may_take_mor
 
 def test_auto_prefills_where_it_decodes_what_would_wait_too_long_to_hand_over():
     world = Pools()
-    world.prefill(max_batch_size=99), world.decode(max_batch_size=8)
-    ways = [world.pair(prompt_tokens=900)[::2] for _ in range(6)]
+    prefill = world.prefill(max_batch_size=99)
+    world.decode(max_batch_size=8)
+    ways = []
+    for _ in range(6):
+        ways.append(world.pair(prompt_tokens=900)[::2])
+        world.core.executors.report(prefill, Load())
     assert ways == [(None, PlacementReason.COST), *[("p", PlacementReason.COST)] * 4, (None, PlacementReason.COST)]
 
 

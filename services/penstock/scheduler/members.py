@@ -1,0 +1,90 @@
+"""The streams of registered executors: what each has told of itself, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from penstock.common.errors import UnknownExecutor
+from penstock.common.logs import logger
+from penstock.internal.v1 import scheduler_pb2 as pb
+from penstock.scheduler import messages
+from penstock.scheduler.executors import Executor
+from penstock.scheduler.model import Role
+from penstock.scheduler.outbox import Outbox
+from penstock.scheduler.registry import Registry
+
+__all__ = ["Members"]
+
+
+class _Member:
+    def __init__(self, description: pb.ExecutorDescription, lease_ms: int) -> None:
+        self.description = description
+        self.outbox = Outbox(pb.RegisterResponse)
+        self.outbox.response.lease_ms = lease_ms
+        self.peers: list[Executor] | None = None
+
+
+class Members:
+    """Executors of the registry that have a stream."""
+
+    def __init__(self, executors: Registry) -> None:
+        self._executors = executors
+        self._members: dict[Executor, _Member] = {}
+
+    def join(self, description: pb.ExecutorDescription, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
+        """An executor's stream begins, with its lease and its peers; it is closed when the executor is taken for lost."""
+        member = self._members[executor] = _Member(description, lease_ms)
+        self._tell_peers(executor, member)
+        member.outbox.flush()
+        logger().info(
+            "executor joined",
+            executor_id=description.executor_id,
+            model=description.model,
+            address=description.address,
+            role=executor.role.value,
+        )
+        return member.outbox
+
+    def leave(self, executor: Executor) -> None:
+        """It has ended."""
+        del self._members[executor]
+
+    def lose(self, executor_id: str) -> None:
+        """An executor is taken for lost."""
+        for executor, member in self._members.items():
+            if executor.description.executor_id == executor_id:
+                member.outbox.close()
+
+    def set_role(self, executor_id: str, role: Role) -> None:
+        """Have an executor take on another role.
+
+        Raises:
+            UnknownExecutor: none of this id lives.
+        """
+        executor = self._executors.get(executor_id)
+        member = None if executor is None else self._members.get(executor)
+        if member is None:
+            raise UnknownExecutor(f"no live executor has the id {executor_id[:200]!r}")
+        member.outbox.response.role = messages.role_message(role)
+        member.outbox.flush()
+        logger().info("role given", executor_id=executor_id, role=role.value)
+
+    def tell_peers(self) -> None:
+        """Executors came or left: tell those whose peers are others now."""
+        for executor, member in self._members.items():
+            self._tell_peers(executor, member)
+
+    def described(self) -> Iterator[tuple[Executor, pb.ExecutorDescription]]:
+        """All that live, with what they are and the role that each has now."""
+        for executor in self._executors:
+            member = self._members.get(executor)
+            if member is not None:
+                member.description.role = messages.role_message(executor.role)
+                yield executor, member.description
+
+    def _tell_peers(self, executor: Executor, member: _Member) -> None:
+        peers = self._executors.peers(executor)
+        if peers != member.peers:
+            member.peers = peers
+            member.outbox.response.peers.CopyFrom(messages.peers_message(peers))
+            member.outbox.flush()
