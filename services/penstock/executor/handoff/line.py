@@ -75,6 +75,12 @@ class Line:
         """The live ones."""
         return list(self._senders.values())
 
+    def due(self, now: float) -> float | None:
+        """When the earliest of their leases ends, answers are late, or renewals are to be sent."""
+        if self._agreed is None:  # there may be a stream at any time, on which the others count again
+            return min((min(s.lease_ends, now + s.ticket.lease_seconds / 3) for s in self.senders), default=None)
+        return min((sender.due for sender in self.senders), default=None)
+
     def join(self, sender: Sender) -> bool:
         """A new handoff; False where its ticket has been used on this executor."""
         if sender.ticket.handoff_id in self._senders:

@@ -127,8 +127,8 @@ class Receiver:
         if self.leased:
             self.lease_ends = now + self.ticket.lease_seconds
 
-    def reserve(self) -> None:
-        self._apply(Event.RESERVE)
+    def reserve(self, source: Any) -> None:
+        self._apply(Event.RESERVE, source)
 
     def push(self, push: Push, source: Any, now: float, *, native_agreed: bool) -> None:
         self._apply(Event.PUSH, push, source, now, native_agreed)
@@ -171,8 +171,11 @@ class Receiver:
     def _apply(self, event: Event, *facts: Any) -> None:
         TABLE[self.state, event](self, *facts)
 
-    def _begin(self) -> None:
-        """Whatever of an earlier epoch is not being written already is wanted again."""
+    def _begin(self, source: Any) -> None:
+        """Whatever of an earlier epoch is not being written already is wanted again.
+
+        What has come over the same stream is answered again, for an answer that was lost keeps room on the other side.
+        """
         if self.epoch:
             self._clock.resumptions += 1
         self.epoch += 1
@@ -180,6 +183,9 @@ class Receiver:
             self.state = State.RECEIVING
         self._cut()
         self._tell(Reserved(self.ticket.handoff_id, self.epoch, self._expected, self.ticket.lease_seconds))
+        for chunk in self._accepted.values():
+            if chunk.imported and chunk.source is source:
+                self._tell(Pushed(chunk.push.handoff_id, chunk.push.epoch, chunk.push.tokens.start))
 
     def _cut(self) -> None:
         """Forget chunks that are not checked: their bytes may be gone with the stream."""

@@ -144,7 +144,7 @@ class Receiving:
         if message.ticket.tokens != receiver.ticket.tokens or message.ticket.cached_tokens != receiver.ticket.cached_tokens:
             self._refuse(stream, message.handoff_id, 0, Refusal.UNKNOWN, "the ticket is not the one that was minted")
         else:
-            receiver.reserve()
+            receiver.reserve(stream)
 
     def _renew(self, stream: PeerStream, message: Renew) -> None:
         now = self._loop.time()

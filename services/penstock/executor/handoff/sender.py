@@ -394,6 +394,12 @@ class Sender:
             self.answer_due = now + self._patience
 
     @property
+    def due(self) -> float:
+        """When something is to be done about it at the latest, while there is a stream."""
+        due = min(self.lease_ends, self.renew_at)
+        return due if self.answer_due is None else min(due, self.answer_due)
+
+    @property
     def renew_at(self) -> float:
         """When to say that it lives, if nothing else is said before."""
         return self.said_at + self._patience

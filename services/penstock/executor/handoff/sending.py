@@ -56,7 +56,7 @@ class Sending:
         self._counts.sending += 1
         self._by_handle[id(handle)] = sender
         self._dial(line)
-        self._alarm.by(min(sender.lease_ends, sender.renew_at))
+        self._alarm.by(self._loop.time() + ticket.lease_seconds / 3)
 
     def computed(self, handle: Handle, tokens: int) -> None:
         """KV of its first tokens is there."""
@@ -83,7 +83,7 @@ class Sending:
                     sender.overdue(now)
             line.renew(now)
         self._forget()
-        return min((_due(sender) for line in self._lines.values() for sender in line.senders), default=None)
+        return min(filter(None, (line.due(now) for line in self._lines.values())), default=None)
 
     def _forget(self) -> None:
         self._by_handle = {key: sender for key, sender in self._by_handle.items() if sender.live}
@@ -93,8 +93,3 @@ class Sending:
         self._alarm.stop()
         for line in self._lines.values():
             line.close()
-
-
-def _due(sender: Sender) -> float:
-    due = min(sender.lease_ends, sender.renew_at)
-    return due if sender.answer_due is None else min(due, sender.answer_due)
