@@ -38,8 +38,8 @@ from penstock.common.step_times import StepTimes
 
 __all__ = ["COUNTED", "COUNTED_LINK", "Decoding", "Estimate", "Pace", "apart", "link_seconds", "splits", "together"]
 
-# Of two streams, to a decode executor and back, and of the next one to the prefill executor.
-_ROUND_TRIP_SECONDS = 0.002
+# To the decode executor and back, and on to the one that prefills, through their loops; about what it takes on one machine.
+_ROUND_TRIP_SECONDS = 0.005
 # KV from memory to memory of one machine, or over a quick network, until it was measured; and of a model of a few billion
 # parameters, until it is known.
 _BYTES_PER_SECOND = 1e9

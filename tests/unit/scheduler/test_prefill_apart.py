@@ -1,7 +1,7 @@
 """Roles, pairs, and why a request runs apart or together; what its halves hold."""
 
 import pytest
-from scheduling import World
+from scheduling import World, step_times
 
 from penstock.scheduler.model import Load, PlacementReason, Role
 
@@ -237,6 +237,81 @@ def test_auto_prefills_where_it_decodes_what_would_wait_too_long_to_hand_over():
         ways.append(world.pair(prompt_tokens=900)[::2])
         world.core.executors.report(prefill, Load())
     assert ways == [(None, PlacementReason.COST), *[("p", PlacementReason.COST)] * 4, (None, PlacementReason.COST)]
+
+
+def calibrated(**config):
+    """One pool of each, of equal speed, where three requests decode."""
+    world = Pools(**config)
+    for join in (world.prefill, world.decode):
+        join(times=step_times(1), prefill_chunk=64, kv_bytes_per_token=100_000, kv_blocks=10_000)
+    decoding(world)
+    return world
+
+
+def decoding(world):
+    """Three requests decode."""
+    world.core.announce(world.gateway, 1000, "d", tokens=300, choices=3)
+
+
+def link(world, bytes_per_second):
+    world.core.executors.report(world.core.executors.get("p"), Load(handoff_bytes_per_second=bytes_per_second))
+
+
+LONG = {"prompt_tokens": 2000}
+
+
+def test_auto_splits_long_prompts_while_others_decode():
+    world = calibrated()
+    assert world.pair(**LONG) == ("p", "d", PlacementReason.COST)
+    assert world.pair(prompt_tokens=8) == (None, "d", PlacementReason.COST)
+
+
+def test_auto_splits_nothing_where_nobody_decodes():
+    world = calibrated()
+    world.core.release(world.gateway, 1000)
+    assert world.pair(**LONG) == (None, "d", PlacementReason.COST)
+
+
+def test_auto_leaves_a_link_alone_that_is_too_slow():
+    world = calibrated()
+    link(world, 1e8)
+    assert world.pair(**LONG)[0] is None
+    link(world, 1e10)
+    assert world.pair(**LONG)[0] == "p"
+
+
+def test_auto_leaves_a_prefill_pool_alone_whose_queue_is_too_long():
+    world = calibrated()
+    prefill = world.core.executors.get("p")
+    for _ in range(2):
+        world.core.executors.report(prefill, Load(waiting=8, waiting_tokens=16_000))
+    assert world.pair(**LONG)[0] is None
+    world.core.executors.report(prefill, Load(waiting=1, waiting_tokens=2000))
+    assert world.pair(**LONG)[0] == "p"
+
+
+def test_auto_keeps_a_deadline_that_only_one_way_can_keep():
+    world = calibrated()
+    prefill = world.core.executors.get("p")
+    for _ in range(2):
+        world.core.executors.report(prefill, Load(waiting=1, waiting_tokens=3000))
+    assert world.pair(**LONG)[0] == "p"
+    assert world.pair(**LONG, deadline=3.0)[0] is None, "4 seconds there, and a half of it here"
+    assert world.pair(**LONG, deadline=1.0)[0] == "p", "too late either way"
+
+
+def test_auto_tells_of_a_request_that_was_lost_why_it_runs_together():
+    world = calibrated()
+    assert world.pair(prompt_tokens=8, replacing=True) == (None, "d", PlacementReason.REPLACED)
+    assert world.pair(**LONG, replacing=True) == ("p", "d", PlacementReason.COST)
+
+
+def test_auto_goes_together_where_the_prefill_pool_is_full():
+    world = Pools()
+    world.prefill(max_batch_size=1), world.decode()
+    decoding(world)
+    assert world.pair(**LONG)[0] == "p"
+    assert world.pair(**LONG) == (None, "d", PlacementReason.COST)
 
 
 def test_sequences_that_wait_for_kv_or_are_on_their_way_out_are_not_taken_for_others():
