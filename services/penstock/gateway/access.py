@@ -65,17 +65,17 @@ def note(model: str, requests: Sequence[Request]) -> None:
     if told is None or not requests:
         return
     choices = [(request, choice) for request in requests for choice in request.choices]
-    first = min((r.first_token_at - r.arrived for r in requests if r.first_token_at is not None), default=None)
+    first = min((r.record.first_token_at - r.record.arrived for r in requests if r.record.first_token_at is not None), default=None)
     told.facts |= {
         "model": model,
         "prompt_tokens": sum(len(r.plan.prompt_ids) for r in requests),
-        "cached_tokens": sum(r.cached_tokens for r in requests),
+        "cached_tokens": sum(r.record.cached_tokens for r in requests),
         "completion_tokens": sum(c.told_tokens for _, c in choices),
         "finish": [_finish(r, c) for r, c in choices],
-        "queue_seconds": round(max(r.queue_seconds for r in requests), 6),
+        "queue_seconds": round(max(r.record.queue_seconds for r in requests), 6),
         "first_token_seconds": first if first is None else round(first, 6),
-        "replacements": sum(r.replacements for r in requests),
-        "fallbacks": [f"{fallback.value}: {reason.value}" for r in requests for fallback, reason, _ in r.fallbacks],
+        "replacements": sum(r.record.replacements for r in requests),
+        "fallbacks": [f"{fallback.value}: {reason.value}" for r in requests for fallback, reason, _ in r.record.fallbacks],
     }
 
 

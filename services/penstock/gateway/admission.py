@@ -256,7 +256,7 @@ class Admission:
             caller,
             self._ports,
             call.queue.output(number, planned.n),
-            tokens=self._tokens.setdefault(call.model.first.tokenizer_fingerprint, {}),
+            known_tokens=self._tokens.setdefault(call.model.first.tokenizer_fingerprint, {}),
             clock=self.clock,
             max_attempts=self._max_attempts,
             on_done=self._done,

@@ -62,18 +62,18 @@ class _Watched(Request):
 
     def reserved_blocks(self, choice: Choice, sequence_id: int, ticket: bytes) -> None:
         if choice.runs(sequence_id):
-            self.tell("reserved", choice=choice.index, executor_id=self.decode_executor_id)
+            self.tell("reserved", choice=choice.index, executor_id=self.record.decode_executor_id)
         super().reserved_blocks(choice, sequence_id, ticket)
 
     def kv_arrived(self, choice: Choice, sequence_id: int, arrival: Arrival) -> None:
         if choice.runs(sequence_id):
             facts = {"kv_bytes": arrival.kv_bytes, "transport": arrival.transport, "native": arrival.native}
-            self.tell("arrived", choice=choice.index, executor_id=self.decode_executor_id, **facts)
+            self.tell("arrived", choice=choice.index, executor_id=self.record.decode_executor_id, **facts)
         super().kv_arrived(choice, sequence_id, arrival)
 
     def handed_off(self, choice: Choice, sequence_id: int, preemptions: int) -> None:
         if choice.prefills(sequence_id):
-            self.tell("handed off", choice=choice.index, executor_id=self.prefill_executor_id)
+            self.tell("handed off", choice=choice.index, executor_id=self.record.prefill_executor_id)
         super().handed_off(choice, sequence_id, preemptions)
 
     def handoff_failed(self, choice: Choice, sequence_id: int, failure: HandoffFailure, why: str) -> None:
@@ -93,8 +93,8 @@ class _Watched(Request):
         self._tell_fallbacks()
 
     def _tell_fallbacks(self) -> None:
-        while self._fallbacks_told < len(self.fallbacks):
-            fallback, reason, _ = self.fallbacks[self._fallbacks_told]
+        while self._fallbacks_told < len(self.record.fallbacks):
+            fallback, reason, _ = self.record.fallbacks[self._fallbacks_told]
             self._fallbacks_told += 1
             self.tell("fallback", fallback=fallback.value, reason=reason.value)
 
@@ -102,7 +102,7 @@ class _Watched(Request):
     def fallback(self) -> str | None:
         """The last one."""
         self._tell_fallbacks()
-        return self.fallbacks[-1][0].value if self.fallbacks else None
+        return self.record.fallbacks[-1][0].value if self.record.fallbacks else None
 
 
 class _Execution:

@@ -56,33 +56,37 @@ class GatewayMetrics:
         model, now = request.plan.model, request.now()
         generated = sum(choice.told_tokens for choice in request.choices)
         self._generated.labels(model).inc(generated)
-        if request.replacements:
-            self._replacements.labels(model).inc(request.replacements)
-        for apart, why in request.placements:
+        if request.record.replacements:
+            self._replacements.labels(model).inc(request.record.replacements)
+        for apart, why in request.record.placements:
             self._placed.labels(model, "apart" if apart else "together", why.value).inc()
-        for _, lost, _ in request.fallbacks:
+        for _, lost, _ in request.record.fallbacks:
             self._fallbacks.labels(model, lost.value).inc()
-        if request.first_token_at is not None:
+        if request.record.first_token_at is not None:
             self._observe_parts(request)
-            self._first.labels(model).observe(request.first_token_at - request.arrived)
+            self._first.labels(model).observe(request.record.first_token_at - request.record.arrived)
             longest = max(choice.told_tokens for choice in request.choices)
-            if longest > 1 and request.last_token_at is not None:
-                self._between.labels(model).observe((request.last_token_at - request.first_token_at) / (longest - 1))
+            if longest > 1 and request.record.last_token_at is not None:
+                self._between.labels(model).observe((request.record.last_token_at - request.record.first_token_at) / (longest - 1))
         if request.error is not None:
             self._failed.labels(model, type(request.error).__name__).inc()
             return
-        self._whole.labels(model).observe(now - request.arrived)
-        self._queue.labels(model).observe(request.queue_seconds)
+        self._whole.labels(model).observe(now - request.record.arrived)
+        self._queue.labels(model).observe(request.record.queue_seconds)
         self._prompt.labels(model).inc(len(request.plan.prompt_ids))
-        self._cached.labels(model).inc(request.cached_tokens)
+        self._cached.labels(model).inc(request.record.cached_tokens)
         for choice in request.choices:
             reason = choice.finish.reason if choice.finish is not None else FinishReason.DEADLINE
             self._success.labels(model, reason.value).inc()
 
     def _observe_parts(self, request: Request) -> None:
-        parts = {"queue": request.queue_seconds, "prefill": request.prefill_seconds, "first_step": request.first_step_seconds}
-        if request.arrivals:
-            parts["transfer"] = sum(arrival.exposed_seconds for _, arrival in request.arrivals)
+        parts = {
+            "queue": request.record.queue_seconds,
+            "prefill": request.record.prefill_seconds,
+            "first_step": request.record.first_step_seconds,
+        }
+        if request.record.arrivals:
+            parts["transfer"] = sum(arrival.exposed_seconds for _, arrival in request.record.arrivals)
         for part, seconds in parts.items():
             if seconds is not None:
                 self._parts.labels(request.plan.model, part).observe(seconds)

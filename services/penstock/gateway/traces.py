@@ -45,22 +45,22 @@ class Trace:
                     "model": request.plan.model,
                     "prompt_tokens": len(request.plan.prompt_ids),
                     "completion_tokens": sum(c.told_tokens for c in request.choices),
-                    "replacements": request.replacements,
-                    "prefill_executor_id": request.prefill_executor_id,
-                    "decode_executor_id": request.decode_executor_id,
+                    "replacements": request.record.replacements,
+                    "prefill_executor_id": request.record.prefill_executor_id,
+                    "decode_executor_id": request.record.decode_executor_id,
                 }
             )
 
 
 def _parts(request: Request, now: float) -> Iterator[tuple[str, float, float, tracing.Attributes]]:
     """Spans by name, begin, end and facts. A fallback is a moment, and where a request was placed or computed again."""
-    placed, first, last = request.placed_at or now, request.first_token_at or now, request.last_token_at or now
-    for name, begin, end in (("place", request.begun, placed), ("prefill", placed, first), ("decode", first, last)):
+    placed, first, last = request.record.placed_at or now, request.record.first_token_at or now, request.record.last_token_at or now
+    for name, begin, end in (("place", request.record.begun, placed), ("prefill", placed, first), ("decode", first, last)):
         if end > begin:
             yield name, begin, end, {}
-    for begin, end in request.reserved:
+    for begin, end in request.record.reserved:
         yield "reserve", begin, end, {}
-    for at, arrival in request.arrivals:
+    for at, arrival in request.record.arrivals:
         yield "transfer", at - arrival.transfer_seconds, at, {"kv_bytes": arrival.kv_bytes, "transport": arrival.transport}
-    for fallback, reason, at in request.fallbacks:
+    for fallback, reason, at in request.record.fallbacks:
         yield "fallback", at, at, {"fallback": fallback.value, "reason": reason.value}

@@ -1,6 +1,7 @@
 """A choice that runs apart: what each half's words do at each stage, and that the client never notices."""
 
 import pytest
+from scripted_ports import build
 
 from penstock.common.errors import Cancelled, Unavailable
 from penstock.gateway.answer import Fallback, FallbackReason, FinishReason, PlacementReason
@@ -57,7 +58,7 @@ def test_the_table_of_stages_decides_every_pair():
 
 @pytest.mark.parametrize("event", OUTCOMES)
 @pytest.mark.parametrize("stage", Stage)
-def test_each_event_at_each_stage(build, stage, event):
+def test_each_event_at_each_stage(stage, event):
     case = build()
     choice = bring(case, stage)
     send(case, choice, event)
@@ -70,14 +71,14 @@ def test_each_event_at_each_stage(build, stage, event):
         expected = {SAME: stage, ANEW: Stage.TOGETHER}.get(outcome, outcome)
         assert choice.stage is expected
     fallbacks = {AGAIN: [Fallback.REPLACED], ANEW: [Fallback.RECOMPUTE_ON_DECODE]}.get(outcome, [])
-    assert [f for f, _, _ in case.request.fallbacks] == fallbacks
+    assert [f for f, _, _ in case.request.record.fallbacks] == fallbacks
     if outcome == ANEW:
         assert len(case.ports.sequences) == 1
         assert case.ports.starts[-1] == ("d0", 0, tuple(choice.ids), "together")
         assert not case.ports.prefilling
 
 
-def test_an_undisturbed_handoff_is_told_in_the_closing(build):
+def test_an_undisturbed_handoff_is_told_in_the_closing():
     case = build(max_tokens=3)
     request, choice = case.request, case.request.choices[0]
     request.granted(APART)
@@ -110,14 +111,14 @@ def test_an_undisturbed_handoff_is_told_in_the_closing(build):
     assert case.ports.at_rest()
 
 
-def test_a_restarted_scheduler_is_told_of_both_halves(build):
+def test_a_restarted_scheduler_is_told_of_both_halves():
     case = build()
     bring(case, Stage.SENDING)
     case.request.scheduler_back()
     assert case.ports.announced == [APART]
 
 
-def test_tokens_and_their_reports_are_ordered_by_position_whichever_half_tells_them_first(build):
+def test_tokens_and_their_reports_are_ordered_by_position_whichever_half_tells_them_first():
     case = build(max_tokens=4)
     choice = bring(case, Stage.SENDING)
     request, decoding = case.request, choice.sequence_id
@@ -128,7 +129,7 @@ def test_tokens_and_their_reports_are_ordered_by_position_whichever_half_tells_t
     request.sequence_ended(choice, decoding, SequenceEnd.LENGTH, 0)
     assert choice.ids == []
     assert request.state is State.PREFILLING
-    assert request.first_token_at is None
+    assert request.record.first_token_at is None
     request.report(choice, 0, TokenReport(5, -1.0, 1, (), ()))
     request.token(choice, 5, 0)
     assert choice.ids == [5, 6, 7, 8]
@@ -138,7 +139,7 @@ def test_tokens_and_their_reports_are_ordered_by_position_whichever_half_tells_t
     assert not case.ports.sequences, "the half that prefills, too, was stopped"
 
 
-def test_a_prefill_half_that_is_lost_before_its_token_was_heard_costs_what_came_behind_it(build):
+def test_a_prefill_half_that_is_lost_before_its_token_was_heard_costs_what_came_behind_it():
     """The executor that decodes never tells the first token: behind a gap that nobody fills, all is computed again."""
     case = build()
     choice = bring(case, Stage.SENDING)
@@ -147,13 +148,13 @@ def test_a_prefill_half_that_is_lost_before_its_token_was_heard_costs_what_came_
     request.token(choice, 6, 1)
     request.sequence_lost(choice, choice.apart.sequence_id, Loss.LOST, "gone")
     assert case.ports.starts[-1] == ("d0", 0, (), "together")
-    assert request.fallbacks[-1][:2] == (Fallback.RECOMPUTE_ON_DECODE, FallbackReason.PREFILL_LOST)
+    assert request.record.fallbacks[-1][:2] == (Fallback.RECOMPUTE_ON_DECODE, FallbackReason.PREFILL_LOST)
     request.token(choice, 5, 0)
     request.token(choice, 6, 1)
     assert choice.ids == [5, 6]
 
 
-def test_a_gap_behind_early_tokens_is_a_lost_sequence(build):
+def test_a_gap_behind_early_tokens_is_a_lost_sequence():
     case = build()
     choice = bring(case, Stage.SENDING)
     case.request.token(choice, 6, 1)
@@ -163,13 +164,13 @@ def test_a_gap_behind_early_tokens_is_a_lost_sequence(build):
 
 
 @pytest.mark.parametrize("loss", Loss)
-def test_a_prefill_half_that_is_lost_is_computed_where_the_choice_decodes(build, loss):
+def test_a_prefill_half_that_is_lost_is_computed_where_the_choice_decodes(loss):
     case = build()
     choice = bring(case, Stage.SENDING)
     request, decoding = case.request, choice.sequence_id
     request.token(choice, 5, 0)
     request.sequence_lost(choice, choice.apart.sequence_id, loss, "gone")
-    assert request.fallbacks[-1][1].value == f"prefill_{loss.value}"
+    assert request.record.fallbacks[-1][1].value == f"prefill_{loss.value}"
     assert case.ports.starts[-1] == ("d0", 0, (5,), "together")
     assert choice.sequence_id != decoding
     assert list(case.ports.sequences) == [choice.sequence_id]
@@ -178,18 +179,18 @@ def test_a_prefill_half_that_is_lost_is_computed_where_the_choice_decodes(build,
 
 
 @pytest.mark.parametrize("failure", HandoffFailure)
-def test_why_a_handoff_failed_is_counted_by_its_name(build, failure):
+def test_why_a_handoff_failed_is_counted_by_its_name(failure):
     for prefills in (True, False):
         case = build()
         choice = bring(case, Stage.SENDING)
         case.request.handoff_failed(choice, choice.apart.sequence_id if prefills else choice.sequence_id, failure, "no")
-        assert case.request.fallbacks[-1][1].value == failure.value
-        assert case.request.prefill_executor_id == "d0"
+        assert case.request.record.fallbacks[-1][1].value == failure.value
+        assert case.request.record.prefill_executor_id == "d0"
 
 
 @pytest.mark.parametrize("loss", Loss)
 @pytest.mark.parametrize("stage", [Stage.RESERVING, Stage.SENDING, Stage.ARRIVED])
-def test_a_lost_decode_half_is_placed_again_and_both_are_stopped(build, stage, loss):
+def test_a_lost_decode_half_is_placed_again_and_both_are_stopped(stage, loss):
     case = build()
     choice = bring(case, stage)
     told = list(choice.ids)
@@ -198,13 +199,13 @@ def test_a_lost_decode_half_is_placed_again_and_both_are_stopped(build, stage, l
     assert not case.ports.prefilling
     placing = case.ports.placings[-1]
     assert (placing.replacing, placing.avoid, placing.replayed) == (True, ("d0",), len(told))
-    assert case.request.fallbacks[-1][1].value == f"decode_{loss.value}"
+    assert case.request.record.fallbacks[-1][1].value == f"decode_{loss.value}"
     case.request.granted(APART)
     assert case.ports.starts[-1] == ("d0", 0, tuple(told), "receive"), "it may run apart again, behind what was told"
     assert choice.apart.first == len(told)
 
 
-def test_after_arrival_trouble_of_the_prefill_half_is_none(build):
+def test_after_arrival_trouble_of_the_prefill_half_is_none():
     for trouble in ("failed", "lost"):
         case = build()
         choice = bring(case, Stage.ARRIVED)
@@ -213,14 +214,14 @@ def test_after_arrival_trouble_of_the_prefill_half_is_none(build):
             case.request.handoff_failed(choice, prefilling, HandoffFailure.ABORTED, "late")
         else:
             case.request.sequence_lost(choice, prefilling, Loss.LOST, "gone")
-        assert not case.request.fallbacks
+        assert not case.request.record.fallbacks
         assert list(case.ports.sequences) == [choice.sequence_id]
         assert not case.ports.prefilling
         case.request.token(choice, 6, 1)
         assert choice.ids == [5, 6]
 
 
-def test_a_first_token_that_is_the_last_ends_the_choice_and_stops_the_half_that_waits(build):
+def test_a_first_token_that_is_the_last_ends_the_choice_and_stops_the_half_that_waits():
     case = build()
     choice = bring(case, Stage.SENDING)
     request = case.request
@@ -234,18 +235,18 @@ def test_a_first_token_that_is_the_last_ends_the_choice_and_stops_the_half_that_
     assert case.told.closing.handoff is None
 
 
-def test_a_handoff_that_is_aborted_behind_the_last_token_is_no_trouble(build):
+def test_a_handoff_that_is_aborted_behind_the_last_token_is_no_trouble():
     """The decode executor hears of the end from the other one, and may tell of it first."""
     case = build()
     choice = bring(case, Stage.SENDING)
     case.request.token(choice, case.eos, 0)
     case.request.handoff_failed(choice, choice.sequence_id, HandoffFailure.ABORTED, "ended")
     assert choice.ended is SequenceEnd.STOP
-    assert not case.request.fallbacks
+    assert not case.request.record.fallbacks
     assert not case.ports.sequences
 
 
-def test_only_the_first_choice_runs_apart(build):
+def test_only_the_first_choice_runs_apart():
     case = build(n=3)
     request = case.request
     request.granted(APART)
@@ -256,10 +257,10 @@ def test_only_the_first_choice_runs_apart(build):
     request.sequence_lost(request.choices[0], request.choices[0].apart.sequence_id, Loss.REFUSED, "full")
     assert case.ports.starts[-1] == ("d0", 0, (5,), "together")
     assert len(case.ports.sequences) == 3
-    assert [f.value for _, f, _ in request.fallbacks] == ["prefill_refused"]
+    assert [f.value for _, f, _ in request.record.fallbacks] == ["prefill_refused"]
 
 
-def test_a_finished_first_choice_leaves_the_handoff_to_the_next(build):
+def test_a_finished_first_choice_leaves_the_handoff_to_the_next():
     case = build(n=2)
     request = case.request
     request.granted(TOGETHER)
@@ -273,7 +274,7 @@ def test_a_finished_first_choice_leaves_the_handoff_to_the_next(build):
 
 @pytest.mark.parametrize("stage", [Stage.RESERVING, Stage.SENDING, Stage.ARRIVED])
 @pytest.mark.parametrize("end", ["cancel", "break_off", "deadline"])
-def test_every_end_frees_both_halves(build, stage, end):
+def test_every_end_frees_both_halves(stage, end):
     case = build(n=2)
     bring(case, stage)
     if end == "cancel":
@@ -286,7 +287,7 @@ def test_every_end_frees_both_halves(build, stage, end):
     assert len(case.done) == 1
 
 
-def test_a_tokenizer_that_is_back_decodes_what_was_told_by_both_halves(build):
+def test_a_tokenizer_that_is_back_decodes_what_was_told_by_both_halves():
     case = build()
     choice = bring(case, Stage.ARRIVED)
     case.request.token(choice, 6, 1)

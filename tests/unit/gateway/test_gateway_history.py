@@ -4,6 +4,7 @@ import json
 
 import pytest
 from history import Fault, check, sums
+from scripted_ports import build
 
 from penstock.common.errors import Cancelled
 from penstock.common.events import EventLog
@@ -18,7 +19,7 @@ ARRIVAL = Arrival(1 << 20, 0.25, 0.125, "shared_memory", native=True)
 class Run:
     """One request with a log, and the executors' words to it."""
 
-    def __init__(self, build, folder):
+    def __init__(self, folder):
         self.file = folder / "events"
         self.log = EventLog(self.file, "gateway")
         self.history = History(self.log)
@@ -56,8 +57,8 @@ class Run:
 
 
 @pytest.fixture
-def run(build, tmp_path):
-    return Run(build, tmp_path)
+def run(tmp_path):
+    return Run(tmp_path)
 
 
 def test_a_request_that_runs_apart(run):

@@ -1,8 +1,9 @@
 """Every state with every event, and every interleaving: no token lost or doubled, and everything given back."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_ports import build
 
 from penstock.common.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
 from penstock.gateway.answer import FallbackReason, FinishReason
@@ -90,7 +91,7 @@ def test_the_table_decides_every_pair():
 
 @pytest.mark.parametrize("event", Event)
 @pytest.mark.parametrize("state", State)
-def test_each_event_in_each_state(build, state, event):
+def test_each_event_in_each_state(state, event):
     case = build()
     choice = bring(case, state)
     assert case.request.state is state
@@ -102,7 +103,7 @@ def test_each_event_in_each_state(build, state, event):
 
 
 @pytest.mark.parametrize("state", [State.QUEUED, State.PREFILLING])
-def test_a_deadline_before_the_first_text_is_an_error(build, state):
+def test_a_deadline_before_the_first_text_is_an_error(state):
     case = build()
     bring(case, state)
     case.request.deadline()
@@ -110,7 +111,7 @@ def test_a_deadline_before_the_first_text_is_an_error(build, state):
 
 
 @pytest.mark.parametrize("state", [State.DECODING, State.FLUSHING])
-def test_a_deadline_behind_it_is_a_finish_reason(build, state):
+def test_a_deadline_behind_it_is_a_finish_reason(state):
     case = build()
     bring(case, state)
     case.request.deadline()
@@ -118,7 +119,7 @@ def test_a_deadline_behind_it_is_a_finish_reason(build, state):
     assert case.told.closing.completion_tokens == 1
 
 
-def test_an_answer_that_is_broken_off_keeps_its_text_and_tells_why(build):
+def test_an_answer_that_is_broken_off_keeps_its_text_and_tells_why():
     for end, reason in (("break_off", FinishReason.CANCELLED), ("lose", FinishReason.ERROR)):
         case = build(n=2)
         choice = bring(case, State.DECODING)
@@ -137,7 +138,7 @@ def test_an_answer_that_is_broken_off_keeps_its_text_and_tells_why(build):
     assert isinstance(case.told.error, Unavailable)
 
 
-def test_cached_tokens_are_those_of_one_choice_since_the_prompt_counts_once(build):
+def test_cached_tokens_are_those_of_one_choice_since_the_prompt_counts_once():
     case = build(n=2, max_tokens=1)
     case.request.granted(LEASE)
     for choice in case.request.choices:
@@ -148,7 +149,7 @@ def test_cached_tokens_are_those_of_one_choice_since_the_prompt_counts_once(buil
     assert (case.told.closing.prompt_tokens, case.told.closing.cached_tokens) == (3, 3)
 
 
-def test_attempts_are_bounded_while_no_token_comes_and_counted_anew_when_one_does(build):
+def test_attempts_are_bounded_while_no_token_comes_and_counted_anew_when_one_does():
     case = build()
     request = case.request
     for position in range(6):
@@ -163,7 +164,7 @@ def test_attempts_are_bounded_while_no_token_comes_and_counted_anew_when_one_doe
     assert case.ports.at_rest()
 
 
-def test_an_executor_lost_behind_the_last_token_is_not_asked_again(build):
+def test_an_executor_lost_behind_the_last_token_is_not_asked_again():
     case = build(max_tokens=2)
     request, choice = case.request, case.request.choices[0]
     request.granted(LEASE)
@@ -176,7 +177,7 @@ def test_an_executor_lost_behind_the_last_token_is_not_asked_again(build):
     assert case.told.texts[0] == "ab"
 
 
-def test_a_gap_in_positions_is_a_lost_sequence(build):
+def test_a_gap_in_positions_is_a_lost_sequence():
     case = build()
     request, choice = case.request, case.request.choices[0]
     request.granted(LEASE)
@@ -275,9 +276,9 @@ ACTIONS = ["grant", "tokens", "texts", "lose_executor", "lose_tokenizer", "lose_
 SCRIPT = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 5)), max_size=60)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=300)
 @given(script=SCRIPT, n=st.integers(1, 3), max_tokens=st.integers(1, 9), stop_at=st.integers(0, 12))
-def test_losses_cost_no_token_and_no_text(build, script, n, max_tokens, stop_at):
+def test_losses_cost_no_token_and_no_text(script, n, max_tokens, stop_at):
     case = build(n=n, max_tokens=max_tokens)
     world = World(case, stop_at)
     for action, pick in script:
@@ -297,9 +298,9 @@ def test_losses_cost_no_token_and_no_text(build, script, n, max_tokens, stop_at)
     assert case.told.closing.completion_tokens == n * min(max_tokens, stop_at + 1)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=200)
 @given(script=SCRIPT, n=st.integers(1, 3), end=st.sampled_from(["cancel", "deadline"]))
-def test_an_end_at_any_point_gives_everything_back(build, script, n, end):
+def test_an_end_at_any_point_gives_everything_back(script, n, end):
     case = build(n=n)
     world = World(case, 99)
     for action, pick in script:

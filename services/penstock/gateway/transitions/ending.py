@@ -48,7 +48,7 @@ def _give_prefill_back(request: Request) -> None:
 
 def end_choice(request: Request, choice: Choice, end: SequenceEnd) -> None:
     """The executors are done with a choice: what the tokenizer holds back is asked for."""
-    request.last_token_at = request.now()
+    request.record.last_token_at = request.now()
     stop(request, choice)
     choice.ended = end
     request.decoding.finish(choice.decoding_id)
@@ -73,8 +73,8 @@ def finish(request: Request, choice: Choice, how: Finish) -> None:
     stop(request, choice)
     request.decoding.close(choice.decoding_id)
     request.output.finish(choice.index, how)
-    if request.last_token_at is None:
-        request.last_token_at = request.now()
+    if request.record.last_token_at is None:
+        request.record.last_token_at = request.now()
     rest(request)
 
 

@@ -28,9 +28,9 @@ def send(request: Request, choice: Choice, ticket: bytes) -> None:
     if apart is None:
         return
     choice.reserve_seconds = now - apart.begun_at
-    request.reserved.append((apart.begun_at, now))
-    request.executor_ids.append(apart.prefill.executor_id)
-    request.prefill_executor_id = apart.prefill.executor_id
+    request.record.reserved.append((apart.begun_at, now))
+    request.record.executor_ids.append(apart.prefill.executor_id)
+    request.record.prefill_executor_id = apart.prefill.executor_id
     apart.sent = True
     apart.sequence_id = request.execution.send(apart.prefill, ticket, choice)
 
@@ -39,7 +39,7 @@ def arrive(request: Request, choice: Choice, arrival: Arrival) -> None:
     """The half that decodes has its KV."""
     if choice.apart is not None and not choice.apart.arrived:
         choice.apart.arrived = True
-        request.arrivals.append((request.now(), arrival))
+        request.record.arrivals.append((request.now(), arrival))
 
 
 def hand_off(request: Request, choice: Choice, preemptions: int) -> None:
@@ -59,14 +59,14 @@ def drop_prefill(request: Request, choice: Choice, reason: FallbackReason, why: 
 def recompute(request: Request, choice: Choice, reason: FallbackReason, why: str) -> None:  # noqa: ARG001 - the adapter logs why
     """Let the executor that decodes compute all of it, behind the last token that was told."""
     if choice.apart is not None and reason in _OF_PREFILL:
-        request.lost_on.append(choice.apart.prefill.executor_id)
+        request.record.lost_on.append(choice.apart.prefill.executor_id)
     stop(request, choice)
     end = choice.complete_at(request.plan.max_tokens)
     if end is not None:
         end_choice(request, choice, end)
         rest(request)
     elif request.lease is not None:
-        request.fallbacks.append((Fallback.RECOMPUTE_ON_DECODE, reason, request.now()))
+        request.record.fallbacks.append((Fallback.RECOMPUTE_ON_DECODE, reason, request.now()))
         start_together(request, request.lease, choice)
 
 

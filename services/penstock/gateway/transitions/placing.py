@@ -23,12 +23,12 @@ def start(request: Request, lease: Lease) -> None:
     now = request.now()
     request.state = State.PREFILLING
     request.lease = lease
-    request.placements.append((lease.prefill is not None, lease.reason))
-    request.executor_ids.append(lease.executor_id)
-    request.decode_executor_id = lease.executor_id
-    request.scheduler_seconds += lease.queued_seconds
-    if request.placed_at is None:
-        request.placed_at = now
+    request.record.placements.append((lease.prefill is not None, lease.reason))
+    request.record.executor_ids.append(lease.executor_id)
+    request.record.decode_executor_id = lease.executor_id
+    request.record.scheduler_seconds += lease.queued_seconds
+    if request.record.placed_at is None:
+        request.record.placed_at = now
     prefill = lease.prefill
     for choice in request.running:
         if prefill is None:
@@ -42,7 +42,7 @@ def start(request: Request, lease: Lease) -> None:
 def start_together(request: Request, lease: Lease, choice: Choice) -> None:
     """Start a choice, or go on with it, on one executor."""
     if not any(c.apart is not None for c in request.choices):
-        request.prefill_executor_id = lease.executor_id
+        request.record.prefill_executor_id = lease.executor_id
     choice.sequence_id = request.execution.start(lease, choice)
 
 
@@ -50,8 +50,8 @@ def decode(request: Request) -> None:
     """The first token since a placement."""
     request.state = State.DECODING
     request.attempts_left = request.max_attempts
-    if request.first_token_at is None:
-        request.first_token_at = request.now()
+    if request.record.first_token_at is None:
+        request.record.first_token_at = request.now()
 
 
 def give_up(request: Request, refusal: Refusal) -> None:
@@ -64,7 +64,7 @@ def give_up(request: Request, refusal: Refusal) -> None:
 
 def place_again(request: Request) -> None:
     """Ask for a lease once more."""
-    avoid = tuple(dict.fromkeys(request.lost_on))
+    avoid = tuple(dict.fromkeys(request.record.lost_on))
     failures = request.max_attempts - request.attempts_left
     replayed = max((len(choice.ids) for choice in request.running), default=0)
     placing = Placing(replacing=bool(avoid), avoid=avoid, failures=failures, replayed=replayed)
@@ -85,7 +85,7 @@ def lose(request: Request, choice: Choice, reason: FallbackReason, why: str) -> 
 def replace(request: Request, reason: FallbackReason, why: str) -> None:
     """Go on elsewhere, behind the last token."""
     if request.lease is not None:
-        request.lost_on.append(request.lease.executor_id)
+        request.record.lost_on.append(request.lease.executor_id)
     request.placement.release(request)
     request.lease = None
     for choice in request.running:
@@ -101,7 +101,6 @@ def replace(request: Request, reason: FallbackReason, why: str) -> None:
         end_early(request, error, FinishReason.ERROR)
     else:
         request.attempts_left -= 1
-        request.replacements += 1
-        request.fallbacks.append((Fallback.REPLACED, reason, request.now()))
+        request.record.fallbacks.append((Fallback.REPLACED, reason, request.now()))
         request.state = State.QUEUED
         place_again(request)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 
-import pytest
-
 from penstock.gateway.machine import Request
 from penstock.gateway.request import Caller, Plan, PlannedSampling, Reporting
 
@@ -135,25 +133,20 @@ def plan(n=1, max_tokens=8, stop=()):
     )
 
 
-@pytest.fixture
-def build():
+def build(new=Request, **fields):
     """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told; `new` makes it."""
-
-    def made(new=Request, **fields):
-        ports, told, done = Ports(), Told(), []
-        caller = Caller(tenant="t", request_id="r", deadline=1e9)
-        clock = itertools.count()
-        request = new(
-            plan(**fields),
-            caller,
-            (ports, ports, ports),
-            told,
-            tokens={},
-            clock=lambda: float(next(clock)),
-            max_attempts=3,
-            on_done=done.append,
-        )
-        request.begin()
-        return SimpleNamespace(request=request, ports=ports, told=told, done=done, eos=EOS)
-
-    return made
+    ports, told, done = Ports(), Told(), []
+    caller = Caller(tenant="t", request_id="r", deadline=1e9)
+    clock = itertools.count()
+    request = new(
+        plan(**fields),
+        caller,
+        (ports, ports, ports),
+        told,
+        known_tokens={},
+        clock=lambda: float(next(clock)),
+        max_attempts=3,
+        on_done=done.append,
+    )
+    request.begin()
+    return SimpleNamespace(request=request, ports=ports, told=told, done=done, eos=EOS)

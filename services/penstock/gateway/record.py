@@ -1,0 +1,77 @@
+"""How a request has run so far: where, since when, and what was done about losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from penstock.gateway.answer import Fallback, FallbackReason, PlacementReason
+
+if TYPE_CHECKING:
+    from penstock.gateway.choice import Choice
+    from penstock.gateway.ports import Arrival
+
+__all__ = ["Record"]
+
+
+class Record:
+    """Times are of the request's clock, in seconds.
+
+    Attributes:
+        begun: when it was encoded and first asked for a place.
+        arrived: when it came to the door.
+        executor_ids: where it ran, in the order of the starts.
+        lost_on: executors that it was lost on.
+        prefill_executor_id: that computed the prompt last.
+        placements: whether each lease was for a prefill apart, and why or why not.
+        fallbacks: what was done about losses, why, and when.
+        scheduler_seconds: in the queue of the scheduler.
+        reserved: from when to when blocks for KV were waited for.
+        arrivals: of KV, and when each was told.
+    """
+
+    def __init__(self, choices: Sequence[Choice], begun: float, arrived: float) -> None:
+        self.begun = begun
+        self.arrived = arrived
+        self.placed_at: float | None = None
+        self.first_token_at: float | None = None
+        self.second_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.executor_ids: list[str] = []
+        self.lost_on: list[str] = []
+        self.prefill_executor_id = ""
+        self.decode_executor_id = ""
+        self.placements: list[tuple[bool, PlacementReason]] = []
+        self.fallbacks: list[tuple[Fallback, FallbackReason, float]] = []
+        self.scheduler_seconds = 0.0
+        self.reserved: list[tuple[float, float]] = []
+        self.arrivals: list[tuple[float, Arrival]] = []
+        self._choices = choices
+
+    @property
+    def replacements(self) -> int:
+        """How often it was placed again."""
+        return sum(fallback is Fallback.REPLACED for fallback, _, _ in self.fallbacks)
+
+    @property
+    def queue_seconds(self) -> float:
+        """Time at the scheduler, for the blocks of a handoff, and at the executor before the first step."""
+        waits = (c.reserve_seconds + c.start.waited_seconds for c in self._choices if c.start is not None)
+        return self.scheduler_seconds + max(waits, default=0.0)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """The longest of the choices' prefills."""
+        return max((c.start.prefill_seconds for c in self._choices if c.start is not None), default=0.0)
+
+    @property
+    def first_step_seconds(self) -> float | None:
+        """From the first token to the second; None before that."""
+        if self.first_token_at is None or self.second_token_at is None:
+            return None
+        return self.second_token_at - self.first_token_at
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the first of its choices found in a prefix cache; the prompt counts once, too."""
+        return next((c.start.cached_tokens for c in self._choices if c.start is not None), 0)
