@@ -123,6 +123,7 @@ class Sequence:
         ids: prompt and output. Those before `computed` stand in the KV cache, in the blocks `table[:blocks]`.
         rank: (-priority, number of arrival); the least goes first.
         awaits_kv: whether its KV is computed elsewhere, and has not come yet.
+        sends: whether it ends here with its first token, and is decoded elsewhere.
         handing: whether the handoff knows it, and is to be told of its end.
     """
 
@@ -145,6 +146,7 @@ class Sequence:
         "registered",
         "request",
         "row",
+        "sends",
         "sink",
         "status",
         "stop_ids",
@@ -171,6 +173,7 @@ class Sequence:
         )
         self.row = Row(request.sampling, 0, self.adjustment, (), request.logprobs)
         self.awaits_kv = isinstance(request.handoff, Receive)
+        self.sends = isinstance(request.handoff, Send)
         self.handing = False
         # Of a prompt that is computed elsewhere they are told there.
         asked = request.prompt_logprobs is not None and not request.replayed and not self.awaits_kv
@@ -190,11 +193,6 @@ class Sequence:
     @property
     def output_length(self) -> int:
         return len(self.ids) - self.prompt_length
-
-    @property
-    def sends(self) -> bool:
-        """Whether it ends here with its first token, and is decoded elsewhere."""
-        return isinstance(self.request.handoff, Send)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
