@@ -21,6 +21,7 @@ from penstock.executor.engine import EngineDead
 from penstock.executor.handoff.exchange import Exchange, settings_of
 from penstock.executor.handoff.handoffs import Settings
 from penstock.executor.handoff.identity import Identity
+from penstock.executor.handoff.metrics import HandoffMetrics
 from penstock.executor.handoff.servicer import HandoffServicer
 from penstock.executor.loading import Loaded, create, prepare
 from penstock.executor.messages import describe
@@ -80,6 +81,7 @@ class ExecutorServer:
         exchange = self._exchange = _exchange(loaded, description, settings)
         self._handoff_servicer.serve(exchange.door)
         metrics = ExecutorMetrics(loaded.engine, loaded.name)
+        metrics.registry.register(HandoffMetrics(exchange.handoffs.counts, loaded.name))
         if config.metrics is not None:
             endpoint.count_tasks(metrics.registry)
             self._endpoint = endpoint.serve(metrics.registry, config.metrics)

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 from penstock.common import tracing
 from penstock.common.logs import logger
+from penstock.executor.handoff.ticket import Arrival
 from penstock.executor.sequence import Finish, Finished, Frame, Started
 
 __all__ = ["StreamTraces"]
 
-_UNWELL = (Finish.FAILED, Finish.REFUSED)
+_UNWELL = (Finish.FAILED, Finish.REFUSED, Finish.HANDOFF_FAILED)
 
 
 class StreamTraces:
@@ -36,6 +37,9 @@ class StreamTraces:
             now = time.time_ns()
             for started in frame.started:
                 self._tell_start(started, now)
+        if frame.arrived and tracing.enabled():
+            for sequence_id, arrival in frame.arrived:
+                self._tell_arrival(sequence_id, arrival, time.time_ns())
         for finished in frame.finished:
             self._tell_finish(finished)
 
@@ -44,6 +48,16 @@ class StreamTraces:
         first_step = now - int(started.prefill * 1e9)
         tracing.start("wait", parent, at_ns=first_step - int(started.waited * 1e9)).end(at_ns=first_step)
         tracing.start("prefill", parent, {"cached_tokens": started.cached_tokens}, at_ns=first_step).end(at_ns=now)
+
+    def _tell_arrival(self, sequence_id: int, arrival: Arrival, now: int) -> None:
+        _, parent = self._requests.get(sequence_id, ("", ""))
+        facts = {
+            "kv_bytes": arrival.kv_bytes,
+            "transport": arrival.transport.value,
+            "native": arrival.native,
+            "pushes": arrival.pushes,
+        }
+        tracing.start("import", parent, facts, at_ns=now - int(arrival.transfer * 1e9)).end(at_ns=now)
 
     def _tell_finish(self, finished: Finished) -> None:
         request_id, parent = self._requests.pop(finished.sequence_id, ("", ""))
