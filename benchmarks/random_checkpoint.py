@@ -1,8 +1,9 @@
 """A checkpoint of Qwen3-0.6B's shape with random weights, in Hugging Face's format: 596 million parameters, 1.2 GB in bfloat16.
 
-    python benchmarks/random_checkpoint.py FOLDER
+    python benchmarks/random_checkpoint.py FOLDER [--small]
 
-Speed does not depend on what weights say. The tokenizer is a byte-level BPE of 16,000 tokens, trained on Python's own library.
+`--small` writes one of 79 million parameters, for loads that have to last many requests. Speed does not depend on what weights say.
+The tokenizer is a byte-level BPE of 16,000 tokens, trained on Python's own library.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_cache": True,
 }
+SMALL: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 DEVIATION = 0.02
 TOKENS, END = 16_000, "<|endoftext|>"
 
@@ -48,13 +57,16 @@ TOKENS, END = 16_000, "<|endoftext|>"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    config = {**CONFIG, **(SMALL if arguments.small else {})}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    write_weights(folder / "model.safetensors")
+    write_weights(config, folder / "model.safetensors")
 
 
 def tokenizer() -> Tokenizer:
@@ -67,9 +79,9 @@ def tokenizer() -> Tokenizer:
     return bpe
 
 
-def write_weights(path: Path) -> None:
+def write_weights(config: dict[str, Any], path: Path) -> None:
     """One safetensors file: length of the header, header, tensors end to end."""
-    shapes = read_decoder(CONFIG).weight_shapes()
+    shapes = read_decoder(config).weight_shapes()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
