@@ -1,4 +1,4 @@
-# One image per service: docker build --target gateway|tokenizer|scheduler|executor .
+# One image per service: docker build --target gateway|tokenizer|scheduler|executor|executor-cuda|executor-rocm .
 # `compose.yaml` builds and runs all of them.
 ARG PYTHON=python:3.11-slim
 
@@ -21,6 +21,15 @@ FROM ${PYTHON} AS backends
 RUN python -m venv /opt/penstock
 COPY --from=wheel /wheel /wheel
 RUN /opt/penstock/bin/pip install --no-cache-dir /wheel/*.whl
+
+# The same with PyTorch for NVIDIA's or AMD's devices: its wheels bring the libraries, the host only the driver.
+FROM backends AS backends-cuda
+ARG TORCH_CUDA_INDEX=https://download.pytorch.org/whl/cu130
+RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_CUDA_INDEX} "$(echo /wheel/*.whl)[torch]"
+
+FROM backends AS backends-rocm
+ARG TORCH_ROCM_INDEX=https://download.pytorch.org/whl/rocm7.1
+RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_ROCM_INDEX} "$(echo /wheel/*.whl)[torch]"
 
 FROM ${PYTHON} AS base
 RUN groupadd --gid 10001 penstock && useradd --uid 10001 --gid penstock --create-home penstock \
@@ -50,9 +59,17 @@ EXPOSE 8000 8001
 HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8001"]
 ENTRYPOINT ["penstock", "gateway"]
 
-FROM base AS executor
-COPY --from=backends /opt/penstock /opt/penstock
+FROM base AS executor-base
 ENV PENSTOCK_EXECUTOR_LISTEN=0.0.0.0:8013 PENSTOCK_EXECUTOR_METRICS=0.0.0.0:9013
 EXPOSE 8013 9013
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["penstock", "health", "127.0.0.1:8013"]
 ENTRYPOINT ["penstock", "executor"]
+
+FROM executor-base AS executor-cuda
+COPY --from=backends-cuda /opt/penstock /opt/penstock
+
+FROM executor-base AS executor-rocm
+COPY --from=backends-rocm /opt/penstock /opt/penstock
+
+FROM executor-base AS executor
+COPY --from=backends /opt/penstock /opt/penstock

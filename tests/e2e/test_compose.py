@@ -44,7 +44,14 @@ class Stack:
         self.project = f"penstock-test-{uuid.uuid4().hex[:8]}"
 
     def run(self, *arguments: str) -> str:
-        environment = {**os.environ, "HTTP": HTTP, "GRPC": GRPC, "DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0")}
+        # Every request apart: whether a handoff happens is then no matter of how busy the machine is.
+        environment = {
+            **os.environ,
+            "PLACEMENT": "apart",
+            "HTTP": HTTP,
+            "GRPC": GRPC,
+            "DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0"),
+        }
         done = subprocess.run(
             [*COMPOSE, "--project-name", self.project, *arguments],
             cwd=ROOT,
@@ -86,18 +93,24 @@ def stack():
 def test_the_suite_in_containers(stack):
     with grpc.insecure_channel(GRPC) as channel:
         grpc.channel_ready_future(channel).result(60)
-    users = {stack.run("exec", "-T", service, "id", "-u").strip() for service in ("gateway", "tokenizer", "scheduler", "executor")}
-    assert users == {"10001"}
+    services = ("gateway", "tokenizer", "scheduler", "prefill", "decode")
+    assert {stack.run("exec", "-T", service, "id", "-u").strip() for service in services} == {"10001"}
     with Client(GRPC, timeout=60, retries=10) as client:
-        stack.executors(client, 1)
-        over_grpc = client.generate(PROMPT, max_tokens=24, temperature=0).text()
+        stack.executors(client, 2)
+        answer = client.generate(PROMPT, max_tokens=24, temperature=0)
+        over_grpc = answer.text()
+        closing = answer.closing
+        assert closing.prefill_executor_id != closing.decode_executor_id
+        assert closing.handoff is not None
+        assert closing.handoff.kv_bytes > 0
+        assert closing.handoff.transport == "shared_memory"
         reply = httpx.post(f"http://{HTTP}/v1/completions", json={"prompt": PROMPT, "max_tokens": 24, "temperature": 0}, timeout=60)
         assert over_grpc.startswith(" 10 11 12")
         assert reply.json()["choices"][0]["text"] == over_grpc
 
-        stack.run("up", "--detach", "--scale", "executor=3")
-        stack.executors(client, 3)
-        containers = stack.run("ps", "--quiet", "executor").split()
+        stack.run("up", "--detach", "--scale", "decode=3")
+        stack.executors(client, 4)
+        containers = stack.run("ps", "--quiet", "decode").split()
         assert len(containers) == 3
 
         whole = client.generate(PROMPT, max_tokens=400, temperature=0, ignore_eos=True).text()
