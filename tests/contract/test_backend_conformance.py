@@ -5,17 +5,31 @@ from itertools import permutations
 import pytest
 
 from penstock.backends.architectures.families import FAMILIES
-from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, concurrency, leaks, lifecycle, limits, subjects
+from penstock.backends.checkpoint import read_model
+from penstock.backends.conformance import (
+    CHECKS,
+    PAIR_CHECKS,
+    NotApplicable,
+    Pair,
+    concurrency,
+    leaks,
+    lifecycle,
+    limits,
+    native,
+    subjects,
+)
 from penstock.backends.conformance.checkpoints import CONFIGS
+from penstock.backends.conformance.suite import make_subject
 from penstock.backends.contract import Available, Broken, DType, Unsupported
 from penstock.backends.registry import backends
+from penstock.common.sources import resolve
 
 FOUND = [name for name, registration in backends().items() if isinstance(registration.probe(), Available)]
 REAL = [name for name in FOUND if name != "fake"]  # the fake one's answers are no model's
 PAIRS = list(permutations(REAL, 2))
 REDUCED = [DType.BF16, DType.INT8, DType.INT4]
 # What these hold a backend to does not differ between families: they run with one.
-OF_ANY_FAMILY = {name for room in (concurrency, leaks, lifecycle, limits) for name in room.__all__}
+OF_ANY_FAMILY = {name for room in (concurrency, leaks, lifecycle, limits, native) for name in room.__all__}
 CASES = [(family, check) for family in CONFIGS for check in CHECKS if family == "qwen3" or check not in OF_ANY_FAMILY]
 
 
@@ -61,6 +75,8 @@ IN_A_SHORTER_TYPE = [
     "mixed_batch_agrees_with_each_alone",
     "exported_kv_is_canonical",
     "imported_kv_is_used",
+    "kv_travels_in_every_type",
+    "native_blocks_are_used",
     "closed_models_leave_nothing",
 ]
 
@@ -81,7 +97,10 @@ IN_A_SHORTER_CACHE = [
     "exported_kv_is_canonical",
     "exported_kv_is_a_copy",
     "imported_kv_is_used",
+    "kv_travels_in_every_type",
     "wrong_transfers_are_refused",
+    "native_blocks_are_used",
+    "native_layout_names_the_form",
     "it_keeps_within_its_memory",
 ]
 
@@ -104,14 +123,26 @@ def test_a_cache_of_fewer_bits_serves_one_of_more(source, target, subject_of):
     )
 
 
-@pytest.mark.parametrize("check", PAIR_CHECKS)
-@pytest.mark.parametrize("family", CONFIGS)
+# What does not differ between families either.
+COPIES = {"kv_arrives_as_it_was", "blocks_serve_the_other"}
+
+
+@pytest.mark.parametrize(("family", "check"), [(f, c) for f in CONFIGS for c in PAIR_CHECKS if f == "qwen3" or c not in COPIES])
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_backends_agree_and_exchange_kv(source, target, family, check, subject_of):
     hold(PAIR_CHECKS[check], Pair(subject_of(source, family, DType.F32), subject_of(target, family, DType.F32)))
 
 
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_the_built_in_model_answers_the_same_apart(source, target):
+    spec = read_model(resolve("builtin"), "builtin")
+    made = [make_subject(backends()[name], spec, spec, DType.F32) for name in (source, target)]
+    PAIR_CHECKS["answers_are_the_same_apart"](Pair(*made))
+
+
 @pytest.mark.parametrize("dtype", REDUCED)
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_backends_exchange_kv_in_a_shorter_type(source, target, dtype, subject_of):
-    hold(PAIR_CHECKS["kv_serves_the_other"], Pair(subject_of(source, "qwen3", dtype), subject_of(target, "qwen3", dtype)))
+    pair = Pair(subject_of(source, "qwen3", dtype), subject_of(target, "qwen3", dtype))
+    hold(PAIR_CHECKS["kv_serves_the_other"], pair)
+    hold(PAIR_CHECKS["kv_arrives_as_it_was"], pair)

@@ -1,9 +1,12 @@
 """A right backend in numpy alone: paged, batched, float32. What an author's first version may look like, and what mutants spoil."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from penstock.backends.contract import Available, Capabilities, DType, KvChunk, KvSpec, Registration, StepOutput
 from penstock.backends.kv_blocks import check_chunk, slots_of, transfer_slots
+from penstock.backends.kv_copies import native_layout, read_blocks, write_blocks
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.safetensors import Weights
 from penstock.backends.step_limits import StepLimits
@@ -34,7 +37,8 @@ class NumpyModel:
     def make_kv(self):
         size = self.spec.layers * 2 * BLOCK_SIZE * self.spec.kv_heads * self.spec.head_dim * 4
         blocks = count_blocks(self.spec, self.config, BLOCK_SIZE, size, free_memory())
-        return KvSpec(BLOCK_SIZE, blocks, size, "plain", "f32", (self.spec.layers, self.spec.kv_heads, self.spec.head_dim))
+        kv = KvSpec(BLOCK_SIZE, blocks, size, "plain", "f32", (self.spec.layers, self.spec.kv_heads, self.spec.head_dim))
+        return replace(kv, native_layout=native_layout("layer.kv.token.head.dim", kv, "float32"))
 
     def check(self, batch):
         StepLimits.of(self.spec, self.config, self.kv).check(batch)
@@ -115,6 +119,16 @@ class NumpyModel:
         slots = transfer_slots(self.kv, blocks, chunk.tokens)
         check_chunk(self.kv, chunk)
         self.cache[:, :, slots] = chunk.data
+
+    def export_blocks(self, blocks):
+        return read_blocks(self.raw(), self.kv, blocks)
+
+    def import_blocks(self, blocks, data):
+        write_blocks(self.raw(), self.kv, blocks, data)
+
+    def raw(self):
+        """The cache's bytes, [layer and kind, block, bytes]."""
+        return self.cache.view(np.uint8).reshape(self.spec.layers * 2, self.kv.blocks, -1)
 
     def close(self):
         self.weights, self.cache = {}, np.empty((0, 2, 0, 0, 0), np.float32)

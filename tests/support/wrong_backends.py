@@ -151,6 +151,31 @@ class ExportsAView(NumpyModel):
         return KvChunk(tokens, self.cache[:, :, first : first + len(tokens)])
 
 
+class TakesFloat32Alone(NumpyModel):
+    def import_kv(self, blocks, chunk):
+        if chunk.data.dtype != np.float32:
+            raise RuntimeError("float32 alone")
+        super().import_kv(blocks, chunk)
+
+
+class TakesAnyType(NumpyModel):
+    def import_kv(self, blocks, chunk):
+        super().import_kv(blocks, KvChunk(chunk.tokens, chunk.data.astype(np.float32)))
+
+
+class CutsHalvesOff(NumpyModel):
+    """Keeps 16 bits of what it imports, the lower ones dropped."""
+
+    def import_kv(self, blocks, chunk):
+        whole = np.ascontiguousarray(chunk.data).astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+        super().import_kv(blocks, KvChunk(chunk.tokens, whole.view(np.float32)))
+
+
+class SaysAnotherType(NumpyModel):
+    def make_kv(self):
+        return replace(super().make_kv(), canonical_dtype="bfloat16")
+
+
 class ForgetsWhatItImports(NumpyModel):
     def import_kv(self, blocks, chunk):
         kept = self.cache.copy()
@@ -172,6 +197,87 @@ class ClearsForImports(NumpyModel):
         if chunk.tokens.start == 0:
             self.cache[:] = 0
         super().import_kv(blocks, chunk)
+
+
+# --- blocks as they are
+
+
+class SendsValuesFirst(NumpyModel):
+    """Swaps keys and values of a block both ways, under the name of a form that has keys first."""
+
+    def export_blocks(self, blocks):
+        return self.swapped(super().export_blocks(blocks))
+
+    def import_blocks(self, blocks, data):
+        super().import_blocks(blocks, self.swapped(data))
+
+    def swapped(self, data):
+        return data.reshape(len(data), self.spec.layers, 2, -1)[:, :, ::-1].reshape(data.shape)
+
+
+class SendsBlocksOfZeros(NumpyModel):
+    def export_blocks(self, blocks):
+        return np.zeros_like(super().export_blocks(blocks))
+
+
+class SendsWholeBlocksAlone(NumpyModel):
+    """Leaves out the last block, which is filled in part."""
+
+    def export_blocks(self, blocks):
+        data = super().export_blocks(blocks)
+        data[-1] = 0
+        return data
+
+
+class SendsBlocksInRisingOrder(NumpyModel):
+    def export_blocks(self, blocks):
+        return super().export_blocks(sorted(blocks))
+
+
+class SendsAViewOfBlocks(NumpyModel):
+    """Its cache is a block behind the other, and what it sends lies in it."""
+
+    def export_blocks(self, blocks):
+        data = super().export_blocks(blocks)
+        self.sent.append((list(blocks), data))
+        return data
+
+    def step(self, batch):
+        output = super().step(batch)
+        for blocks, data in self.sent:
+            data[...] = super().export_blocks(blocks)
+        return output
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        self.sent = []
+
+
+class WritesTheBlockBefore(NumpyModel):
+    """Clears the block before the first one that is imported."""
+
+    def import_blocks(self, blocks, data):
+        super().import_blocks(blocks, data)
+        self.raw()[:, blocks[0] - 1 if len(blocks) else 0] = 0
+
+
+class NamesEveryFormAlike(NumpyModel):
+    def make_kv(self):
+        return replace(super().make_kv(), native_layout="mine")
+
+
+class NamesTheSizeOfItsCache(NumpyModel):
+    def make_kv(self):
+        kv = super().make_kv()
+        return replace(kv, native_layout=f"{kv.native_layout};blocks={kv.blocks}")
+
+
+class TakesBlocksAsTheyCome(NumpyModel):
+    """Writes what fits, where it can."""
+
+    def import_blocks(self, blocks, data):
+        for block, row in zip(np.array(blocks) % self.kv.blocks, data.reshape(-1), strict=False):
+            self.raw()[:, block] = np.uint8(row)
 
 
 # --- limits

@@ -326,7 +326,7 @@ class NativeKv(Protocol):
     """What a `GenerativeModel` has beside it whose blocks can go to another of the same `KvSpec.native_layout` as they are."""
 
     def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
-        """Copy blocks out of the cache: [block, bytes], the same number of bytes for every block.
+        """Copy blocks out of the cache: [block, `kv.bytes_per_block`], slots that nothing was written to included.
 
         Raises:
             ValueError: a block is not of this cache.

@@ -8,6 +8,7 @@ computed twice or not at all changes every token from there on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ from penstock.backends.contract import (
     StepBatch,
     StepOutput,
 )
-from penstock.backends.kv_blocks import check_chunk, transfer_slots
+from penstock.backends.kv_blocks import check_blocks, check_chunk, check_native, transfer_slots
+from penstock.backends.kv_copies import native_layout
 from penstock.backends.step_limits import StepLimits
 
 __all__ = ["BLOCK_SIZE", "REGISTRATION", "FakeModel", "next_token"]
@@ -66,7 +68,9 @@ class FakeModel:
             raise ValueError(
                 f"kv_cache_bytes: {config.kv_cache_bytes} holds not one block of {BLOCK_SIZE * _BYTES_PER_TOKEN} bytes"
             )
-        self.kv = KvSpec(BLOCK_SIZE, blocks, BLOCK_SIZE * _BYTES_PER_TOKEN, layout=_LAYOUT, dtype="int64", token_shape=_TOKEN_SHAPE)
+        size = BLOCK_SIZE * _BYTES_PER_TOKEN
+        kv = KvSpec(BLOCK_SIZE, blocks, size, layout=_LAYOUT, dtype="int64", token_shape=_TOKEN_SHAPE)
+        self.kv = replace(kv, native_layout=native_layout(_LAYOUT, kv, "int64"))
         self.dtype = DType.F32
         self.device = "cpu"
         self.storage = np.full((blocks, BLOCK_SIZE), -1, np.int64)
@@ -121,6 +125,16 @@ class FakeModel:
         slots = transfer_slots(self.kv, blocks, chunk.tokens)
         check_chunk(self.kv, chunk)
         self.storage.ravel()[slots] = np.ascontiguousarray(chunk.data[0, 0, :, 0].astype(np.uint8)).view("<i4")[:, 0]
+
+    def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """The stored ids of whole blocks."""
+        check_blocks(self.kv, blocks)
+        return self.storage[np.array(blocks, np.int64)].view(np.uint8)
+
+    def import_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Store the ids of whole blocks."""
+        check_native(self.kv, blocks, data)
+        self.storage[np.array(blocks, np.int64)] = np.ascontiguousarray(data).view(np.int64)
 
     def close(self) -> None:
         """Forget the blocks; a step behind it fails for want of them."""

@@ -16,6 +16,7 @@ from penstock.backends.contract import (
     DType,
     GenerativeModel,
     KvSpec,
+    NativeKv,
     Task,
     Unavailable,
     Unsupported,
@@ -69,6 +70,8 @@ def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | 
     fault = _fault_of_kv(model.kv)
     if fault is not None:
         return fault
+    if model.kv.native_layout and not isinstance(model, NativeKv):
+        return "kv.native_layout: names a form, and export_blocks and import_blocks are not there"
     if capabilities.kv_layouts and model.kv.layout not in capabilities.kv_layouts:
         return f"kv.layout: is {model.kv.layout!r}, and not one of {', '.join(capabilities.kv_layouts)}"
     if model.dtype not in capabilities.dtypes:
@@ -86,7 +89,7 @@ def _fault_of_kv(kv: object) -> str | None:
         return f"kv.token_shape: must be the numbers of layers, kv heads and head dim, and is {kv.token_shape!r}"
     if kv.canonical_dtype not in CANONICAL_DTYPES:
         return f"kv.canonical_dtype: must be one of {', '.join(CANONICAL_DTYPES)}, and is {kv.canonical_dtype!r}"
-    return None
+    return None if isinstance(kv.native_layout, str) else f"kv.native_layout: must be text, and is {kv.native_layout!r}"
 
 
 def _are(value: object, kind: type) -> bool:

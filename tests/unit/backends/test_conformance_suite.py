@@ -35,7 +35,13 @@ CAUGHT = {
     "exported_kv_is_canonical": [wrong.SwapsKeysAndValues],
     "exported_kv_is_a_copy": [wrong.ExportsAView],
     "imported_kv_is_used": [wrong.ForgetsWhatItImports],
+    "kv_travels_in_every_type": [wrong.TakesFloat32Alone, wrong.TakesAnyType, wrong.CutsHalvesOff, wrong.SaysAnotherType],
     "wrong_transfers_are_refused": [wrong.TakesWhatDoesNotFit],
+    "native_blocks_are_used": [wrong.SendsBlocksOfZeros, wrong.SendsWholeBlocksAlone, wrong.SendsBlocksInRisingOrder],
+    "native_blocks_are_copies": [wrong.SendsAViewOfBlocks, wrong.SendsBlocksInRisingOrder],
+    "native_blocks_leave_others_alone": [wrong.WritesTheBlockBefore],
+    "native_layout_names_the_form": [wrong.NamesEveryFormAlike, wrong.NamesTheSizeOfItsCache],
+    "wrong_native_blocks_are_refused": [wrong.TakesBlocksAsTheyCome],
     "it_keeps_within_its_memory": [wrong.TakesTwiceTheMemory],
     "largest_batch_is_taken": [wrong.SevenAtMost],
     "longest_context_is_taken": [wrong.ShortSighted],
@@ -53,6 +59,9 @@ CAUGHT_BY_ANOTHER = {
     "greedy_answers_are_the_same": [wrong.TurnsNeighbours, wrong.IgnoresThePast],
     "kv_serves_the_other": [wrong.SwapsKeysAndValues],
     "kv_serves_the_other_while_it_decodes": [wrong.ClearsForImports, wrong.ForgetsWhatItImports],
+    "kv_arrives_as_it_was": [wrong.CutsHalvesOff],
+    "answers_are_the_same_apart": [wrong.SwapsKeysAndValues, wrong.DecodesOneTooFar],
+    "blocks_serve_the_other": [wrong.SendsValuesFirst],
 }
 
 

@@ -26,6 +26,7 @@ __all__ = ["Arrays", "Ended", "read_device_config", "receive", "send", "write_de
 Arrays = Mapping[str, NDArray[Any]]
 
 _LENGTH = struct.Struct("<I")
+_JOINED = 1 << 18  # bytes of arrays that are sent in one call; copying more costs more than the calls
 _LARGEST_HEAD = 1 << 20
 _LARGEST_ARRAYS = 1 << 34
 _TYPES = {np.dtype(t).name: np.dtype(t) for t in ("int64", "int32", "float32", "float16", "uint8", "int8", ml_dtypes.bfloat16)}
@@ -46,10 +47,16 @@ def send(connection: socket.socket, kind: str, told: Mapping[str, Any], arrays: 
         Ended: nobody reads.
     """
     raw = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    values = [array.reshape(-1).view(np.uint8).data for array in raw.values()]
     shapes = {name: [array.dtype.name, list(array.shape)] for name, array in raw.items()}
     head = json.dumps({"kind": kind, "told": told, "arrays": shapes}).encode()
     try:
-        connection.sendall(b"".join((_LENGTH.pack(len(head)), head, *(array.tobytes() for array in raw.values()))))
+        if sum(map(len, values)) <= _JOINED:
+            connection.sendall(b"".join((_LENGTH.pack(len(head)), head, *values)))
+            return
+        connection.sendall(_LENGTH.pack(len(head)) + head)
+        for value in values:
+            connection.sendall(value)
     except OSError as error:
         raise Ended(str(error)) from error
 

@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.backends.apart.frames import Arrays, Ended, receive, send, write_device_config
 from penstock.backends.contract import (
@@ -32,6 +33,7 @@ from penstock.backends.contract import (
     Unsupported,
 )
 from penstock.backends.inspection import BackendReport, manner_of_death
+from penstock.backends.kv_blocks import check_chunk, check_native, check_transfer
 from penstock.common.service import StartError
 
 __all__ = ["ModelApart", "registration_apart"]
@@ -124,8 +126,29 @@ class ModelApart:
         Raises:
             ValueError: it does not fit.
         """
+        check_transfer(self._kv, blocks, chunk.tokens)
+        check_chunk(self._kv, chunk)
         told = {"blocks": list(blocks), "tokens": [chunk.tokens.start, chunk.tokens.stop]}
         self._ask("import_kv", told, {"data": chunk.data})
+
+    def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """Copy whole blocks out of the cache there.
+
+        Raises:
+            ValueError: a block is not of this cache.
+            RuntimeError: it has no native form.
+        """
+        return self._ask("export_blocks", {"blocks": list(blocks)})[1]["data"]
+
+    def import_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Copy whole blocks into the cache there.
+
+        Raises:
+            ValueError: a block is not of this cache, or the bytes are not so many.
+            RuntimeError: it has no native form.
+        """
+        check_native(self._kv, blocks, data)
+        self._ask("import_blocks", {"blocks": list(blocks)}, {"data": data})
 
     def close(self) -> None:
         """End the process, and with it all that it holds. Idempotent."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from penstock.backends.apart.frames import Arrays, Ended, read_device_config, receive, send
-from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, StepBatch
+from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, StepBatch
 from penstock.backends.discovery import Source
 
 __all__ = ["serve"]
@@ -64,6 +64,8 @@ class _Rooms:
             "step": self._step,
             "export_kv": self._export_kv,
             "import_kv": self._import_kv,
+            "export_blocks": self._export_blocks,
+            "import_blocks": self._import_blocks,
         }
 
     def close(self) -> None:
@@ -73,6 +75,8 @@ class _Rooms:
 
     def _create(self, told: dict[str, Any], _: Arrays) -> Answer:
         model = self._model = self._source.registration().create(self._spec, read_device_config(told))
+        if model.kv.native_layout:
+            self._native()
         return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device}, {}
 
     def _step(self, _: dict[str, Any], arrays: Arrays) -> Answer:
@@ -89,6 +93,19 @@ class _Rooms:
     def _import_kv(self, told: dict[str, Any], arrays: Arrays) -> Answer:
         self._open().import_kv(told["blocks"], KvChunk(range(*told["tokens"]), arrays["data"]))
         return {}, {}
+
+    def _export_blocks(self, told: dict[str, Any], _: Arrays) -> Answer:
+        return {}, {"data": self._native().export_blocks(told["blocks"])}
+
+    def _import_blocks(self, told: dict[str, Any], arrays: Arrays) -> Answer:
+        self._native().import_blocks(told["blocks"], arrays["data"])
+        return {}, {}
+
+    def _native(self) -> NativeKv:
+        model = self._open()
+        if not isinstance(model, NativeKv):
+            raise TypeError("kv.native_layout: names a form, and export_blocks and import_blocks are not there")
+        return model
 
     def _open(self) -> GenerativeModel:
         if self._model is None:

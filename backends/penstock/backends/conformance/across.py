@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.conformance.driver import Driver, SequenceState
-from penstock.backends.conformance.subject import NotApplicable, Subject, assert_close, assert_same_choices
-from penstock.backends.contract import GenerativeModel
+from penstock.backends.conformance.subject import NotApplicable, Subject, assert_close, assert_same_choices, assert_same_kv, require
+from penstock.backends.contract import DType, GenerativeModel, NativeKv
 
 __all__ = ["PAIR_CHECKS", "Pair"]
 
@@ -85,13 +86,59 @@ def kv_serves_the_other_while_it_decodes(pair: Pair) -> None:
         alone, _ = here.prefill(pair.target.ids(37, 1))
         pair.target.assert_close(found, here.follow(alone, answer), "a sequence that ran beside an import")
         sent, back = (model.export_kv(s.blocks, range(50)).data for model, s in ((first, sequence), (second, moved)))
-        for kind, name in enumerate(("keys", "values")):
-            came_out, went_in = (data[:, kind].astype(np.float64).reshape(-1, data.shape[-1]) for data in (back, sent))
-            assert_close(came_out, went_in, _ROUND_TRIP, f"{name} that went in and came out")
+        assert_same_kv(back, sent, "that went in and came out")
 
 
-# What is lost where the second's cache is of a shorter type than the first's.
-_ROUND_TRIP = 2e-2
+def kv_arrives_as_it_was(pair: Pair) -> None:
+    """The second holds the first one's values: the same bits where its type has them, else the nearest that it has."""
+    _moves(pair)
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
+        away, here = pair.source.driver(first), pair.target.driver(second)
+        sequence, _ = away.prefill(pair.source.ids(50, 3))
+        moved = _move((first, sequence), (second, here), (0, 9, 50))
+        sent, found = (model.export_kv(s.blocks, range(50)).data for model, s in ((first, sequence), (second, moved)))
+        if pair.target.kv_dtype is None:
+            require(np.array_equal(found, sent.astype(found.dtype)), "KV is not what was sent, nor the nearest to it")
+        else:
+            assert_same_kv(found, sent, "that came over")
+
+
+def answers_are_the_same_apart(pair: Pair) -> None:
+    """In float32, what the first would answer is what the second answers behind the first one's KV and first token, id for id."""
+    _moves(pair)
+    for subject in (pair.source, pair.target):
+        if subject.dtype is not DType.F32 or subject.kv_dtype is not None:
+            raise NotApplicable(f"{subject.registration.name} rounds more than float32 does")
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
+        away, here = pair.source.driver(first), pair.target.driver(second)
+        for seed, length in enumerate((1, 16, 47, 100)):
+            sequence, logits = away.prefill(pair.source.ids(length, seed))
+            moved = _move((first, sequence), (second, here), (0, length))
+            begin = int(logits[-1].argmax())
+            right, found = (driver.greedy(s, begin, _ANSWER)[0] for driver, s in ((away, sequence), (here, moved)))
+            require(found == right, f"behind {length} tokens the second answers {found}, the first {right}")
+
+
+def blocks_serve_the_other(pair: Pair) -> None:
+    """Where both call their native form the same, blocks of the first are the second's KV, to the bit."""
+    _moves(pair)
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
+        if not first.kv.native_layout or first.kv.native_layout != second.kv.native_layout:
+            raise NotApplicable("their native forms have other names")
+        for model in (first, second):
+            require(isinstance(model, NativeKv), "a native form is named, and export_blocks and import_blocks are not there")
+        away, here = pair.source.driver(first), pair.target.driver(second, list(reversed(range(second.kv.blocks))))
+        sequence, _ = away.prefill(pair.source.ids(50, 3))
+        moved = here.sequence()
+        here.extend(moved, 50)
+        giver, taker = cast("tuple[NativeKv, NativeKv]", (first, second))
+        taker.import_blocks(moved.blocks, giver.export_blocks(sequence.blocks))
+        places: tuple[tuple[GenerativeModel, SequenceState], ...] = ((first, sequence), (second, moved))
+        sent, found = (model.export_kv(s.blocks, range(50)).data for model, s in places)
+        require(sent.tobytes() == found.tobytes(), "blocks of the first are other KV in the second")
 
 
 def _move(
@@ -120,7 +167,14 @@ def _assert_alike(pair: Pair, found: NDArray[np.float32], right: NDArray[np.floa
     assert_same_choices(found, right, pair.tolerance, what)
 
 
-PAIR_CHECKS: Mapping[str, Callable[[Pair], None]] = {
-    check.__name__: check for check in (greedy_answers_are_the_same, kv_serves_the_other, kv_serves_the_other_while_it_decodes)
-}
+_CHECKS = (
+    greedy_answers_are_the_same,
+    kv_serves_the_other,
+    kv_serves_the_other_while_it_decodes,
+    kv_arrives_as_it_was,
+    answers_are_the_same_apart,
+    blocks_serve_the_other,
+)
+
+PAIR_CHECKS: Mapping[str, Callable[[Pair], None]] = {check.__name__: check for check in _CHECKS}
 """Every check of two backends, by its name."""

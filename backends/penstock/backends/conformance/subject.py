@@ -15,12 +15,14 @@ from penstock.backends.conformance.reference import Truth, reference
 from penstock.backends.contract import Capabilities, DeviceConfig, DType, GenerativeModel, ModelSpec, Registration
 from penstock.backends.safetensors import Weights
 
-__all__ = ["NotApplicable", "Subject", "assert_close", "assert_same_choices", "require"]
+__all__ = ["NotApplicable", "Subject", "assert_close", "assert_same_choices", "assert_same_kv", "require"]
 
 # Root-mean-square error over the root mean square of what is right.
 _TOLERANCE: Mapping[DType, float] = {DType.F32: 1e-3, DType.BF16: 5e-2, DType.INT8: 1e-1, DType.INT4: 5e-1}
 # What a cache of fewer bits adds.
 _KV_TOLERANCE: Mapping[DType | None, float] = {None: 0.0, DType.INT8: 2e-2}
+# What KV may lose where it goes into a cache of fewer bits and comes out again.
+_ROUND_TRIP = 2e-2
 _LONGEST_CONTEXT = 512
 _CACHE_TOKENS = 4096
 # A choice between two logits that are nearer than this many times their allowed error may go either way.
@@ -133,6 +135,13 @@ def assert_close(found: NDArray[Any], right: NDArray[Any], tolerance: float, wha
     if not (error <= tolerance).all():  # a NaN fails too
         worst = np.argmax(np.where(np.isnan(error), np.inf, error))
         raise AssertionError(f"{what}: row {worst} is off by {error.flat[worst]:.2g} of its size; {tolerance:.2g} is allowed")
+
+
+def assert_same_kv(found: NDArray[Any], right: NDArray[Any], what: str) -> None:
+    """Keys and values of each token and head must be the same but for what a cache of fewer bits may lose, as `assert_close`."""
+    for kind, name in enumerate(("keys", "values")):
+        rows = (data[:, kind].astype(np.float64).reshape(-1, data.shape[-1]) for data in (found, right))
+        assert_close(next(rows), next(rows), _ROUND_TRIP, f"{name} {what}")
 
 
 def assert_same_choices(found: NDArray[Any], right: NDArray[Any], tolerance: float, what: str) -> None:

@@ -6,10 +6,16 @@ import numpy as np
 
 from penstock.backends.conformance.driver import NONE, Piece
 from penstock.backends.conformance.refusals import refused
-from penstock.backends.conformance.subject import NotApplicable, Subject, assert_close, require
-from penstock.backends.contract import KvChunk
+from penstock.backends.conformance.subject import NotApplicable, Subject, assert_close, assert_same_kv, require
+from penstock.backends.contract import CANONICAL_DTYPES, KvChunk
 
-__all__ = ["exported_kv_is_a_copy", "exported_kv_is_canonical", "imported_kv_is_used", "wrong_transfers_are_refused"]
+__all__ = [
+    "exported_kv_is_a_copy",
+    "exported_kv_is_canonical",
+    "imported_kv_is_used",
+    "kv_travels_in_every_type",
+    "wrong_transfers_are_refused",
+]
 
 
 def exported_kv_is_canonical(subject: Subject) -> None:
@@ -61,6 +67,34 @@ def imported_kv_is_used(subject: Subject) -> None:
         moved.length = len(ids)
         answer, right = away.greedy(sequence, int(logits[-1].argmax()), 16)
         subject.assert_continues(here.follow(moved, answer), right, "behind imported KV")
+
+
+def kv_travels_in_every_type(subject: Subject) -> None:
+    """KV leaves in the type that was told, and comes in as any that travels, rounded to the nearest that the cache holds."""
+    _exports(subject)
+    with subject.model() as model:
+        driver, kv = subject.driver(model), model.kv
+        sequence, _ = driver.prefill(subject.ids(40))
+        sent = model.export_kv(sequence.blocks, range(40)).data
+        told, shape = CANONICAL_DTYPES[kv.canonical_dtype], kv.canonical_shape(40)
+        require(sent.dtype == told, f"exports {sent.dtype}, and says {told}")
+        require(sent.shape == shape, f"exports {sent.shape}, and says {shape}")
+        if not subject.capabilities.import_kv:
+            return
+        taken = driver.sequence()
+        driver.extend(taken, 40)
+        for name, dtype in CANONICAL_DTYPES.items():
+            given = sent.astype(dtype)
+            model.import_kv(taken.blocks, KvChunk(range(40), given))
+            found, right = model.export_kv(taken.blocks, range(40)).data, given.astype(told)
+            if subject.kv_dtype is None:
+                require(np.array_equal(found, right), f"what came in as {name} is not the nearest {told} to it")
+            else:
+                assert_same_kv(found, right, f"that came in as {name}")
+        kept = model.export_kv(taken.blocks, range(40)).data
+        for wrong in (np.float64, np.int8, np.uint16):
+            refused(lambda: model.import_kv(taken.blocks, KvChunk(range(40), np.ones(shape, wrong))), f"KV of {wrong.__name__}")  # noqa: B023
+        require(np.array_equal(model.export_kv(taken.blocks, range(40)).data, kept), "what was refused was written")
 
 
 def wrong_transfers_are_refused(subject: Subject) -> None:

@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import openvino as ov
-from penstock.backends.contract import CANONICAL_DTYPES, KvChunk, KvSpec
-from penstock.backends.kv_blocks import check_chunk, transfer_slots
-from penstock.backends.openvino.kv_rounding import HEADER, round_rows, unrounded
+from penstock.backends.contract import KvChunk, KvSpec
+from penstock.backends.kv_blocks import check_chunk, check_transfer
+from penstock.backends.kv_copies import native_layout, read_blocks, read_tokens, write_blocks, write_tokens
+from penstock.backends.openvino.kv_rounding import FORM, HEADER, round_rows, unrounded
 from penstock.backends.openvino.weights import shared_tensor
 from penstock.common.service import StartError
 
@@ -31,28 +33,27 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array in memory of its own, of huge pages where the system has them on request.
+def _allocate(size: int) -> mmap.mmap:
+    """Memory of its own, of huge pages where the system has them on request.
 
     Raises:
         StartError: the system has not so much.
     """
-    size = int(np.prod(shape)) * dtype.itemsize
     try:
         memory = mmap.mmap(-1, size)
     except (OSError, OverflowError) as error:
-        raise StartError(f"the KV cache does not fit into memory ({size >> 20} MiB of it for one layer); ask for less") from error
+        raise StartError(f"the KV cache does not fit into memory ({size >> 20} MiB); ask for less") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)  # keeps the mapping alive
+    return memory
 
 
 class PagedCache:
-    """Blocks of keys and values, [block, kv head, slot, head dim] for each layer and kind.
+    """Blocks of keys and values, [block, kv head, slot, head dim] for each layer and kind, one behind the other.
 
-    The arrays are not written when they are made, so memory is taken as blocks are first used: in pages of 2 MiB where the system
-    gives them. Blocks that nothing has used yet are what a prompt takes while the prefix cache keeps all others; a
+    The memory is not written when it is made, so it is taken as blocks are first used: in pages of 2 MiB where the system gives
+    them. Blocks that nothing has used yet are what a prompt takes while the prefix cache keeps all others; a
     prefill of 512 tokens would first touch some 14,000 pages of 4 KiB.
 
     Attributes:
@@ -61,22 +62,17 @@ class PagedCache:
     """
 
     def __init__(self, compiled: ov.CompiledModel, blocks: int) -> None:
-        ports = [port for port in compiled.inputs if port.any_name.startswith(("key.", "value."))]
-        dtype = ports[0].element_type.to_string()
-        self._type, self._rounded = _TYPES[dtype], dtype == "u8"
-        shape = heads, _, width = [dimension.get_length() for dimension in list(ports[0].partial_shape)[1:]]
-        self.kv = KvSpec(
-            block_size=BLOCK_SIZE,
-            blocks=blocks,
-            bytes_per_block=len(ports) * math.prod(shape) * self._type.itemsize,
-            layout=LAYOUT,
-            dtype=dtype,
-            token_shape=(len(ports) // 2, heads, width - HEADER if self._rounded else width),
-            # What 8 bits stand for, a difference times a scale, is in general no number of 16 bits.
-            canonical_dtype="float32" if self._rounded else self._type.name,
-        )
-        self._arrays: dict[str, NDArray[Any]] = {port.any_name: _allocate((blocks, *shape), self._type) for port in ports}
-        self.tensors = {name: shared_tensor(array) for name, array in self._arrays.items()}
+        types = {port.any_name: port.element_type.to_string() for port in compiled.inputs}
+        shapes = {port.any_name: port.partial_shape for port in compiled.inputs}
+        names = [f"{kind}.{layer}" for layer in range(sum(name.startswith("key.") for name in types)) for kind in ("key", "value")]
+        shape = [dimension.get_length() for dimension in list(shapes[names[0]])[1:]]
+        held = _TYPES[types[names[0]]]
+        self.kv = _describe(blocks, len(names) // 2, shape, types[names[0]])
+        self._raw = np.frombuffer(_allocate(blocks * self.kv.bytes_per_block), np.uint8).reshape(len(names), blocks, -1)
+        arrays = self._raw.view(held).reshape(len(names), blocks, *shape)
+        self.tensors = {name: shared_tensor(array) for name, array in zip(names, arrays, strict=True)}
+        self._rounded = self.kv.dtype == "u8"
+        self._tokens = arrays.swapaxes(2, 3)
 
     def read(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy `tokens` out, which are positions in a sequence whose blocks these are; in float32 where the cache is rounded.
@@ -84,29 +80,51 @@ class PagedCache:
         Raises:
             ValueError: they are not consecutive positions within the blocks, or a block is none of the cache's.
         """
-        held, slots = self._locate(blocks, tokens)
-        data = np.empty(self.kv.canonical_shape(len(tokens)), CANONICAL_DTYPES[self.kv.canonical_dtype])
-        for layer in range(len(data)):
-            for kind, name in enumerate(("key", "value")):
-                rows = self._arrays[f"{name}.{layer}"][held, :, slots]
-                data[layer, kind] = unrounded(rows) if self._rounded else rows
-        return KvChunk(tokens, data)
+        check_transfer(self.kv, blocks, tokens)
+        data = read_tokens(self._tokens, blocks, tokens)
+        return KvChunk(tokens, (unrounded(data) if self._rounded else data).reshape(self.kv.canonical_shape(len(tokens))))
 
     def write(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Copy a chunk in, converted to this cache's type.
 
         Raises:
-            ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape is not this model's.
+            ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape or type is not of
+                this model.
         """
-        held, slots = self._locate(blocks, chunk.tokens)
+        check_transfer(self.kv, blocks, chunk.tokens)
         check_chunk(self.kv, chunk)
-        for layer in range(len(chunk.data)):
-            for kind, name in enumerate(("key", "value")):
-                rows = chunk.data[layer, kind]
-                rows = round_rows(rows) if self._rounded else rows.astype(self._type, copy=False)
-                self._arrays[f"{name}.{layer}"][held, :, slots] = rows
+        planes = chunk.data.reshape(len(self._raw), *chunk.data.shape[2:])
+        rows = round_rows(planes) if self._rounded else planes.astype(self._tokens.dtype, copy=False)
+        write_tokens(self._tokens, blocks, chunk.tokens, rows)
 
-    def _locate(self, blocks: Sequence[int], tokens: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The block and the slot of each token."""
-        slots = transfer_slots(self.kv, blocks, tokens)
-        return slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """Copy whole blocks out as they lie: [block, bytes].
+
+        Raises:
+            ValueError: a block is none of the cache's.
+        """
+        return read_blocks(self._raw, self.kv, blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Copy whole blocks in.
+
+        Raises:
+            ValueError: a block is none of the cache's, or the bytes are not so many.
+        """
+        write_blocks(self._raw, self.kv, blocks, data)
+
+
+def _describe(blocks: int, layers: int, shape: Sequence[int], dtype: str) -> KvSpec:
+    heads, _, width = shape
+    held, rounded = _TYPES[dtype], dtype == "u8"
+    kv = KvSpec(
+        block_size=BLOCK_SIZE,
+        blocks=blocks,
+        bytes_per_block=layers * 2 * math.prod(shape) * held.itemsize,
+        layout=LAYOUT,
+        dtype=dtype,
+        token_shape=(layers, heads, width - HEADER if rounded else width),
+        # What 8 bits stand for, a difference times a scale, is in general no number of 16 bits.
+        canonical_dtype="float32" if rounded else held.name,
+    )
+    return replace(kv, native_layout=native_layout("layer.kv.head.token.dim", kv, FORM if rounded else held.name))

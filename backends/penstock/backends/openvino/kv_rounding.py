@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEADER", "round_rows", "unrounded"]
+__all__ = ["FORM", "HEADER", "round_rows", "unrounded"]
 
 HEADER = 8
 """Bytes before a row's values."""
+
+FORM = "uint8 behind float32 scale and offset of each token and head"
+"""The name of such rows."""
 
 _STEPS = 255
 _TINY = np.finfo(np.float32).tiny

@@ -99,9 +99,25 @@ class OpenVinoModel:
         """Copy a chunk into the cache, converted to its type.
 
         Raises:
-            ValueError: its positions are not within these blocks, or its shape is not this model's.
+            ValueError: its positions are not within these blocks, or its shape or type is not this model's.
         """
         self._open()[1].write(blocks, chunk)
+
+    def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """Copy whole blocks out of the cache as they lie.
+
+        Raises:
+            ValueError: a block is not of this cache.
+        """
+        return self._open()[1].read_blocks(blocks)
+
+    def import_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Copy whole blocks into the cache.
+
+        Raises:
+            ValueError: a block is not of this cache, or the bytes are not so many.
+        """
+        self._open()[1].write_blocks(blocks, data)
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""

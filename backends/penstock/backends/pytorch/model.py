@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
-from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
 from penstock.backends.pytorch.decode_graphs import DecodeGraphs, Replay, StaticStep, capture_cuda
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
@@ -27,7 +27,7 @@ __all__ = ["TorchModel"]
 
 BLOCK_SIZE = 16
 
-_CACHE_NAMES = {torch.float32: ("f32", "float32"), torch.bfloat16: ("bf16", "bfloat16")}
+_CACHE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class TorchModel:
@@ -53,7 +53,9 @@ class TorchModel:
         with _threads(self._threads):
             self._decoder: Decoder | None = load_decoder(spec, precision, self._device)
         self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
-        self._kv, self._cache = self._allocate(spec, config, precision.held)
+        self._kv, cache = self._allocate(spec, config, precision.held)
+        self._cache: Tensor | None = cache
+        self._copies: CacheCopies | None = copies_of(cache, self._kv)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
         self._graphs = self._record_by(capture_cuda) if self._device.type == "cuda" else None
 
@@ -91,27 +93,35 @@ class TorchModel:
         Raises:
             ValueError: `tokens` are not consecutive positions within these blocks.
         """
-        _, cache = self._open()
-        with torch.inference_mode():
-            chosen = cache.flatten(2, 3)[:, :, self._slots(blocks, tokens)]
-            return KvChunk(tokens, to_numpy(chosen.cpu()))
+        return self._copies_open().read(blocks, tokens)
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Copy a chunk into the cache, converted to its type.
 
         Raises:
-            ValueError: its positions are not within these blocks, or its shape is not this model's.
+            ValueError: its positions are not within these blocks, or its shape or type is not this model's.
         """
-        _, cache = self._open()
-        check_chunk(self._kv, chunk)
-        slots = self._slots(blocks, chunk.tokens)
-        with torch.inference_mode():
-            told = from_numpy(np.ascontiguousarray(chunk.data)).to(device=self._device, dtype=cache.dtype)
-            cache.flatten(2, 3)[:, :, slots] = told
+        self._copies_open().write(blocks, chunk)
+
+    def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """Copy whole blocks out of the cache as they lie.
+
+        Raises:
+            ValueError: a block is not of this cache.
+        """
+        return self._copies_open().read_blocks(blocks)
+
+    def import_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Copy whole blocks into the cache.
+
+        Raises:
+            ValueError: a block is not of this cache, or the bytes are not so many.
+        """
+        self._copies_open().write_blocks(blocks, data)
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
-        self._decoder = self._cache = self._graphs = None
+        self._decoder = self._cache = self._copies = self._graphs = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -145,13 +155,15 @@ class TorchModel:
             raise RuntimeError("the model is closed")
         return self._decoder, self._cache
 
+    def _copies_open(self) -> CacheCopies:
+        if self._copies is None:
+            raise RuntimeError("the model is closed")
+        return self._copies
+
     def _tensor(self, values: NDArray[np.int64]) -> Tensor:
         return from_numpy(values).to(self._device)
 
-    def _slots(self, blocks: Sequence[int], tokens: range) -> Tensor:
-        return self._tensor(transfer_slots(self._kv, blocks, tokens))
-
-    def _allocate(self, spec: ModelSpec, config: DeviceConfig, dtype: torch.dtype) -> tuple[KvSpec, Tensor | None]:
+    def _allocate(self, spec: ModelSpec, config: DeviceConfig, dtype: torch.dtype) -> tuple[KvSpec, Tensor]:
         decoder = spec.decoder
         bytes_per_block = decoder.layers * 2 * BLOCK_SIZE * decoder.kv_heads * decoder.head_dim * dtype.itemsize
         free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
@@ -160,9 +172,8 @@ class TorchModel:
         # The block behind the last one is what the padding of recorded steps writes to.
         shape = (decoder.layers, 2, blocks + 1, BLOCK_SIZE, decoder.kv_heads, decoder.head_dim)
         cache = torch.zeros(shape, dtype=dtype, device=self._device)
-        name, canonical = _CACHE_NAMES[dtype]
-        shape_of_token = (decoder.layers, decoder.kv_heads, decoder.head_dim)
-        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, name, shape_of_token, canonical), cache
+        token_shape = (decoder.layers, decoder.kv_heads, decoder.head_dim)
+        return described(KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, _CACHE_NAMES[dtype], token_shape), dtype), cache
 
 
 def _on_host(logits: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
-from penstock.backends.kv_blocks import check_chunk, transfer_slots
 from penstock.backends.kv_memory import count_blocks
-from penstock.backends.pytorch.loading import from_numpy, to_numpy
+from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
 from penstock.backends.step_limits import StepLimits
 from penstock.backends.tensorrt.api import TensorRt
 from penstock.backends.tensorrt.building import EngineBuilder
@@ -53,14 +53,17 @@ class TensorRtModel:
         self._vocabulary = spec.decoder.vocabulary_size
         self._profiles = make_profiles(spec.decoder, config)
         builder = EngineBuilder(trt, spec, self._dtype, device.identity, self._profiles, PlanCache(plans))
-        self._cache: Tensor | None = None
+        self._copies: CacheCopies | None = None
         self._executions: Executions | None = None
         try:
             self._executions = executions = Executions(
                 trt, builder.engine(), spec.decoder, self._profiles, DTYPES[self._dtype], device
             )
-            self._kv, self._cache = self._allocate(spec, config)
-            executions.bind(self._cache)
+            self._kv, cache = self._allocate(spec, config)
+            executions.bind(cache)
+            held = cache[:, :, : self._kv.blocks * BLOCK_SIZE]
+            blocks = held.view(*cache.shape[:2], self._kv.blocks, BLOCK_SIZE, *cache.shape[3:])
+            self._copies = copies_of(blocks, self._kv)
             self._limits = StepLimits.of(spec.decoder, config, self._kv)
         except BaseException:
             self.close()
@@ -106,35 +109,47 @@ class TensorRtModel:
         Raises:
             ValueError: `tokens` are not consecutive positions within these blocks.
         """
-        _, cache = self._open()
-        slots = transfer_slots(self._kv, blocks, tokens)
-        with torch.inference_mode(), self._device.stream():
-            return KvChunk(tokens, to_numpy(cache[:, :, torch.from_numpy(slots).to(cache.device)].cpu()))
+        with self._device.stream():
+            return self._open()[1].read(blocks, tokens)
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Copy a chunk into the cache, converted to its type.
 
         Raises:
-            ValueError: its positions are not within these blocks, or its shape is not this model's.
+            ValueError: its positions are not within these blocks, or its shape or type is not this model's.
         """
-        _, cache = self._open()
-        check_chunk(self._kv, chunk)
-        slots = transfer_slots(self._kv, blocks, chunk.tokens)
-        with torch.inference_mode(), self._device.stream():
-            values = from_numpy(np.ascontiguousarray(chunk.data)).to(cache.device, cache.dtype)
-            cache.index_copy_(2, torch.from_numpy(slots).to(cache.device), values)
+        with self._device.stream():
+            self._open()[1].write(blocks, chunk)
+
+    def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """Copy whole blocks out of the cache as they lie.
+
+        Raises:
+            ValueError: a block is not of this cache.
+        """
+        with self._device.stream():
+            return self._open()[1].read_blocks(blocks)
+
+    def import_blocks(self, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Copy whole blocks into the cache.
+
+        Raises:
+            ValueError: a block is not of this cache, or the bytes are not so many.
+        """
+        with self._device.stream():
+            self._open()[1].write_blocks(blocks, data)
 
     def close(self) -> None:
         """Give all memory back. Idempotent."""
         if self._executions is not None:
             self._executions.close()
-        self._executions = self._cache = None
+        self._executions = self._copies = None
         self._device.release()
 
-    def _open(self) -> tuple[Executions, Tensor]:
-        if self._executions is None or self._cache is None:
+    def _open(self) -> tuple[Executions, CacheCopies]:
+        if self._executions is None or self._copies is None:
             raise RuntimeError("the model is closed")
-        return self._executions, self._cache
+        return self._executions, self._copies
 
     def _allocate(self, spec: ModelSpec, config: DeviceConfig) -> tuple[KvSpec, Tensor]:
         decoder, dtype = spec.decoder, DTYPES[self._dtype]
@@ -144,5 +159,5 @@ class TensorRtModel:
         # Rows are written before they are read, but for this one: padding reads it, unseen, and no NaN may stand there.
         cache[:, :, 0] = 0
         token_shape = (decoder.layers, decoder.kv_heads, decoder.head_dim)
-        canonical = {DType.BF16: "bfloat16", DType.F32: "float32"}[self._dtype]
-        return KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value, token_shape, canonical), cache
+        kv = KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value, token_shape)
+        return described(kv, dtype), cache
