@@ -19,6 +19,7 @@ from penstock.gateway.server import GatewayServer
 from penstock.internal.v1 import (
     executor_pb2,
     executor_pb2_grpc,
+    handoff_pb2,
     scheduler_pb2,
     scheduler_pb2_grpc,
     tokenizer_pb2,
@@ -153,8 +154,20 @@ class _Decoding:
         )
 
 
+class _Running:
+    """A sequence on a fake executor. `arrived` once its KV has come; `told` once its first half of the work is done."""
+
+    def __init__(self, start):
+        self.start = start
+        self.position = len(start.replayed_ids)
+        self.told = self.arrived = False
+
+
 class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
-    """Tells the story from where the replayed ids end. `gate` holds it up before each frame; `frame` tokens go into one."""
+    """Tells the story from where the replayed ids end. `gate` holds it up before each frame; `frame` tokens go into one.
+
+    Handoffs go through `handoffs`, which all executors share; `fail_handoffs` ends a half with that failure instead.
+    """
 
     service_name = "penstock.internal.v1.ExecutorService"
     register = staticmethod(executor_pb2_grpc.add_ExecutorServiceServicer_to_server)
@@ -170,6 +183,8 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
         self.refuse = 0
         self.die_after = None
         self.frames = 0
+        self.fail_handoffs = None
+        self.handoffs = {}
 
     async def Run(self, requests, context):
         mine, wake, over = {}, asyncio.Event(), []
@@ -183,7 +198,7 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
                         self.refuse -= 1
                         over.append(_finished(start, executor_pb2.SEQUENCE_FINISH_REFUSED, message="draining"))
                     else:
-                        mine[start.sequence_id] = self.running[start.sequence_id] = [start, len(start.replayed_ids)]
+                        mine[start.sequence_id] = self.running[start.sequence_id] = _Running(start)
                 for sequence_id in request.aborted:
                     mine.pop(sequence_id, None)
                     self.running.pop(sequence_id, None)
@@ -216,14 +231,51 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
                 self.running.pop(sequence_id, None)
 
     def _step(self, frame, entry):
-        start, position = entry
+        kind = entry.start.WhichOneof("handoff")
+        if kind is not None and self.fail_handoffs is not None and not entry.arrived:
+            failed = executor_pb2.SEQUENCE_FINISH_HANDOFF_FAILED
+            frame.finished.append(_finished(entry.start, failed, handoff_failure=self.fail_handoffs))
+        elif kind == "receive" and not entry.arrived:
+            self._reserve(frame, entry)
+        elif kind == "send" and entry.told:
+            self._hand_over(frame, entry)
+        else:
+            self._tell(frame, entry, 1 if kind == "send" else self.frame)
+            entry.told = True
+
+    def _reserve(self, frame, entry):
+        if not entry.told:
+            entry.told = True
+            ticket = handoff_pb2.HandoffTicket(handoff_id=f"{self.name}/{entry.start.sequence_id}".encode(), tokens=7, lease_ms=1)
+            self.handoffs[ticket.handoff_id] = (self, entry)
+            frame.reserved.add(sequence_id=entry.start.sequence_id, ticket=ticket)
+
+    def _hand_over(self, frame, entry):
+        executor, other = self.handoffs.pop(entry.start.send.ticket.handoff_id)
+        if other.start.sequence_id not in executor.running:
+            frame.finished.append(_finished(entry.start, executor_pb2.SEQUENCE_FINISH_HANDOFF_FAILED))
+            return
+        other.arrived, other.position = True, entry.position
+        frame.finished.append(_finished(entry.start, executor_pb2.SEQUENCE_FINISH_HANDED_OFF))
+
+    def _tell(self, frame, entry, tokens):
+        start, position = entry.start, entry.position
+        if start.WhichOneof("handoff") == "receive" and position == len(start.replayed_ids) + 1:
+            frame.arrived.add(
+                sequence_id=start.sequence_id,
+                kv_bytes=4096,
+                transfer_us=2000,
+                exposed_us=1000,
+                transport=handoff_pb2.HANDOFF_TRANSPORT_GRPC,
+                native=True,
+            )
         if position == len(start.replayed_ids):
             frame.started.add(sequence_id=start.sequence_id, cached_tokens=2, waited_us=5, prefill_us=7)
             if start.HasField("prompt_logprobs"):
                 told = frame.prompt_logprobs.add(sequence_id=start.sequence_id)
                 for i in range(1, len(start.prompt_ids)):
                     told.tokens.add(position=i, logprob=-0.5, rank=1, top_ids=[start.prompt_ids[i]], top_logprobs=[-0.5])
-        for _ in range(self.frame):
+        for _ in range(tokens):
             token = self.story[position]
             if token == EOS and EOS not in start.stop_token_ids:
                 token = ord("!")
@@ -247,7 +299,7 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
             if len(frame.positions) and frame.positions[-1] + 1 >= start.max_tokens:
                 frame.finished.append(_finished(start, executor_pb2.SEQUENCE_FINISH_LENGTH))
                 break
-        entry[1] = position
+        entry.position = position
 
 
 def _finished(start, reason, **more):
@@ -255,7 +307,7 @@ def _finished(start, reason, **more):
 
 
 class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
-    """Grants whatever executor is not to be avoided. `gate` holds up grants; `refusal` refuses instead."""
+    """Grants whatever executor is not to be avoided; with `apart`, prefill on the next. `gate` holds up grants, `refusal` refuses."""
 
     service_name = "penstock.internal.v1.SchedulerService"
     register = staticmethod(scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server)
@@ -268,6 +320,8 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
         self.placed = asyncio.Event()
         self.announced_any = asyncio.Event()
         self.leases, self.queued, self.announced, self.placings = {}, {}, [], []
+        self.apart = False
+        self.prefilling = set()
         self.refusal = None
         self.gateways = []
         self.context_length = 4096
@@ -318,6 +372,10 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
             lease = scheduler_pb2.Lease(
                 request_id=placing.request_id, executor_id=executor.name, address=executor.address, tokens=9
             )
+            if self.apart:
+                lease.prefill.executor_id, lease.prefill.address, lease.prefill.tokens = fresh[1].name, fresh[1].address, 7
+                lease.reason = scheduler_pb2.PLACEMENT_REASON_COST
+                self.prefilling.add(placing.request_id)
             await answers.put(scheduler_pb2.PlaceResponse(granted=[lease]))
 
         async def read():
@@ -327,6 +385,7 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
                     self.queued[placing.request_id] = placing
                     self.placed.set()
                     tasks.append(asyncio.create_task(grant(placing)))
+                self.prefilling -= {*request.prefilled, *request.released}
                 for request_id in request.released:
                     self.leases.pop(request_id, None)
                     self.queued.pop(request_id, None)
@@ -345,6 +404,7 @@ class FakeScheduler(Served, scheduler_pb2_grpc.SchedulerServiceServicer):
                 task.cancel()
             self.leases.clear()
             self.queued.clear()
+            self.prefilling.clear()
 
     async def tell_lost(self, executor):
         for answers in self.gateways:
@@ -380,6 +440,7 @@ class Suite(SimpleNamespace):
             and not self.tokenizer.open
             and not self.scheduler.leases
             and not self.scheduler.queued
+            and not self.scheduler.prefilling
         )
 
     async def rest(self):
@@ -390,6 +451,8 @@ class Suite(SimpleNamespace):
 async def running(executors=2, **settings):
     tokenizer = await FakeTokenizer().start()
     engines = [await FakeExecutor(f"executor-{i}").start() for i in range(executors)]
+    for engine in engines:
+        engine.handoffs = engines[0].handoffs
     scheduler = await FakeScheduler(engines).start()
     settings = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0", "default_deadline_seconds": 60.0} | settings
     gateway = GatewayServer(GatewayConfig(tokenizer=tokenizer.address, scheduler=scheduler.address, **settings))
