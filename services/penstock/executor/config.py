@@ -45,6 +45,8 @@ class ExecutorConfig:
         handoff_lease_seconds: A handoff of KV from or to another executor ends when nothing is heard of the other for this long.
         handoff_push_mib: MiB of KV that goes to another executor in one piece at most, unless one block is more.
         handoff_window_mib: MiB of KV that are on their way from one executor to this one at most.
+        handoff_transports: How KV may go between this executor and others, of which the cheapest is taken that both prove to share:
+            shared_memory on one host, nixl between hosts where its package is installed, and grpc.
         scheduler: HOST:PORT of the scheduler to register with; none where absent.
         listen: HOST:PORT of its gRPC service; port 0 takes a free one.
         advertise: HOST:PORT at which gateways reach it; where absent, where it listens, under this host's name if that is 0.0.0.0.
@@ -81,6 +83,7 @@ class ExecutorConfig:
     handoff_lease_seconds: float = 3
     handoff_push_mib: float = 16
     handoff_window_mib: float = 128
+    handoff_transports: tuple[Literal["shared_memory", "nixl", "grpc"], ...] = ("shared_memory", "grpc")
     scheduler: str | None = None
     listen: str = "127.0.0.1:8013"
     advertise: str | None = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from penstock.backends.contract import KvSpec
 from penstock.common.channel import MAX_MESSAGE_BYTES
 from penstock.common.service import StartError
@@ -15,6 +13,7 @@ from penstock.executor.handoff.identity import Identity
 from penstock.executor.handoff.link import Links
 from penstock.executor.handoff.peers import Peers
 from penstock.executor.handoff.servicer import Door
+from penstock.executor.handoff.ticket import Transport
 from penstock.executor.handoff.transports.choice import Transports
 
 __all__ = ["Exchange", "settings_of"]
@@ -35,7 +34,7 @@ def settings_of(config: ExecutorConfig) -> Settings:
         raise StartError(f"handoff_push_mib: must be more than 0 and at most {MAX_MESSAGE_BYTES // 2 // _MIB}")
     if not push <= window:
         raise StartError("handoff_window_mib: must be at least handoff_push_mib")
-    return Settings(lease, int(push), int(window))
+    return Settings(lease, int(push), int(window), tuple(map(Transport, config.handoff_transports)))
 
 
 class Exchange:
@@ -48,13 +47,12 @@ class Exchange:
         kv: KvSpec,
         vocabulary_size: int,
         settings: Settings,
-        transports: Callable[[], Transports] = Transports,
     ) -> None:
-        geometry, shared = Geometry(kv, vocabulary_size), transports()
+        geometry, transports = Geometry(kv, vocabulary_size), Transports(settings.transports)
         self.peers = Peers()
-        self._links = Links(identity, geometry, self.peers, shared, settings.lease_seconds / 2)
+        self._links = Links(identity, geometry, self.peers, transports, settings.lease_seconds / 2)
         self.handoffs = Handoffs(identity.executor_id, engine, geometry, settings, self._links.dial)
-        self.door = Door(identity, geometry, self.peers, shared, self.handoffs)
+        self.door = Door(identity, geometry, self.peers, transports, self.handoffs)
         engine.handoff = self.handoffs
 
     async def close(self) -> None:

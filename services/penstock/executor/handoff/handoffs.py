@@ -13,7 +13,7 @@ from penstock.executor.handoff.line import Line
 from penstock.executor.handoff.ports import Handle, KvEngine
 from penstock.executor.handoff.receiving import Receiving, mint
 from penstock.executor.handoff.sending import Sending
-from penstock.executor.handoff.ticket import Receive, Send, Ticket
+from penstock.executor.handoff.ticket import Receive, Send, Ticket, Transport
 
 __all__ = ["Handoffs", "Settings"]
 
@@ -26,11 +26,13 @@ class Settings:
         lease_seconds: a handoff ends when nothing is heard of its other side for this long.
         push_bytes: of KV that one push holds at most, unless one block is more.
         window_bytes: that are under way at most on one stream.
+        transports: that it may go by.
     """
 
     lease_seconds: float = 3.0
     push_bytes: int = 4 << 20
     window_bytes: int = 64 << 20
+    transports: tuple[Transport, ...] = (Transport.SHARED_MEMORY, Transport.GRPC)
 
 
 class Handoffs:

@@ -217,7 +217,7 @@ def read_offer(welcome: pb.Welcome) -> Offer:
     """What the decode side has."""
     told = welcome.shared_memory
     shared = SegmentOffer(told.name, told.bytes, told.proof) if welcome.HasField("shared_memory") else None
-    return Offer(welcome.window_bytes, shared, tuple(read_transports(welcome.transports)))
+    return Offer(welcome.window_bytes, shared, tuple(read_transports(welcome.transports)), welcome.nixl_agent)
 
 
 def tell_attach(attachment: Attachment) -> pb.HandoffRequest:

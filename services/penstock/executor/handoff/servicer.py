@@ -111,6 +111,7 @@ def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResp
         max_push_bytes=settings.push_bytes,
         window_bytes=settings.window_bytes,
         shared_memory=tell_segment(ends.offer),
+        nixl_agent=ends.offer.nixl,
         transports=tell_transports(ends.offer.transports),
     )
     return pb.HandoffResponse(welcome=welcome)

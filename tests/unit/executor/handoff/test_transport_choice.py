@@ -78,10 +78,10 @@ async def test_executors_that_allow_nothing_in_common_say_so():
 
 
 async def test_a_host_without_shared_memory_offers_none_and_says_so_once(monkeypatch):
-    def full(window_bytes):
+    def full(size, folder=segments.FOLDER):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("penstock.executor.handoff.transports.choice.SharedIncoming", full)
+    monkeypatch.setattr(segments, "create", full)
     transports = Transports()
     with capture_logs() as logs:
         for _ in range(3):

@@ -316,7 +316,9 @@ class Welcome(_message.Message):
     """Bytes that one Push may hold at most, and all that are under way together."""
     window_bytes: _builtins.int
     nixl_agent: _builtins.bytes
-    """The NIXL agent's metadata; empty where there is none."""
+    """Address (8 bytes) and size (8) of the memory for payload, both in network order, and its NIXL agent's metadata; empty where there
+    is none.
+    """
     @_builtins.property
     def shared_memory(self) -> Global___SharedSegment: ...
     @_builtins.property
@@ -495,7 +497,7 @@ class Push(_message.Message):
     """XXH3, 64 bits, over the payload."""
     inline: _builtins.bytes
     device: _builtins.bytes
-    """A descriptor of NIXL's."""
+    """Offset and size in the memory for payload, 8 bytes each, in network order; it has been written there."""
     @_builtins.property
     def shared(self) -> Global___SharedRange: ...
     def __init__(

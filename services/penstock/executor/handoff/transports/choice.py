@@ -10,9 +10,8 @@ from penstock.common.logs import logger
 from penstock.executor.handoff.ticket import Transport
 from penstock.executor.handoff.transports import segments
 from penstock.executor.handoff.transports.inline import InlineIncoming, InlineOutgoing
+from penstock.executor.handoff.transports.nixl import NixlIncoming, NixlOutgoing, missing
 from penstock.executor.handoff.transports.port import (
-    DevicePayload,
-    Incoming,
     InlinePayload,
     LinkClosed,
     Outgoing,
@@ -28,17 +27,22 @@ __all__ = ["Attachment", "Offer", "ReceivingEnds", "SendingEnds", "Transports"]
 _CHEAPEST_FIRST = (Transport.SHARED_MEMORY, Transport.NIXL, Transport.GRPC)
 
 
+_Proving = SharedIncoming | NixlIncoming
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What the receiving end has for this link.
 
     Attributes:
         transports: that it takes; each but gRPC has to be proven first.
+        nixl: where NIXL finds its memory; empty where it offers none.
     """
 
     window_bytes: int
     shared: segments.SegmentOffer | None = None
     transports: tuple[Transport, ...] = _CHEAPEST_FIRST
+    nixl: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,10 @@ class Transports:
     def __init__(self, allowed: Sequence[Transport] = (Transport.SHARED_MEMORY, Transport.GRPC)) -> None:
         """`allowed`: what may be taken. Others are neither offered nor taken."""
         self._allowed = frozenset(allowed)
-        self._told: set[str] = set()
+        self._told: set[Transport] = set()
+        if Transport.NIXL in self._allowed and (reason := missing()) is not None:
+            self._tell_once(Transport.NIXL, reason)
+            self._allowed -= {Transport.NIXL}
 
     @property
     def names(self) -> tuple[Transport, ...]:
@@ -65,69 +72,76 @@ class Transports:
     async def receiving(self, window_bytes: int, theirs: Sequence[Transport]) -> ReceivingEnds:
         """The receiving ends of a new link to an executor that has `theirs`."""
         both = [transport for transport in self.names if transport in theirs]
-        shared: SharedIncoming | None = None
-        if Transport.SHARED_MEMORY in both:
-            try:
-                shared = await asyncio.to_thread(SharedIncoming, window_bytes)
-            except OSError as error:
-                self._tell_once(str(segments.FOLDER), error, window_bytes)
-                both.remove(Transport.SHARED_MEMORY)
-        return ReceivingEnds(window_bytes, tuple(both), shared)
+        proving: dict[Transport, _Proving] = {}
+        for transport, make in ((Transport.SHARED_MEMORY, SharedIncoming), (Transport.NIXL, NixlIncoming)):
+            if transport in both:
+                try:
+                    proving[transport] = await asyncio.to_thread(make, window_bytes)
+                except (OSError, TransportFailed) as error:
+                    self._tell_once(transport, str(error))
+                    both.remove(transport)
+        return ReceivingEnds(window_bytes, tuple(both), proving)
 
     def sending(self, offer: Offer) -> SendingEnds:
         """The sending ends of a link, where the other executor has offered this."""
         return SendingEnds(offer, self._allowed)
 
-    def _tell_once(self, what: str, error: OSError, window_bytes: int) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            logger().warning("KV does not go through shared memory", folder=what, reason=str(error), bytes=window_bytes)
+    def _tell_once(self, transport: Transport, reason: str) -> None:
+        if transport not in self._told:
+            self._told.add(transport)
+            logger().warning("a transport of KV is not offered", transport=transport.value, reason=reason)
 
 
 class ReceivingEnds:
     """The receiving end of a link, whichever transport a payload comes by. Until one is proven, that is gRPC."""
 
-    def __init__(self, window_bytes: int, transports: tuple[Transport, ...], shared: SharedIncoming | None) -> None:
-        self.offer = Offer(window_bytes, shared.offer if shared else None, transports)
-        self._shared = shared
+    def __init__(self, window_bytes: int, transports: tuple[Transport, ...], proving: dict[Transport, _Proving]) -> None:
+        shared, nixl = proving.get(Transport.SHARED_MEMORY), proving.get(Transport.NIXL)
+        self.offer = Offer(
+            window_bytes,
+            shared.offer if isinstance(shared, SharedIncoming) else None,
+            transports,
+            nixl.offer if isinstance(nixl, NixlIncoming) else b"",
+        )
+        self._unproven = proving
+        self._proven: _Proving | None = None
         self._inline = InlineIncoming() if Transport.GRPC in transports else None
-        self._proven: Incoming | None = None
 
     @property
     def transport(self) -> Transport:
-        """What was proven last."""
+        """What was proven."""
         return self._proven.transport if self._proven else Transport.GRPC
 
     def attach(self, attachment: Attachment) -> bool:
-        """Whether the other end's proof is right: payload may come this way from now on."""
-        if attachment.transport is Transport.SHARED_MEMORY and self._shared is not None:
-            if self._shared.prove(attachment.proof):
-                self._proven = self._shared
-                return True
+        """Whether the other end's proof is right: payload may come this way from now on. One try for each."""
+        end = self._unproven.pop(attachment.transport, None)
+        if end is None:
+            return False
+        if self._proven is None and end.prove(attachment.proof):
+            self._proven = end
             self._forget_unproven()
+            return True
+        end.close()
         return False
 
     async def open(self, payload: Payload, checksum: int) -> memoryview:
         """See `Incoming`."""
-        if isinstance(payload, InlinePayload):
-            self._forget_unproven()  # the other end has chosen, and would have said so before
-            end: Incoming | None = self._inline
-        else:
-            end = self._shared if not isinstance(payload, DevicePayload) else None
+        self._forget_unproven()  # the other end has chosen, and would have said so before
+        end = self._inline if isinstance(payload, InlinePayload) else self._proven
         if end is None:
-            raise PayloadUnproven("the link has no such transport")
+            raise PayloadUnproven("the link has no such transport, or it was not proven")
         return await end.open(payload, checksum)
 
     def close(self) -> None:
         """See `Incoming`."""
-        for end in (self._shared, self._inline):
+        self._forget_unproven()
+        for end in (self._proven, self._inline):
             if end is not None:
                 end.close()
 
     def _forget_unproven(self) -> None:
-        if self._shared is not None and self._proven is not self._shared:
-            self._shared.close()
-            self._shared = None
+        while self._unproven:
+            self._unproven.popitem()[1].close()
 
 
 class SendingEnds:
@@ -136,7 +150,7 @@ class SendingEnds:
     def __init__(self, offer: Offer, allowed: frozenset[Transport]) -> None:
         self._offer = offer
         self._untried = [each for each in _CHEAPEST_FIRST if each in allowed and each in offer.transports]
-        self._trying: SharedOutgoing | None = None
+        self._trying: SharedOutgoing | NixlOutgoing | None = None
         self._end: Outgoing | None = None
         self._closed = False
 
@@ -151,10 +165,10 @@ class SendingEnds:
             transport = self._untried.pop(0)
             if transport is Transport.GRPC:
                 self._end = InlineOutgoing(self._offer.window_bytes)
-            elif transport is Transport.SHARED_MEMORY and self._offer.shared is not None:
-                self._trying = await asyncio.to_thread(_share, self._offer.shared)
-                if self._trying is not None and not self._closed:
-                    return Attachment(transport, self._trying.answer)
+                continue
+            self._trying = await asyncio.to_thread(_reach, transport, self._offer)
+            if self._trying is not None and not self._closed:
+                return Attachment(transport, self._trying.answer)
         if self._closed:
             self.close()  # while this looked
         return None
@@ -188,10 +202,12 @@ class SendingEnds:
                 end.close()
 
 
-def _share(offer: segments.SegmentOffer) -> SharedOutgoing | None:
+def _reach(transport: Transport, offer: Offer) -> SharedOutgoing | NixlOutgoing | None:
     try:
-        segment = segments.attach(offer)
-    except (OSError, ValueError) as error:
-        logger().warning("KV does not go through shared memory", reason=str(error))
+        if transport is Transport.NIXL:
+            return NixlOutgoing(offer.nixl) if offer.nixl else None
+        segment = segments.attach(offer.shared) if offer.shared is not None else None
+        return SharedOutgoing(segment) if segment is not None else None
+    except (OSError, ValueError, TransportFailed) as error:
+        logger().warning("a transport of KV that was offered is out of reach", transport=transport.value, reason=str(error))
         return None
-    return SharedOutgoing(segment) if segment is not None else None
