@@ -17,7 +17,20 @@ from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Chunk, Cut, Sender, State
 from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.port import LinkClosed, Outgoing
-from penstock.executor.handoff.words import Aborted, Ack, Answer, Ask, Push, Pushed, Refused, Release, Renew, Renewed, Reserved
+from penstock.executor.handoff.words import (
+    Abort,
+    Aborted,
+    Ack,
+    Answer,
+    Ask,
+    Push,
+    Pushed,
+    Refused,
+    Release,
+    Renew,
+    Renewed,
+    Reserved,
+)
 
 __all__ = ["Agreed", "Line"]
 
@@ -64,11 +77,12 @@ class Line:
         self._turning = False
         self._tasks: dict[Chunk, tuple[asyncio.Task[None], int]] = {}
         self._out: deque[Ask] = deque()
+        self._partings: dict[bytes, tuple[Abort, float]] = {}  # not answered yet, and until when they are said again
 
     @property
     def busy(self) -> bool:
-        """Whether handoffs live on it, or words of theirs wait."""
-        return bool(self._senders or self._out)
+        """Whether handoffs live on it, or the other side does not know yet that one has ended."""
+        return bool(self._senders or self._partings)
 
     @property
     def senders(self) -> list[Sender]:
@@ -77,9 +91,12 @@ class Line:
 
     def due(self, now: float) -> float | None:
         """When the earliest of their leases ends, answers are late, or renewals are to be sent."""
-        if self._agreed is None:  # there may be a stream at any time, on which the others count again
-            return min((min(s.lease_ends, now + s.ticket.lease_seconds / 3) for s in self.senders), default=None)
-        return min((sender.due for sender in self.senders), default=None)
+        times = [end for _, end in self._partings.values()]
+        if self._agreed is None:  # there may be a stream at any time, on which all of it counts again
+            times += [min(s.lease_ends, now + s.ticket.lease_seconds / 3) for s in self.senders]
+        else:
+            times += [s.due for s in self.senders]
+        return min(times, default=None)
 
     def join(self, sender: Sender) -> bool:
         """A new handoff; False where its ticket has been used on this executor."""
@@ -101,6 +118,8 @@ class Line:
         now = self._loop.time()
         self._asked_at = None
         self.stuck.clear()
+        for abort, _ in self._partings.values():
+            self._queue(abort)
         for sender in self.senders:
             sender.stream_up(cut, now)
 
@@ -132,6 +151,8 @@ class Line:
             for held in filter(None, map(self._senders.get, answer.handoff_ids)):
                 held.heard(now)
             return
+        if isinstance(answer, Aborted | Ack | Refused):
+            self._partings.pop(answer.handoff_id, None)
         sender = self._senders.get(answer.handoff_id)
         if sender is not None:
             sender.heard(now)
@@ -141,6 +162,7 @@ class Line:
 
     def renew(self, now: float) -> None:
         """Say of all that have said nothing for a third of their lease that they live; give a stream up that answers nothing."""
+        self._partings = {key: (abort, end) for key, (abort, end) in self._partings.items() if end > now}
         if self._agreed is None:
             return
         if self._asked_at is not None and any(self._asked_at + s.ticket.lease_seconds / 2 <= now for s in self.senders):
@@ -153,11 +175,12 @@ class Line:
 
     # What the senders ask for: `SenderPorts`
 
-    def ask(self, sender: Sender, message: Ask) -> None:  # noqa: ARG002 - whose it is
-        """Over the stream, if there is one."""
-        if self._agreed is None:
-            return
-        self._queue(message)
+    def ask(self, sender: Sender, message: Ask) -> None:
+        """Over the stream, if there is one; what ends a handoff, over the next one too."""
+        if isinstance(message, Abort):
+            self._partings[message.handoff_id] = (message, self._loop.time() + sender.ticket.lease_seconds)
+        if self._agreed is not None:
+            self._queue(message)
 
     def push(self, sender: Sender, chunk: Chunk, message: Push) -> None:  # noqa: ARG002 - whose it is
         """The chunk's room comes back with an answer from now on."""

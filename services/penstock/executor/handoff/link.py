@@ -54,9 +54,7 @@ class Links:
     def dial(self, line: Line) -> None:
         """Keep a stream for it, if none is kept already."""
         if line.executor_id not in self._tasks:
-            task = asyncio.get_running_loop().create_task(self._keep(line))
-            self._tasks[line.executor_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(line.executor_id, None))
+            self._tasks[line.executor_id] = asyncio.get_running_loop().create_task(self._run(line))
 
     async def close(self) -> None:
         """End all streams."""
@@ -64,6 +62,12 @@ class Links:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, line: Line) -> None:
+        try:
+            await self._keep(line)
+        finally:  # at once: between this and the line's last look at itself nobody can have dialled in vain
+            del self._tasks[line.executor_id]
 
     async def _keep(self, line: Line) -> None:
         pause = _FIRST_PAUSE
@@ -76,7 +80,7 @@ class Links:
                 continue
             failure, why, heard = await self._stream(line, peer)
             if failure is None:
-                return
+                continue
             logger().warning("handoff stream lost", executor_id=line.executor_id, address=peer.address, why=why)
             pause = _FIRST_PAUSE if heard else min(2 * pause, _LONGEST_PAUSE)
             await asyncio.sleep(pause)

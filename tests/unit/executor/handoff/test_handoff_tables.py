@@ -1,0 +1,251 @@
+"""Every state and event of both sides of a handoff, and what an event makes of a state."""
+
+import pytest
+from handoff_net import GEOMETRY
+
+from penstock.executor.handoff import receiver as receiving
+from penstock.executor.handoff import sender as sending
+from penstock.executor.handoff.receiver import Receiver
+from penstock.executor.handoff.sender import Cut, Sender
+from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
+from penstock.executor.handoff.transports.port import InlinePayload, Parcel
+from penstock.executor.handoff.words import Ack, Commit, Push, Pushed, Refusal, Refused, Reserved
+
+ID = b"0123456789abcdef"
+TICKET = Ticket(ID, "decode", "prefill", 0, 8, 3.0)
+CUT = Cut(native=False, block_size=4, most_tokens=4, dtype="float32")
+
+
+class Ports:
+    """Notes what is asked for: names, in order."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        return lambda *facts, **named: self.asked.append((name, *facts[1:]))
+
+    def names(self):
+        return [name for name, *_ in self.asked]
+
+
+def push(first, end, epoch=1):
+    data = bytes(GEOMETRY.size(end - first, native=False))
+    return Push(ID, epoch, range(first, end), False, "float32", Parcel(InlinePayload(data), 0))
+
+
+# The side that decodes
+
+
+def receiver_in(state):
+    """A receiver on the shortest way to a state; its last chunk."""
+    ports = Ports()
+    receiver = Receiver(TICKET, object(), GEOMETRY, ports, 0.0)
+    chunk = None
+    if state is receiving.State.ENDED:
+        receiver.sequence_ended()
+    elif state is not receiving.State.RESERVED:
+        receiver.reserve("stream")
+        receiver.push(push(0, 4), "stream", 0.0, native_agreed=False)
+        chunk = ports.asked[-1][1]
+        if state is not receiving.State.RECEIVING:
+            take(receiver, chunk)
+            receiver.push(push(4, 8), "stream", 0.0, native_agreed=False)
+            chunk = ports.asked[-1][1]
+            receiver.commit(Commit(ID, 1, 8, 5), 0.0)
+            if state is receiving.State.DONE:
+                take(receiver, chunk)
+    assert receiver.state is state
+    ports.asked.clear()
+    return receiver, chunk, ports
+
+
+def take(receiver, chunk):
+    receiver.checked(chunk, memoryview(chunk.push.parcel.payload.data))
+    receiver.imported(chunk, Transport.GRPC, 0.0)
+
+
+R = receiving.Event
+RECEIVER_EVENTS = {
+    R.RESERVE: lambda r, _: r.reserve("stream"),
+    R.PUSH: lambda r, _: r.push(push(4, 8), "stream", 0.0, native_agreed=False),
+    R.CHECKED: lambda r, c: r.checked(c, memoryview(bytes(64))),
+    R.UNREADABLE: lambda r, c: r.unreadable(c, (Refusal.WRONG_CHECKSUM, "")),
+    R.IMPORTED: lambda r, c: take(r, c) if c else r.imported(c, Transport.GRPC, 0.0),
+    R.IMPORT_FAILED: lambda r, c: r.import_failed(c, "no such block"),
+    R.COMMIT: lambda r, _: r.commit(Commit(ID, 1, 8, 5), 0.0),
+    R.RENEW: lambda r, _: r.renew(),
+    R.ABORT: lambda r, _: r.abort(),
+    R.RELEASE: lambda r, _: r.release(),
+    R.STREAM_LOST: lambda r, _: r.stream_lost(),
+    R.LEASE_EXPIRED: lambda r, _: r.lease_expired(),
+    R.SEQUENCE_ENDED: lambda r, _: r.sequence_ended(),
+}
+# What becomes of RESERVED, RECEIVING, COMMITTING, DONE and ENDED, each by its first letters; and what is asked for.
+RECEIVER_STATES = {
+    R.RESERVE: "REC REC REC DON END",  # a chunk that is not checked when a new epoch begins is wanted again
+    R.PUSH: "RES REC COM DON END",
+    R.CHECKED: "RES REC COM DON END",
+    R.UNREADABLE: "RES REC REC DON END",
+    R.IMPORTED: "RES REC DON DON END",
+    R.IMPORT_FAILED: "RES END END DON END",
+    R.COMMIT: "RES REC COM DON END",
+    R.RENEW: "RES REC COM DON END",
+    R.ABORT: "END END END DON END",
+    R.RELEASE: "RES REC COM DON END",
+    R.STREAM_LOST: "RES REC REC DON END",
+    R.LEASE_EXPIRED: "END END COM DON END",
+    R.SEQUENCE_ENDED: "END END END DON END",
+}
+
+
+@pytest.mark.parametrize("event", receiving.Event)
+@pytest.mark.parametrize("state", receiving.State)
+def test_each_event_moves_a_receiver_as_decided(state, event):
+    receiver, chunk, ports = receiver_in(state)
+    RECEIVER_EVENTS[event](receiver, chunk)
+    after = RECEIVER_STATES[event].split()[list(receiving.State).index(state)]
+    assert receiver.state.name.startswith(after)
+    told = ports.names()
+    ended = receiver.state is receiving.State.ENDED and state is not receiving.State.ENDED
+    assert ("closed" in told) == (ended or (receiver.state is receiving.State.DONE and state is not receiving.State.DONE))
+    assert ("fail" in told) == (ended and event is not R.SEQUENCE_ENDED)
+    assert ("begin_decode" in told) == (receiver.state is receiving.State.DONE and state is not receiving.State.DONE)
+
+
+def test_both_tables_have_every_pair():
+    for table, states, events in (
+        (receiving.TABLE, receiving.State, receiving.Event),
+        (sending.TABLE, sending.State, sending.Event),
+    ):
+        assert table.keys() == {(state, event) for state in states for event in events}
+    assert all(len(row) == len(receiving.State) for row in Receiver.ROWS.values())
+    assert all(len(row) == len(sending.State) for row in Sender.ROWS.values())
+
+
+def test_an_aborted_receiver_answers_only_when_nothing_reads_the_payload_any_more():
+    receiver, chunk, ports = receiver_in(receiving.State.RECEIVING)
+    receiver.checked(chunk, memoryview(bytes(64)))
+    receiver.abort()
+    assert "answer" not in ports.names()
+    receiver.imported(chunk, Transport.GRPC, 0.0)
+    assert type(ports.asked[-1][1]).__name__ == "Aborted"
+
+
+# The side that prefills
+
+
+def sender_in(state):
+    ports = Ports()
+    sender = Sender(TICKET, object(), ports, 0.0)
+    chunk = None
+    if state is sending.State.FAILED:
+        sender.sequence_ended()
+    elif state is not sending.State.OPENING:
+        sender.stream_up(CUT, 0.0)
+        sender.reserved(Reserved(ID, 1, 0, 3.0), 0.0)
+        sender.computed(4)
+        chunk = export(sender, ports)
+        if state is not sending.State.PUSHING:
+            sender.exported(chunk, 0.0)
+            sender.drawn(5, 0.0)
+            chunk = export(sender, ports)
+            sender.exported(chunk, 0.0)
+            if state is sending.State.DONE:
+                sender.ack(Ack(ID, 1))
+    assert sender.state is state
+    ports.asked.clear()
+    return sender, chunk, ports
+
+
+def export(sender, ports):
+    sender.room()
+    chunk = next(facts[0] for name, *facts in reversed(ports.asked) if name == "export")
+    chunk.parcel = Parcel(InlinePayload(b""), 0)
+    return chunk
+
+
+S = sending.Event
+SENDER_EVENTS = {
+    S.COMPUTED: lambda s, _: s.computed(8),
+    S.DRAWN: lambda s, _: s.drawn(5, 1.0),
+    S.ROOM: lambda s, _: s.room(),
+    S.EXPORTED: lambda s, c: s.exported(c, 1.0),
+    S.EXPORT_FAILED: lambda s, c: s.export_failed(c, HandoffFailure.BACKEND, ""),
+    S.STREAM_UP: lambda s, _: s.stream_up(CUT, 1.0),
+    S.STREAM_LOST: lambda s, _: s.stream_lost(),
+    S.RESERVED: lambda s, _: s.reserved(Reserved(ID, 2, 0, 3.0), 1.0),
+    S.PUSHED: lambda s, _: s.pushed(Pushed(ID, 1, 0), 1.0),
+    S.ACK: lambda s, _: s.ack(Ack(ID, 1)),
+    S.REFUSED: lambda s, _: s.refused(Refused(ID, 1, Refusal.UNKNOWN, ""), 1.0),
+    S.ABORTED: lambda s, _: s.aborted(),
+    S.OVERDUE: lambda s, _: s.overdue(1.0),
+    S.LEASE_EXPIRED: lambda s, _: s.lease_expired(HandoffFailure.LEASE_EXPIRED, ""),
+    S.UNREACHABLE: lambda s, _: s.unreachable(HandoffFailure.INCOMPATIBLE, ""),
+    S.SEQUENCE_ENDED: lambda s, _: s.sequence_ended(),
+}
+# What becomes of OPENING, PUSHING, COMMITTING, DONE and FAILED.
+SENDER_STATES = {
+    S.COMPUTED: "OPE PUS COM DON FAI",
+    S.DRAWN: "OPE PUS COM DON FAI",
+    S.ROOM: "OPE PUS COM DON FAI",
+    S.EXPORTED: "OPE PUS COM DON FAI",
+    S.EXPORT_FAILED: "OPE FAI COM DON FAI",
+    S.STREAM_UP: "OPE OPE OPE DON FAI",
+    S.STREAM_LOST: "OPE OPE OPE DON FAI",
+    S.RESERVED: "OPE PUS PUS DON FAI",  # while OPENING there is no stream here: an answer of an older one
+    S.PUSHED: "OPE PUS COM DON FAI",
+    S.ACK: "OPE PUS DON DON FAI",  # nothing was committed before
+    S.REFUSED: "FAI FAI FAI DON FAI",
+    S.ABORTED: "FAI FAI FAI DON FAI",
+    S.OVERDUE: "OPE OPE OPE DON FAI",
+    S.LEASE_EXPIRED: "FAI FAI FAI DON FAI",
+    S.UNREACHABLE: "FAI FAI FAI DON FAI",
+    S.SEQUENCE_ENDED: "FAI FAI FAI DON FAI",
+}
+
+
+@pytest.mark.parametrize("event", sending.Event)
+@pytest.mark.parametrize("state", sending.State)
+def test_each_event_moves_a_sender_as_decided(state, event):
+    sender, chunk, ports = sender_in(state)
+    SENDER_EVENTS[event](sender, chunk)
+    after = SENDER_STATES[event].split()[list(sending.State).index(state)]
+    assert sender.state.name.startswith(after)
+    told = ports.names()
+    failed = sender.state is sending.State.FAILED and state is not sending.State.FAILED
+    done = sender.state is sending.State.DONE and state is not sending.State.DONE
+    assert ("fail" in told) == (failed and event is not S.SEQUENCE_ENDED)
+    assert ("handed_off" in told) == done
+    assert ("closed" in told) == (failed or done)
+
+
+def test_a_commit_that_was_lost_is_said_again_in_a_new_epoch_and_not_for_ever():
+    sender, _, ports = sender_in(sending.State.COMMITTING)
+    for epoch in range(2, 8):
+        assert sender.answer_due is not None
+        sender.overdue(float(epoch))
+        sender.reserved(Reserved(ID, epoch, 8, 3.0), float(epoch))
+        assert sender.state is sending.State.COMMITTING
+        assert ports.asked[-1] == ("ask", Commit(ID, epoch, 8, 5))
+        if epoch == 2:
+            continue  # all of it has come: that is headway, once
+    sender.overdue(8.0)
+    sender.reserved(Reserved(ID, 8, 8, 3.0), 8.0)
+    sender.overdue(9.0)
+    assert sender.state is sending.State.FAILED
+
+
+def test_chunks_go_in_order_whichever_was_copied_first():
+    ports = Ports()
+    sender = Sender(TICKET, object(), ports, 0.0)
+    sender.stream_up(CUT, 0.0)
+    sender.reserved(Reserved(ID, 1, 0, 3.0), 0.0)
+    sender.computed(8)
+    first, second = export(sender, ports), export(sender, ports)
+    parcel, first.parcel = first.parcel, None
+    sender.exported(second, 0.0)
+    assert "push" not in ports.names()
+    first.parcel = parcel
+    sender.exported(first, 0.0)
+    assert [facts[1].tokens for name, *facts in ports.asked if name == "push"] == [range(4), range(4, 8)]
