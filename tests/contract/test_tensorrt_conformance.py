@@ -7,10 +7,11 @@ import torch
 from tensorrt_stand_in import HostDevice
 
 from penstock.backends.checkpoint import read_model
-from penstock.backends.conformance import CHECKS, NotApplicable, subjects
+from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import Available, DeviceConfig, DType, Registration
+from penstock.backends.registry import backends
 from penstock.backends.tensorrt import REGISTRATION
 from penstock.backends.tensorrt.model import TensorRtModel
 
@@ -49,9 +50,19 @@ def test_it_conforms(family, check, subject_of):
     conform(subject_of(family, DType.F32), check)
 
 
-@pytest.mark.parametrize("check", ["prompt_agrees_with_the_formulas", "mixed_batch_agrees_with_each_alone", "imported_kv_is_used"])
+@pytest.mark.parametrize(
+    "check",
+    ["prompt_agrees_with_the_formulas", "mixed_batch_agrees_with_each_alone", "imported_kv_is_used", "native_blocks_are_used"],
+)
 def test_it_conforms_in_bfloat16(check, subject_of):
     conform(subject_of("qwen3", DType.BF16), check)
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_torch_takes_its_blocks_as_they_lie(dtype, subject_of, tmp_path):
+    (torchs,) = subjects(backends()["torch"], tmp_path, families=("qwen3",), dtype=dtype)
+    PAIR_CHECKS["blocks_serve_the_other"](Pair(subject_of("qwen3", dtype), torchs))
+    PAIR_CHECKS["blocks_serve_the_other"](Pair(torchs, subject_of("qwen3", dtype)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 import openvino as ov
 from penstock.backends.contract import KvChunk, KvSpec
 from penstock.backends.kv_blocks import check_chunk, check_transfer
-from penstock.backends.kv_copies import native_layout, read_blocks, read_tokens, write_blocks, write_tokens
-from penstock.backends.openvino.kv_rounding import FORM, HEADER, round_rows, unrounded
+from penstock.backends.kv_copies import native_layout, pieces, read_blocks, read_tokens, write_blocks, write_tokens
+from penstock.backends.openvino.kv_rounding import FORM, HEADER, round_to, unround
 from penstock.backends.openvino.weights import shared_tensor
 from penstock.common.service import StartError
 
@@ -25,6 +25,8 @@ __all__ = ["BLOCK_SIZE", "LAYOUT", "PagedCache"]
 
 BLOCK_SIZE = 32  # the plug-in's own; it has no other
 LAYOUT = "block.head.slot.dim"
+
+_PART = 1 << 18  # values
 
 _TYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -81,8 +83,8 @@ class PagedCache:
             ValueError: they are not consecutive positions within the blocks, or a block is none of the cache's.
         """
         check_transfer(self.kv, blocks, tokens)
-        data = read_tokens(self._tokens, blocks, tokens)
-        return KvChunk(tokens, (unrounded(data) if self._rounded else data).reshape(self.kv.canonical_shape(len(tokens))))
+        data = self._unrounded(blocks, tokens) if self._rounded else read_tokens(self._tokens, blocks, tokens)
+        return KvChunk(tokens, data.reshape(self.kv.canonical_shape(len(tokens))))
 
     def write(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Copy a chunk in, converted to this cache's type.
@@ -94,8 +96,11 @@ class PagedCache:
         check_transfer(self.kv, blocks, chunk.tokens)
         check_chunk(self.kv, chunk)
         planes = chunk.data.reshape(len(self._raw), *chunk.data.shape[2:])
-        rows = round_rows(planes) if self._rounded else planes.astype(self._tokens.dtype, copy=False)
-        write_tokens(self._tokens, blocks, chunk.tokens, rows)
+        if self._rounded:
+            for part, block, slots, which in self._parts(blocks, chunk.tokens):
+                round_to(self._tokens[part, block, slots], planes[part, which])
+        else:
+            write_tokens(self._tokens, blocks, chunk.tokens, planes.astype(self._tokens.dtype, copy=False))
 
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
         """Copy whole blocks out as they lie: [block, bytes].
@@ -112,6 +117,21 @@ class PagedCache:
             ValueError: a block is none of the cache's, or the bytes are not so many.
         """
         write_blocks(self._raw, self.kv, blocks, data)
+
+    def _unrounded(self, blocks: Sequence[int], tokens: range) -> NDArray[np.float32]:
+        planes, _, _, heads, width = self._tokens.shape
+        data = np.empty((planes, len(tokens), heads, width - HEADER), np.float32)
+        for part, block, slots, which in self._parts(blocks, tokens):
+            unround(self._tokens[part, block, slots], data[part, which])
+        return data
+
+    def _parts(self, blocks: Sequence[int], tokens: range) -> Iterator[tuple[slice, int, slice, slice]]:
+        """As `pieces`, of few planes at once: a conversion goes over them several times, in the processor's caches."""
+        planes, _, size, heads, width = self._tokens.shape
+        some = max(1, _PART // (size * heads * width))
+        for piece in pieces(blocks, tokens, size):
+            for start in range(0, planes, some):
+                yield slice(start, start + some), *piece
 
 
 def _describe(blocks: int, layers: int, shape: Sequence[int], dtype: str) -> KvSpec:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FORM", "HEADER", "round_rows", "unrounded"]
+__all__ = ["FORM", "HEADER", "round_to", "unround"]
 
 HEADER = 8
 """Bytes before a row's values."""
@@ -23,25 +23,23 @@ _STEPS = 255
 _TINY = np.finfo(np.float32).tiny
 
 
-def unrounded(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Rows [..., HEADER + dim] as float32 [..., dim]."""
-    scale, offset = _header(rows)
-    return (rows[..., HEADER:].astype(np.float32) - offset) * scale
+def unround(rows: NDArray[np.uint8], exact: NDArray[np.float32]) -> None:
+    """Write what rows [..., HEADER + dim] stand for into [..., dim]."""
+    header = np.ascontiguousarray(rows[..., :HEADER]).view(np.float32)
+    exact[...] = rows[..., HEADER:]
+    exact -= header[..., 1:]
+    exact *= header[..., :1]
 
 
-def round_rows(exact: NDArray[Any]) -> NDArray[np.uint8]:
-    """Elements [..., dim] as rows [..., HEADER + dim], each over its own range."""
-    exact = exact.astype(np.float32)
+def round_to(rows: NDArray[np.uint8], exact: NDArray[Any]) -> None:
+    """Write elements [..., dim] as rows [..., HEADER + dim], each over its own range."""
+    exact = exact.astype(np.float32, copy=False)
     low, high = exact.min(-1, keepdims=True), exact.max(-1, keepdims=True)
     scale = (high / _STEPS) - (low / _STEPS)
     scale[scale < _TINY] = 1
     offset = -low / scale
-    rows = np.empty((*exact.shape[:-1], HEADER + exact.shape[-1]), np.uint8)
     rows[..., :HEADER] = np.concatenate([scale, offset], -1).view(np.uint8)
-    rows[..., HEADER:] = np.clip(np.rint(exact / scale + offset), 0, _STEPS)
-    return rows
-
-
-def _header(rows: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    both = np.ascontiguousarray(rows[..., :HEADER]).view(np.float32)
-    return both[..., :1], both[..., 1:]
+    values = exact / scale
+    values += offset
+    np.rint(values, out=values)
+    rows[..., HEADER:] = np.clip(values, 0, _STEPS, out=values)
