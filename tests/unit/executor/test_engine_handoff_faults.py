@@ -147,7 +147,7 @@ events = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(work=events, blocks=st.tuples(st.integers(9, 16), st.integers(9, 16)), batch=st.integers(1, 6), native=st.booleans())
 def test_every_order_of_events_ends_each_sequence_once_and_gives_all_blocks_back(work, blocks, batch, native):
     limits = {"max_batch_size": batch, "max_batch_tokens": 40, "prefill_chunk": 16}

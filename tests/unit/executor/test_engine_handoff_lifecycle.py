@@ -38,7 +38,7 @@ def halves(joined):
 def ask(bench, handle, done):
     """For KV out of or into a sequence."""
     if isinstance(handle.request.handoff, Receive):
-        bench.engine.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 1), np.float32), native=False, done=done)
+        bench.engine.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 4), np.float32), native=False, done=done)
     else:
         bench.engine.export_kv(handle, range(5), native=False, done=done)
 
@@ -227,7 +227,7 @@ def test_a_model_that_is_lost_while_kv_is_copied_ends_the_engine(parked, half):
 
     bench.model.import_kv = bench.model.export_kv = lost
     bench.engine.export_kv(handle, range(5), native=False, done=answers.append)
-    bench.engine.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 1), np.float32), native=False, done=answers.append)
+    bench.engine.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 4), np.float32), native=False, done=answers.append)
     with pytest.raises(EngineDead, match="device is gone"):
         bench.engine.step()
     assert isinstance(answers[-1], ModelLost)

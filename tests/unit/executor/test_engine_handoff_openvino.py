@@ -55,9 +55,10 @@ def check_same(told, expected):
             assert np.allclose([a.logprob, *a.top_logprobs], [b.logprob, *b.top_logprobs], atol=1e-4)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 12])
-def test_prompts_of_every_length_go_on_as_in_one_engine(benches, count):
-    whole, joined = benches(1), JoinedBenches(benches(0), benches(1))
+def test_prompts_of_every_length_go_on_as_in_one_engine(benches, count, native):
+    whole, joined = benches(1), JoinedBenches(benches(0), benches(1), native=native)
     for i, length in enumerate(LENGTHS):
         whole.submit(i, prompt_of(length, i), count, logprobs=2)
     told, logprobs = whole.run(), whole.logprobs
@@ -68,8 +69,10 @@ def test_prompts_of_every_length_go_on_as_in_one_engine(benches, count):
     assert (joined.arrived.keys() == set(range(len(LENGTHS)))) is (count > 1)
     if count > 1:
         assert joined.arrived[5].pushes > 1
-        of_each = joined.decode.model.kv.canonical_bytes(1, "float32")
-        assert [joined.arrived[i].kv_bytes for i in range(len(LENGTHS))] == [n * of_each for n in LENGTHS]
+        kv = joined.decode.model.kv
+        size = kv.bytes_per_block // kv.block_size  # of a token; whole blocks where they go as they are
+        tokens = [-(-n // kv.block_size) * kv.block_size if native else n for n in LENGTHS]
+        assert [joined.arrived[i].kv_bytes for i in range(len(LENGTHS))] == [n * size for n in tokens]
 
 
 @pytest.mark.parametrize(
