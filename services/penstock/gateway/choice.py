@@ -28,6 +28,7 @@ class Apart:
         sent: whether it was started.
         sequence_id: while it runs.
         arrived: whether its KV is with the other half.
+        aborted: whether the other half is over, because this one has ended the handoff.
         tokens: what the other half told early, from position `first` + 1 on.
         reports: their log-probabilities, by position.
         end: how the other half ended early.
@@ -39,6 +40,7 @@ class Apart:
     sent: bool = False
     sequence_id: int | None = None
     arrived: bool = False
+    aborted: bool = False
     tokens: list[int] = field(default_factory=list)
     reports: dict[int, TokenReport] = field(default_factory=dict)
     end: tuple[SequenceEnd, int] | None = None
@@ -118,6 +120,8 @@ class Choice:
         apart = self.apart
         if apart is None:
             return Stage.TOGETHER
+        if apart.aborted:
+            return Stage.ABORTED
         if apart.arrived or apart.tokens or len(self.ids) > apart.first + 1:
             return Stage.ARRIVED
         return Stage.SENDING if apart.sent else Stage.RESERVING

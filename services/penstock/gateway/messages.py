@@ -104,7 +104,7 @@ def handoff_failure(told: executor_pb2.FinishedSequence) -> HandoffFailure | Non
     """Why KV was not handed over; None where a sequence ended by something else."""
     if told.reason != executor_pb2.SEQUENCE_FINISH_HANDOFF_FAILED:
         return None
-    return _FAILURES.get(told.handoff_failure, HandoffFailure.ABORTED)
+    return _FAILURES.get(told.handoff_failure, HandoffFailure.REFUSED)
 
 
 def why(told: executor_pb2.FinishedSequence) -> str:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock.gateway.states import Event, Stage, State
 from penstock.gateway.transitions.ending import break_off, expire, fail
-from penstock.gateway.transitions.handoff import arrive, drop_prefill, end_prefill, end_sequence, hand_off, recompute, send
+from penstock.gateway.transitions.handoff import (
+    arrive,
+    drop_prefill,
+    end_prefill,
+    end_sequence,
+    fail_handoff,
+    hand_off,
+    recompute,
+    send,
+)
 from penstock.gateway.transitions.placing import announce, decode, give_up, lose, place_again, start
 from penstock.gateway.transitions.telling import on_text, reopen
 
@@ -60,13 +69,13 @@ _ROWS: Final[Mapping[Event, tuple[_Transition, ...]]] = {
 }
 
 _STAGE_ROWS: Final[Mapping[Event, tuple[_Transition, ...]]] = {
-    # columns: TOGETHER, RESERVING, SENDING, ARRIVED
-    Event.RESERVED: (_ignore, send, _ignore, _ignore),
-    Event.ARRIVED: (_ignore, _ignore, arrive, arrive),
-    Event.HANDED_OFF: (_ignore, _ignore, hand_off, hand_off),
-    Event.HANDOFF_FAILED: (lose, recompute, recompute, recompute),
-    Event.PREFILL_ENDED: (_ignore, _ignore, end_prefill, end_prefill),
-    Event.PREFILL_LOST: (_ignore, _ignore, recompute, drop_prefill),
+    # columns: TOGETHER, RESERVING, SENDING, ARRIVED, ABORTED
+    Event.RESERVED: (_ignore, send, _ignore, _ignore, _ignore),
+    Event.ARRIVED: (_ignore, _ignore, arrive, arrive, _ignore),
+    Event.HANDED_OFF: (_ignore, _ignore, hand_off, hand_off, hand_off),
+    Event.HANDOFF_FAILED: (lose, recompute, fail_handoff, recompute, _ignore),
+    Event.PREFILL_ENDED: (_ignore, _ignore, end_prefill, end_prefill, end_prefill),
+    Event.PREFILL_LOST: (_ignore, _ignore, recompute, drop_prefill, recompute),
 }
 
 TABLE: Final[Mapping[tuple[State, Event], _Transition]] = {

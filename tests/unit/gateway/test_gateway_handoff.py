@@ -20,6 +20,10 @@ def bring(case, stage):
     case.request.granted(TOGETHER if stage is Stage.TOGETHER else APART)
     if stage in {Stage.SENDING, Stage.ARRIVED}:
         case.request.reserved_blocks(choice, choice.sequence_id, b"ticket")
+    if stage is Stage.ABORTED:
+        case.request.reserved_blocks(choice, choice.sequence_id, b"ticket")
+        case.ports.sequences.pop(choice.sequence_id)
+        case.request.handoff_failed(choice, choice.sequence_id, HandoffFailure.ABORTED, "ended")
     if stage is Stage.ARRIVED:
         case.request.token(choice, 5, 0)
         case.request.kv_arrived(choice, choice.sequence_id, ARRIVAL)
@@ -42,13 +46,14 @@ def send(case, choice, event):
 
 SAME, AGAIN, ANEW = "same", "placed again", "started anew"
 OUTCOMES = {
-    # event: what becomes of the choice at TOGETHER, RESERVING, SENDING (nothing heard yet), ARRIVED (the first token was heard)
-    Event.RESERVED: (SAME, Stage.SENDING, SAME, SAME),
-    Event.ARRIVED: (SAME, SAME, Stage.ARRIVED, SAME),
-    Event.HANDED_OFF: (SAME, SAME, ANEW, SAME),
-    Event.HANDOFF_FAILED: (AGAIN, ANEW, ANEW, ANEW),
-    Event.PREFILL_ENDED: (SAME, SAME, ANEW, "ended"),
-    Event.PREFILL_LOST: (SAME, SAME, ANEW, SAME),
+    # event: what becomes of the choice at TOGETHER, RESERVING, SENDING (nothing heard yet), ARRIVED (the first token was heard),
+    # ABORTED (nothing heard)
+    Event.RESERVED: (SAME, Stage.SENDING, SAME, SAME, SAME),
+    Event.ARRIVED: (SAME, SAME, Stage.ARRIVED, SAME, SAME),
+    Event.HANDED_OFF: (SAME, SAME, ANEW, SAME, ANEW),
+    Event.HANDOFF_FAILED: (AGAIN, ANEW, ANEW, ANEW, SAME),
+    Event.PREFILL_ENDED: (SAME, SAME, ANEW, "ended", ANEW),
+    Event.PREFILL_LOST: (SAME, SAME, ANEW, SAME, ANEW),
 }
 
 
@@ -178,14 +183,18 @@ def test_a_prefill_half_that_is_lost_is_computed_where_the_choice_decodes(loss):
     assert request.state is State.DECODING, "the half that was given up is heard no more"
 
 
+@pytest.mark.parametrize("prefills", [True, False])
 @pytest.mark.parametrize("failure", HandoffFailure)
-def test_why_a_handoff_failed_is_counted_by_its_name(failure):
-    for prefills in (True, False):
-        case = build()
-        choice = bring(case, Stage.SENDING)
-        case.request.handoff_failed(choice, choice.apart.sequence_id if prefills else choice.sequence_id, failure, "no")
-        assert case.request.record.fallbacks[-1][1].value == failure.value
-        assert case.request.record.prefill_executor_id == "d0"
+def test_why_a_handoff_failed_is_counted_by_its_name(failure, prefills):
+    case = build()
+    choice = bring(case, Stage.SENDING)
+    decoding, prefilling = choice.sequence_id, choice.apart.sequence_id
+    case.request.handoff_failed(choice, prefilling if prefills else decoding, failure, "no")
+    if failure is HandoffFailure.ABORTED and not prefills:
+        assert not case.request.record.fallbacks, "it was ended by the other half, which will say why"
+        case.request.handoff_failed(choice, prefilling, failure, "no")
+    assert [reason.value for _, reason, _ in case.request.record.fallbacks] == [failure.value]
+    assert case.request.record.prefill_executor_id == "d0"
 
 
 @pytest.mark.parametrize("loss", Loss)
@@ -235,15 +244,21 @@ def test_a_first_token_that_is_the_last_ends_the_choice_and_stops_the_half_that_
     assert case.told.closing.handoff is None
 
 
-def test_a_handoff_that_is_aborted_behind_the_last_token_is_no_trouble():
-    """The decode executor hears of the end from the other one, and may tell of it first."""
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_handoff_that_is_aborted_for_the_last_token_is_no_trouble(heard):
+    """The executor that decodes hears of the end from the other one, and may tell of it first."""
     case = build()
     choice = bring(case, Stage.SENDING)
-    case.request.token(choice, case.eos, 0)
-    case.request.handoff_failed(choice, choice.sequence_id, HandoffFailure.ABORTED, "ended")
+    decoding, prefilling = choice.sequence_id, choice.apart.sequence_id
+    if heard:
+        case.request.token(choice, case.eos, 0)
+    case.request.handoff_failed(choice, decoding, HandoffFailure.ABORTED, "ended")
+    if not heard:
+        case.request.token(choice, case.eos, 0)
+        case.request.sequence_ended(choice, prefilling, SequenceEnd.STOP, 0)
     assert choice.ended is SequenceEnd.STOP
     assert not case.request.record.fallbacks
-    assert not case.ports.sequences
+    assert not case.ports.placed
 
 
 def test_only_the_first_choice_runs_apart():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from penstock.gateway.answer import Fallback, FallbackReason
 from penstock.gateway.ports import Arrival, SequenceEnd
+from penstock.gateway.states import Stage
 from penstock.gateway.transitions.ending import end_choice, expire, rest, stop, stop_prefill
 from penstock.gateway.transitions.placing import replace, start_together
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from penstock.gateway.choice import Choice
     from penstock.gateway.machine import Request
 
-__all__ = ["arrive", "drop_prefill", "end_prefill", "end_sequence", "hand_off", "recompute", "send"]
+__all__ = ["arrive", "drop_prefill", "end_prefill", "end_sequence", "fail_handoff", "hand_off", "recompute", "send"]
 
 _UNTOLD = "the half that prefills ended without a token"
 
@@ -49,11 +50,21 @@ def hand_off(request: Request, choice: Choice, preemptions: int) -> None:
 
 
 def drop_prefill(request: Request, choice: Choice, reason: FallbackReason, why: str) -> None:
-    """The half that prefills is not needed any more, unless nobody has told the token that it drew."""
-    if choice.first_is_due:
+    """The half that prefills is not needed any more, unless nobody has told the token that it drew, or nobody decodes behind it."""
+    if choice.first_is_due or choice.stage is Stage.ABORTED:
         recompute(request, choice, reason, why)
         return
     stop_prefill(request, choice)
+
+
+def fail_handoff(request: Request, choice: Choice, reason: FallbackReason, why: str) -> None:
+    """The half that decodes gets no KV. Where the other one has ended it, that may be for the best of reasons: it tells first."""
+    apart, complete = choice.apart, choice.complete_at(request.plan.max_tokens) is not None
+    if apart is None or apart.sequence_id is None or complete or reason is not FallbackReason.ABORTED:
+        recompute(request, choice, reason, why)
+        return
+    apart.aborted = True
+    choice.sequence_id = None
 
 
 def recompute(request: Request, choice: Choice, reason: FallbackReason, why: str) -> None:  # noqa: ARG001 - the adapter logs why
