@@ -52,8 +52,10 @@ from penstock.executor.sequence import Finish, Finished, Frame, Sequence, Sequen
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
 _JOIN_SECONDS = 10.0
-# Copies of KV between two steps: while sequences run, a share of what the last step took and at least so long; else longer.
+# Copies of KV between two steps: while others compute, a share of what the last step took and at least so long; else longer.
 _MOVE_SHARE, _LEAST_MOVE_SECONDS, _MOVE_SECONDS = 0.1, 0.005, 0.1
+# Within that, how long the next copy is waited for before the next step begins.
+_PATIENCE = 0.02
 # A wait for a deadline is cut into such pieces: a thread can not wait for as long as a deadline may be away.
 _LONGEST_WAIT = 3600.0
 
@@ -284,11 +286,29 @@ class Engine:
             self._commands.popleft()  # not before it is done: `idle` is read by other threads
 
     def _move_kv(self) -> None:
-        seconds = max(_LEAST_MOVE_SECONDS, _MOVE_SHARE * self._step_seconds) if self.scheduler.running else _MOVE_SECONDS
+        """Copy KV in and out.
+
+        A sequence that is computed and has only to leave is answered at once: what is asked for when its last copy has gone would
+        else wait for a whole step of others.
+        """
+        began, share = time.monotonic(), _MOVE_SHARE * self._step_seconds
+        computing = self.scheduler.running or self.scheduler.waiting
+        self._make_moves(began + (max(_LEAST_MOVE_SECONDS, share) if computing else _MOVE_SECONDS))
+        while computing and self.scheduler.sending and self._is_asked(began + share):
+            self._obey()
+            self._make_moves(began + share)
+
+    def _make_moves(self, until: float) -> None:
         try:
-            self._moves.make(seconds, lambda: self.meter.begin(time.monotonic() + self._config.stall_seconds))
+            self._moves.make(until, lambda: self.meter.begin(time.monotonic() + self._config.stall_seconds))
         except ModelLost as error:
             raise EngineDead(str(error)) from error
+
+    def _is_asked(self, until: float) -> bool:
+        """Wait a little for another command."""
+        left = until - time.monotonic()
+        with self._wake:
+            return left > 0 and self._wake.wait_for(lambda: bool(self._commands), min(left, _PATIENCE))
 
     def _expire(self) -> None:
         for sequence in self.scheduler.expired(time.monotonic()):

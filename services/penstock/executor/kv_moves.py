@@ -52,13 +52,12 @@ class KvMoves:
         bring = self._import_native if native else self._import
         self._waiting.append(_Move(sequence, partial(bring, sequence, tokens, data), done))
 
-    def make(self, seconds: float, before_each: Callable[[], None]) -> None:
-        """Make one copy, and more while they have taken less than this.
+    def make(self, until: float, before_each: Callable[[], None]) -> None:
+        """Make one copy, and more until this time.
 
         Raises:
             ModelLost: there is no more model.
         """
-        until = time.monotonic() + seconds
         while self._waiting:
             before_each()
             self._make(self._waiting.popleft())

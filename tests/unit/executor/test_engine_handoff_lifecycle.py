@@ -233,11 +233,8 @@ def test_a_model_that_is_lost_while_kv_is_copied_ends_the_engine(parked, half):
     assert isinstance(answers[-1], ModelLost)
 
 
-@pytest.mark.parametrize(("step_seconds", "copies"), [(0.1, 1), (39.0, 4)])
-def test_copies_of_kv_take_a_small_share_of_the_time_while_others_decode(parked, monkeypatch, step_seconds, copies):
-    bench, handle = parked.prefill, halves(parked)[0][1]
-    bench.submit(9, [1], 40)
-    bench.engine.step()
+def slow_down(bench, monkeypatch, step_seconds):
+    """A clock by which a copy takes a second, and nothing else but a step any time."""
     clock = [0.0]
 
     def slow(call, seconds):
@@ -249,6 +246,14 @@ def test_copies_of_kv_take_a_small_share_of_the_time_while_others_decode(parked,
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     bench.model.export_kv, bench.model.step = slow(bench.model.export_kv, 1.0), slow(bench.model.step, step_seconds)
+
+
+@pytest.mark.parametrize(("step_seconds", "copies"), [(0.1, 1), (39.0, 4)])
+def test_copies_of_kv_take_a_small_share_of_the_time_while_others_decode(parked, monkeypatch, step_seconds, copies):
+    bench, handle = parked.prefill, halves(parked)[0][1]
+    bench.submit(9, [1], 40)
+    bench.engine.step()
+    slow_down(bench, monkeypatch, step_seconds)
     bench.engine.step()
     answers, told = [], len(bench.tokens[9])
     for _ in range(40):
@@ -257,3 +262,23 @@ def test_copies_of_kv_take_a_small_share_of_the_time_while_others_decode(parked,
         bench.engine.step()
         assert len(answers) == i * copies
         assert len(bench.tokens[9]) == told + i
+
+
+@pytest.mark.parametrize(("step_seconds", "copies"), [(0.1, 1), (79.0, 8)])
+def test_a_sequence_that_has_only_to_leave_is_answered_within_its_share_of_a_step(parked, monkeypatch, step_seconds, copies):
+    bench, handle = parked.prefill, halves(parked)[0][1]
+    bench.submit(9, [1], 40)
+    bench.engine.step()
+    slow_down(bench, monkeypatch, step_seconds)
+    bench.engine.step()
+    answers = []
+
+    def ask_again(data):
+        """As a window that is full until the other side has answered."""
+        answers.append(data)
+        if len(answers) < 20:
+            bench.engine.export_kv(handle, range(5), native=False, done=ask_again)
+
+    bench.engine.export_kv(handle, range(5), native=False, done=ask_again)
+    bench.engine.step()
+    assert len(answers) == copies
