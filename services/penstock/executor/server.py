@@ -19,6 +19,7 @@ from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import EngineDead
 from penstock.executor.handoff.exchange import Exchange, settings_of
+from penstock.executor.handoff.framing import serve_stream
 from penstock.executor.handoff.handoffs import Settings
 from penstock.executor.handoff.identity import Identity
 from penstock.executor.handoff.metrics import HandoffMetrics
@@ -28,7 +29,7 @@ from penstock.executor.messages import describe
 from penstock.executor.metrics import ExecutorMetrics
 from penstock.executor.registration import Registration
 from penstock.executor.servicer import ExecutorServicer
-from penstock.internal.v1 import executor_pb2_grpc, handoff_pb2_grpc, scheduler_pb2
+from penstock.internal.v1 import executor_pb2_grpc, scheduler_pb2
 
 __all__ = ["ExecutorServer"]
 
@@ -68,7 +69,7 @@ class ExecutorServer:
         except RuntimeError as error:
             raise StartError(f"listen: can not listen on {config.listen}: {error}") from error
         server.add(executor_pb2_grpc.add_ExecutorServiceServicer_to_server, self._servicer, _NAME)
-        server.add(handoff_pb2_grpc.add_HandoffServiceServicer_to_server, self._handoff_servicer, _HANDOFF_NAME)
+        server.add(serve_stream, self._handoff_servicer, _HANDOFF_NAME)
         await server.start()
         loaded = self._loaded = await self._load()
         description = describe(

@@ -11,6 +11,7 @@ import grpc.aio
 
 from penstock.common.channel import connect
 from penstock.common.logs import logger
+from penstock.executor.handoff.framing import Request, open_stream
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.identity import Identity
 from penstock.executor.handoff.line import Agreed, Line
@@ -18,9 +19,9 @@ from penstock.executor.handoff.messages import read_answer, read_offer, refusal_
 from penstock.executor.handoff.peers import Peer, Peers
 from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.choice import SendingEnds, Transports
+from penstock.executor.handoff.transports.sizes import best
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import handoff_pb2 as pb
-from penstock.internal.v1 import handoff_pb2_grpc
 
 __all__ = ["Links"]
 
@@ -90,14 +91,14 @@ class Links:
         failure, why, heard = HandoffFailure.LEASE_EXPIRED, "the stream ended", False
         ends: SendingEnds | None = None
         async with connect(peer.address) as channel:
-            call = handoff_pb2_grpc.HandoffServiceStub(channel).Handoff()
+            call = open_stream(channel)
             try:
                 async with asyncio.timeout(self._patience):
                     welcome = await self._introduce(call, line)
                     ends = self._transports.sending(read_offer(welcome))
                     await _attach(call, ends)
                 heard = True
-                line.opened(Agreed(ends, welcome.native, max(1, welcome.max_push_bytes), max(1, welcome.window_bytes)))
+                line.opened(_agreed(ends, welcome))
                 if await self._converse(call, line):
                     return None, "", True
             except _Refused as error:
@@ -129,7 +130,7 @@ class Links:
             native_layout=own.native_layout,
             transports=tell_transports(self._transports.names),
         )
-        await call.write(pb.HandoffRequest(introduce=introduce))
+        await call.write(Request(pb.HandoffRequest(introduce=introduce)))
         answer = await _read(call)
         if answer.HasField("refused"):
             raise _Refused(refusal_of(answer.refused.reason), answer.refused.message)
@@ -150,6 +151,11 @@ class Links:
         finally:
             for task in tasks:
                 task.cancel()
+
+
+def _agreed(ends: SendingEnds, welcome: pb.Welcome) -> Agreed:
+    push_bytes, window_bytes = best(ends.transport, welcome.max_push_bytes, welcome.window_bytes)
+    return Agreed(ends, welcome.native, max(1, push_bytes), max(1, window_bytes))
 
 
 async def _attach(call: Any, ends: SendingEnds) -> None:

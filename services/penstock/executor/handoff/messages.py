@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from penstock.executor.handoff.framing import Request
 from penstock.executor.handoff.ticket import Transport
 from penstock.executor.handoff.transports.choice import Attachment, Offer
 from penstock.executor.handoff.transports.port import DevicePayload, InlinePayload, Parcel, Payload, SharedPayload
@@ -64,31 +65,32 @@ _TRANSPORTS = {
 _TRANSPORTS_READ = {told: transport for transport, told in _TRANSPORTS.items()}
 
 
-def tell_ask(word: Ask) -> pb.HandoffRequest:
+def tell_ask(word: Ask) -> Request:
     """What the prefill side says."""
     match word:
         case Reserve():
-            return pb.HandoffRequest(reserve=pb.Reserve(ticket=tell_ticket(word.ticket)))
+            return Request(pb.HandoffRequest(reserve=pb.Reserve(ticket=tell_ticket(word.ticket))))
         case Push():
-            return pb.HandoffRequest(push=_tell_push(word))
+            return _tell_push(word)
         case Commit():
             commit = pb.Commit(handoff_id=word.handoff_id, epoch=word.epoch, tokens=word.tokens, first_token_id=word.first_token_id)
-            return pb.HandoffRequest(commit=commit)
+            return Request(pb.HandoffRequest(commit=commit))
         case Renew():
-            return pb.HandoffRequest(renew=pb.Renew(handoff_ids=word.handoff_ids))
+            return Request(pb.HandoffRequest(renew=pb.Renew(handoff_ids=word.handoff_ids)))
         case Abort():
-            return pb.HandoffRequest(abort=pb.Abort(handoff_id=word.handoff_id, epoch=word.epoch))
+            return Request(pb.HandoffRequest(abort=pb.Abort(handoff_id=word.handoff_id, epoch=word.epoch)))
         case Release():
-            return pb.HandoffRequest(release=pb.Release(handoff_id=word.handoff_id, epoch=word.epoch))
+            return Request(pb.HandoffRequest(release=pb.Release(handoff_id=word.handoff_id, epoch=word.epoch)))
 
 
-def read_ask(message: pb.HandoffRequest) -> Ask | None:  # noqa: PLR0911 - one for each word
+def read_ask(request: Request) -> Ask | None:  # noqa: PLR0911 - one for each word
     """The same, as it came; None: nothing that is said of a handoff."""
+    message = request.message
     match message.WhichOneof("message"):
         case "reserve":
             return Reserve(read_ticket(message.reserve.ticket))
         case "push":
-            return _read_push(message.push)
+            return _read_push(message.push, request.inline)
         case "commit":
             commit = message.commit
             return Commit(commit.handoff_id, commit.epoch, commit.tokens, commit.first_token_id)
@@ -101,7 +103,7 @@ def read_ask(message: pb.HandoffRequest) -> Ask | None:  # noqa: PLR0911 - one f
     return None
 
 
-def _tell_push(push: Push) -> pb.Push:
+def _tell_push(push: Push) -> Request:
     message = pb.Push(
         handoff_id=push.handoff_id,
         epoch=push.epoch,
@@ -113,22 +115,22 @@ def _tell_push(push: Push) -> pb.Push:
     )
     match push.parcel.payload:
         case InlinePayload(data):
-            message.inline = bytes(data)
+            return Request(pb.HandoffRequest(push=message), data)
         case SharedPayload(offset, size):
             message.shared.offset, message.shared.bytes = offset, size
         case DevicePayload(descriptor):
             message.device = descriptor
-    return message
+    return Request(pb.HandoffRequest(push=message))
 
 
-def _read_push(push: pb.Push) -> Push:
+def _read_push(push: pb.Push, inline: bytes | memoryview | None) -> Push:
     return Push(
         handoff_id=push.handoff_id,
         epoch=push.epoch,
         tokens=range(push.first_token, push.first_token + push.tokens),
         native=push.form == pb.KV_FORM_NATIVE,
         dtype=push.dtype,
-        parcel=Parcel(_read_payload(push), push.checksum),
+        parcel=Parcel(_read_payload(push) if inline is None else InlinePayload(inline), push.checksum),
     )
 
 
@@ -220,9 +222,9 @@ def read_offer(welcome: pb.Welcome) -> Offer:
     return Offer(welcome.window_bytes, shared, tuple(read_transports(welcome.transports)), welcome.nixl_agent)
 
 
-def tell_attach(attachment: Attachment) -> pb.HandoffRequest:
+def tell_attach(attachment: Attachment) -> Request:
     """The proof that a transport is shared."""
-    return pb.HandoffRequest(attach=pb.Attach(transport=_TRANSPORTS[attachment.transport], proof=attachment.proof))
+    return Request(pb.HandoffRequest(attach=pb.Attach(transport=_TRANSPORTS[attachment.transport], proof=attachment.proof)))
 
 
 def read_attach(attach: pb.Attach) -> Attachment | None:

@@ -10,6 +10,7 @@ import grpc.aio
 
 from penstock.common.errors import Unavailable
 from penstock.common.logs import logger
+from penstock.executor.handoff.framing import Request
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.handoffs import Handoffs
 from penstock.executor.handoff.identity import Identity
@@ -18,11 +19,10 @@ from penstock.executor.handoff.peers import Peers
 from penstock.executor.handoff.transports.choice import ReceivingEnds, Transports
 from penstock.executor.handoff.words import Answer, Refusal, Refused
 from penstock.internal.v1 import handoff_pb2 as pb
-from penstock.internal.v1 import handoff_pb2_grpc
 
 __all__ = ["Door", "HandoffServicer"]
 
-_Context = grpc.aio.ServicerContext[pb.HandoffRequest, pb.HandoffResponse]
+_Context = grpc.aio.ServicerContext[Request, pb.HandoffResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Door:
     handoffs: Handoffs
 
 
-class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
+class HandoffServicer:
     """Streams of prefill executors, once `serve` has given it what they come in by."""
 
     def __init__(self) -> None:
@@ -46,16 +46,17 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         """Take streams from now on."""
         self._door = door
 
-    async def Handoff(  # type: ignore[override] # a coroutine that writes, so that a write which does not end can be given up
-        self, request_iterator: AsyncIterator[pb.HandoffRequest], context: _Context
+    async def Handoff(  # a coroutine that writes, so that a write which does not end can be given up
+        self, request_iterator: AsyncIterator[Request], context: _Context
     ) -> None:
         """One prefill executor's stream."""
         door = self._door
-        first = await anext(request_iterator, None)
+        request = await anext(request_iterator, None)
         if door is None:
             raise Unavailable("no model is loaded yet")
-        if first is None:
+        if request is None:
             return
+        first = request.message
         fault = _fault(door, first)
         if fault is not None:
             door.handoffs.counts.refusals[fault[0]] += 1
@@ -117,7 +118,7 @@ def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResp
     return pb.HandoffResponse(welcome=welcome)
 
 
-async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[pb.HandoffRequest], context: _Context) -> None:
+async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[Request], context: _Context) -> None:
     writer = asyncio.create_task(_write(stream, context))
     reader = asyncio.create_task(_read(door, stream, requests))
     try:
@@ -129,12 +130,13 @@ async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[pb.Hand
         reader.cancel()
 
 
-async def _read(door: Door, stream: _Stream, requests: AsyncIterator[pb.HandoffRequest]) -> None:
+async def _read(door: Door, stream: _Stream, requests: AsyncIterator[Request]) -> None:
     async for request in requests:
-        if request.HasField("attach"):
-            attachment = read_attach(request.attach)
+        if request.message.HasField("attach"):
+            attach = request.message.attach
+            attachment = read_attach(attach)
             accepted = attachment is not None and stream.incoming.attach(attachment)
-            attached = pb.Attached(transport=request.attach.transport, accepted=accepted)
+            attached = pb.Attached(transport=attach.transport, accepted=accepted)
             stream.answers.put_nowait(pb.HandoffResponse(attached=attached))
         elif (word := read_ask(request)) is not None:
             door.handoffs.receiving.hear(stream, word)
