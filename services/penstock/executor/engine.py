@@ -382,7 +382,7 @@ class Engine:
 
     def _go_on(self, sequence: Sequence, first_token: int, arrival: Arrival) -> None:
         """Let a sequence decode behind KV that has come and a token that was told elsewhere."""
-        if not sequence.handing:
+        if not (sequence.handing and sequence.status is Status.RECEIVING):
             return
         if not 0 <= first_token < self._config.vocabulary_size:
             message = f"the first token is {first_token}, of a vocabulary of {self._config.vocabulary_size}"
