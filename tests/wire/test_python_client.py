@@ -217,6 +217,28 @@ def test_streams_events_and_tells_the_closing(fake, connect):
     assert (stream.closing.queue_seconds, stream.closing.seed) == (0.005, 2**63)
 
 
+def test_a_closing_tells_of_a_handoff_and_takes_what_a_newer_server_says(fake, connect):
+    told = pb.Closing(
+        prefill_executor_id="p",
+        decode_executor_id="d",
+        placement_reason=pb.PLACEMENT_REASON_COST,
+        handoff=pb.Handoff(kv_bytes=2**40, transfer_time=duration_pb2.Duration(nanos=7_000_000), transport="nixl", native=True),
+        fallback=pb.FALLBACK_REPLACED,
+        fallback_reason="decode_lost",
+        first_step_time=duration_pb2.Duration(nanos=3_000_000),
+    )
+    newer = pb.Closing.FromString(pb.Closing(placement_reason=99, fallback=99).SerializeToString())
+    fake.script = [told]
+    closing = connect().generate("hello").result().closing
+    assert (closing.prefill_executor_id, closing.decode_executor_id) == ("p", "d")
+    assert (closing.placement_reason, closing.fallback, closing.fallback_reason) == ("cost", "replaced", "decode_lost")
+    assert (closing.handoff.kv_bytes, closing.handoff.transfer_seconds, closing.handoff.exposed_seconds) == (2**40, 0.007, 0.0)
+    assert (closing.handoff.transport, closing.handoff.native, closing.first_step_seconds) == ("nixl", True, 0.003)
+    fake.script = [newer]
+    closing = connect().generate("hello").result().closing
+    assert (closing.placement_reason, closing.fallback, closing.handoff) == ("unspecified", "unspecified", None)
+
+
 def test_collects_interleaved_choices(fake, connect):
     length = {"reason": pb.FINISH_REASON_LENGTH}
     fake.script = [

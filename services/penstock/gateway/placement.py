@@ -9,19 +9,10 @@ from collections.abc import Callable
 import grpc.aio
 
 from penstock.common import faults
-from penstock.common.errors import (
-    DeadlineExceeded,
-    InternalError,
-    Overloaded,
-    PenstockError,
-    Unavailable,
-    UnknownModel,
-    UnsupportedField,
-)
-from penstock.gateway.answer import PlacementReason
-from penstock.gateway.catalog import Catalog, Executor, GenerationDefaults
+from penstock.gateway.catalog import Catalog
 from penstock.gateway.machine import Request
-from penstock.gateway.ports import Lease, Placing, PrefillLease, Refusal
+from penstock.gateway.messages import placement as messages
+from penstock.gateway.ports import Lease, Placing, Refusal
 from penstock.gateway.stream import Stream
 from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -29,7 +20,6 @@ __all__ = ["SchedulerPlacement"]
 
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 2.0
-_REASONS = {getattr(scheduler_pb2, f"PLACEMENT_REASON_{reason.name}"): reason for reason in PlacementReason}
 
 
 class SchedulerPlacement:
@@ -91,40 +81,14 @@ class SchedulerPlacement:
         request = self._requests.get(number)
         if request is None:
             return  # it was given up meanwhile
-        plan, caller = request.plan, request.caller
-        self._place[number] = scheduler_pb2.Placing(
-            request_id=number,
-            model=plan.model,
-            tokenizer_fingerprint=plan.tokenizer_fingerprint,
-            # What is replayed is prompt to an executor.
-            prompt_tokens=len(plan.prompt_ids) + placing.replayed,
-            max_tokens=plan.max_tokens - placing.replayed,
-            choices=plan.n,
-            block_hashes=plan.block_hashes,
-            fields=plan.fields,
-            priority=plan.priority,
-            tenant=caller.tenant,
-            deadline_ms=max(1, int((caller.deadline - self._clock()) * 1000)),
-            avoid_executor_ids=placing.avoid,
-            replacing=placing.replacing,
-            traceparent=caller.traceparent,
-            client_request_id=caller.request_id,
-        )
+        seconds_left = request.caller.deadline - self._clock()
+        self._place[number] = messages.placing(number, request, placing, seconds_left)
         self._stream.wake()
 
     def announce(self, request: Request, lease: Lease) -> None:
         """Tell a restarted scheduler of a lease."""
         number = self._placing_ids[request.number]
-        self._announced.append(
-            scheduler_pb2.Lease(
-                request_id=number,
-                executor_id=lease.executor_id,
-                address=lease.address,
-                tokens=lease.tokens,
-                choices=request.plan.n,
-                prefill=_prefill_message(lease.prefill),
-            )
-        )
+        self._announced.append(messages.announced(number, request, lease))
         self._stream.wake()
 
     def prefilled(self, request: Request) -> None:
@@ -177,17 +141,17 @@ class SchedulerPlacement:
         """Leases, refusals, the catalog, and executors that are lost."""
         if message.HasField("catalog"):
             self.connected = True
-            self._catalog.update(_executor(e) for e in message.catalog.executors)
+            self._catalog.update(messages.executor(e) for e in message.catalog.executors)
             self._on_catalog()
         for lease in message.granted:
             faults.reach("gateway.placed")
             request = self._requests.get(lease.request_id)
             if request is not None:
-                request.granted(_lease(lease))
+                request.granted(messages.lease(lease))
         for refusal in message.refused:
             request = self._requests.get(refusal.request_id)
             if request is not None:
-                request.refused(Refusal(_error(refusal)))
+                request.refused(Refusal(messages.error(refusal)))
         for executor_id in message.lost_executor_ids:  # last: what was granted before is lost too
             self._on_lost(executor_id, "the scheduler has lost it")
 
@@ -195,80 +159,3 @@ class SchedulerPlacement:
         """Running requests do not notice."""
         self.connected = False
         self._on_catalog()
-
-
-def _lease(told: scheduler_pb2.Lease) -> Lease:
-    prefill = None
-    if told.HasField("prefill"):
-        prefill = PrefillLease(
-            told.prefill.executor_id, told.prefill.address, told.prefill.tokens, told.prefill.expected_cached_tokens
-        )
-    return Lease(
-        told.executor_id,
-        told.address,
-        told.tokens,
-        told.queued_us / 1e6,
-        prefill,
-        _REASONS.get(told.reason, PlacementReason.UNSPECIFIED),
-    )
-
-
-def _prefill_message(prefill: PrefillLease | None) -> scheduler_pb2.PrefillLease | None:
-    if prefill is None:
-        return None
-    return scheduler_pb2.PrefillLease(
-        executor_id=prefill.executor_id,
-        address=prefill.address,
-        tokens=prefill.tokens,
-        expected_cached_tokens=prefill.expected_cached_tokens,
-    )
-
-
-def _error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - one line for each reason
-    match refusal.reason:
-        case scheduler_pb2.REFUSAL_REASON_QUEUE_FULL:
-            return Overloaded(refusal.message or "the queue is full", refusal.retry_after_ms / 1e3 or 1.0)
-        case scheduler_pb2.REFUSAL_REASON_DEADLINE:
-            return DeadlineExceeded(refusal.message or "the deadline passed in the queue")
-        case scheduler_pb2.REFUSAL_REASON_UNKNOWN_MODEL:
-            return UnknownModel(refusal.message or "no executor serves this model")
-        case scheduler_pb2.REFUSAL_REASON_UNSUPPORTED:
-            return UnsupportedField.field(refusal.field or "request", refusal.message or "no live executor supports this")
-        case scheduler_pb2.REFUSAL_REASON_NO_EXECUTOR:
-            return Unavailable(refusal.message or "the model's executors are gone")
-        case scheduler_pb2.REFUSAL_REASON_DRAINING:
-            return Unavailable(refusal.message or "the scheduler is draining")
-        case _:
-            return InternalError(f"the scheduler refused without a reason: {refusal.message}")
-
-
-def _executor(told: scheduler_pb2.ExecutorDescription) -> Executor:
-    defaults = told.defaults
-    return Executor(
-        executor_id=told.executor_id,
-        address=told.address,
-        model=told.model,
-        model_fingerprint=told.model_fingerprint,
-        tokenizer_fingerprint=told.tokenizer_fingerprint,
-        architecture=told.architecture,
-        backend=told.backend,
-        device=told.device,
-        dtype=told.dtype,
-        backend_version=told.backend_version,
-        features=tuple(told.features),
-        kv_layout=told.kv_layout,
-        kv_dtype=told.kv_dtype,
-        context_length=told.context_length,
-        vocabulary_size=told.vocabulary_size,
-        kv_block_size=max(1, told.kv_block_size),
-        kv_blocks=told.kv_blocks,
-        fields=frozenset(told.fields),
-        eos_token_ids=tuple(told.eos_token_ids),
-        defaults=GenerationDefaults(
-            temperature=defaults.temperature if defaults.HasField("temperature") else None,
-            top_p=defaults.top_p if defaults.HasField("top_p") else None,
-            top_k=defaults.top_k if defaults.HasField("top_k") else None,
-            min_p=defaults.min_p if defaults.HasField("min_p") else None,
-            repetition_penalty=defaults.repetition_penalty if defaults.HasField("repetition_penalty") else None,
-        ),
-    )
