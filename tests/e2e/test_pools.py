@@ -15,7 +15,7 @@ from penstock.client import PenstockError
 from penstock.common.config import ConfigError
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 88, 300)]
-OPTIONS = {"max_tokens": 48, "temperature": 0, "ignore_eos": True}
+OPTIONS = {"max_tokens": 32, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_an_executor_that_dies_comes_back_with_the_role_that_it_was_given(suite,
     ("arguments", "why"),
     [
         (("scale", "--decode", "0", "--prefill", "0"), "from 1 to 64 executors together, and are 0"),
-        (("role", "decode-9", "prefill"), r"EXECUTOR: must be one of prefill-0, decode-\d, or an executor's id"),
+        (("role", "decode-9", "prefill"), r"EXECUTOR: must be one of prefill-0, .*, or an executor's id"),
     ],
 )
 def test_what_can_not_be_is_refused_and_changes_nothing(penstock, arguments, why):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import grpc
+import asyncio
 
 from penstock.cli.cluster.pools import Role
+from penstock.cli.cluster.readiness import give_role
 from penstock.cli.cluster.roles import ROLE_MESSAGES
 from penstock.cli.control import control_door, refusals
 from penstock.common.addresses import host_and_port
-from penstock.common.channel import CLIENT_OPTIONS
 from penstock.common.config import ConfigError
-from penstock.internal.v1 import cluster_pb2, scheduler_pb2, scheduler_pb2_grpc
+from penstock.internal.v1 import cluster_pb2
 
 __all__ = ["role"]
-
-_SECONDS = 10.0
 
 
 def role(executor: str, role: Role, /, *, scheduler: str | None = None, target: str | None = None) -> int:
@@ -42,6 +40,5 @@ def _tell_scheduler(address: str, executor: str, role: Role) -> None:
         host_and_port(address)
     except ValueError as error:
         raise ConfigError(f"--scheduler: {error}") from None
-    with grpc.insecure_channel(address, options=CLIENT_OPTIONS) as channel, refusals():
-        request = scheduler_pb2.SetRoleRequest(executor_id=executor, role=ROLE_MESSAGES[role])
-        scheduler_pb2_grpc.SchedulerServiceStub(channel).SetRole(request, timeout=_SECONDS)
+    with refusals():
+        asyncio.run(give_role(address, executor, role))

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import grpc.aio
+
 from penstock.cli.cluster.concurrently import concurrently
 from penstock.cli.cluster.console import Console
 from penstock.cli.cluster.group import Group
@@ -83,20 +85,27 @@ class Executors:
             the process's name.
 
         Raises:
-            ConfigError: there is no such executor.
-            AioRpcError: it, or the scheduler, does not answer.
+            ConfigError: there is no such executor, or it does not take the role on.
+            AioRpcError: the scheduler does not answer.
         """
         async with self._changing:
-            ids = await self.ids()
-            name = executor if executor in self.planned else next((name for name, found in ids.items() if found == executor), None)
-            if name is None:
-                raise ConfigError(f"EXECUTOR: must be one of {', '.join(self.planned)}, or an executor's id, and is {executor!r}")
-            if name not in ids:
-                raise ConfigError(f"EXECUTOR: {name} does not answer now")
-            await give_role(self._scheduler, ids[name], role)
+            name = await self._name(executor)
+            try:
+                found = await executor_id(self._group.members[name].bound["grpc"])
+            except grpc.aio.AioRpcError:
+                raise ConfigError(f"EXECUTOR: {name} does not answer now") from None
+            await give_role(self._scheduler, found, role)
             planned = self.planned[name] = replace(self.planned[name], role=role)
             self._group.members[name].program = self._plan.executor(planned, scheduler=self._scheduler)
             return name
+
+    async def _name(self, executor: str) -> str:
+        """The name of the process that is meant by its name or its executor's id."""
+        ids = {} if executor in self.planned else await self.ids()
+        name = next((name for name, found in ids.items() if found == executor), executor)
+        if name not in self.planned:
+            raise ConfigError(f"EXECUTOR: must be one of {', '.join(self.planned)}, or an executor's id, and is {executor!r}")
+        return name
 
     async def ids(self) -> dict[str, str]:
         """The ids of the executors that answer, by process name."""

@@ -15,6 +15,7 @@ from penstock.cli.cluster.console import Console
 from penstock.cli.cluster.pools import Role
 from penstock.cli.cluster.roles import ROLE_MESSAGES
 from penstock.common.channel import connect
+from penstock.common.config import ConfigError
 from penstock.internal.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 from penstock.v1 import models_pb2, models_pb2_grpc
 
@@ -22,6 +23,7 @@ __all__ = ["executor_id", "listed", "registered", "serving", "told"]
 
 _POLL_SECONDS = 0.05
 _CALL_SECONDS = 2.0
+_ROLE_SECONDS = 10.0
 
 
 async def serving(address: str) -> None:
@@ -64,14 +66,30 @@ async def executor_id(address: str) -> str:
 
 
 async def give_role(scheduler: str, executor: str, role: Role) -> None:
-    """Have the scheduler give an executor, by its id, another role.
+    """Have the scheduler give an executor, by its id, another role; return once the executor has taken it on.
 
     Raises:
-        AioRpcError: it does not; says why.
+        AioRpcError: the scheduler does not; says why.
+        ConfigError: the executor has not taken it on in time.
     """
     async with connect(scheduler) as channel:
-        request = scheduler_pb2.SetRoleRequest(executor_id=executor, role=ROLE_MESSAGES[role])
-        await scheduler_pb2_grpc.SchedulerServiceStub(channel).SetRole(request, timeout=_CALL_SECONDS)
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+        wanted = ROLE_MESSAGES[role]
+        await stub.SetRole(scheduler_pb2.SetRoleRequest(executor_id=executor, role=wanted), timeout=_ROLE_SECONDS)
+        try:
+            async with asyncio.timeout(_ROLE_SECONDS):
+                while True:
+                    if wanted in await _roles(stub, executor):
+                        return
+                    await asyncio.sleep(_POLL_SECONDS)
+        except TimeoutError:
+            raise ConfigError(f"executor {executor} has not taken on the role within {_ROLE_SECONDS:g} s") from None
+
+
+async def _roles(stub: scheduler_pb2_grpc.SchedulerServiceAsyncStub, executor: str) -> set[int]:
+    """The role of the executor of this id, where it is registered."""
+    answer = await stub.ListExecutors(scheduler_pb2.ListExecutorsRequest(), timeout=_ROLE_SECONDS)
+    return {state.description.role for state in answer.executors if state.description.executor_id == executor}
 
 
 async def listed(gateway: str, model: str) -> None:

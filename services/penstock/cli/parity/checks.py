@@ -119,9 +119,9 @@ def logit_bias(kit: Kit) -> None:
 def usage(kit: Kit) -> None:
     """Usage and cached tokens of a prompt that is asked twice, and of one that goes on behind it."""
     prompt = kit.ids(150)
-    kit.same(prompt, max_tokens=4)
-    kit.same(prompt, max_tokens=4, must=False)
-    kit.same([*prompt, *kit.ids(45)], max_tokens=4, must=False)
+    kit.same(prompt, max_tokens=4, cache_salt="twice")
+    kit.same(prompt, max_tokens=4, cache_salt="twice", must=False)
+    kit.same([*prompt, *kit.ids(45)], max_tokens=4, cache_salt="twice", must=False)
 
 
 def at_once(kit: Kit) -> None:

@@ -6,7 +6,7 @@ import random
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Unpack, cast
 
 from penstock.cli.parity.compare import Measure, differences
@@ -37,7 +37,7 @@ class Question:
 
 @dataclass(slots=True)
 class Kit:
-    """What a check works with. A new one for each check; its prompts are cached for no other.
+    """What a check works with. What a request leaves in the prefix caches is found by those alone that bring the same cache_salt.
 
     Attributes:
         together: the cluster that runs prefill and decoding together.
@@ -85,10 +85,16 @@ class Kit:
             InvalidRequest: both clusters refused one.
             Unanswered: one failed.
         """
+        questions = [self._salted(self.asked + i, question) for i, question in enumerate(questions)]
         with ThreadPoolExecutor(2 * _MOST_AT_ONCE) as pool:
             asked = [(q, pool.submit(self._ask, self.together, q), pool.submit(self._ask, self.apart, q)) for q in questions]
             answers = [(q, one.result(), other.result()) for q, one, other in asked]
         return [self._judge(*answer) for answer in answers]
+
+    def _salted(self, number: int, question: Question) -> Question:
+        options: Options = {"cache_salt": f"{number}", **question.options}
+        options["cache_salt"] = f"{self.salt} {options['cache_salt']}"
+        return replace(question, options=options)
 
     def _ask(self, cluster: Client, question: Question) -> Result | PenstockError:
         try:
@@ -97,7 +103,7 @@ class Kit:
             return error
 
     def _answer(self, cluster: Client, question: Question) -> Result:
-        options: Options = {"token_ids": True, "cache_salt": self.salt, "temperature": 0.0, **question.options}
+        options: Options = {"token_ids": True, "temperature": 0.0, **question.options}
         options["model"] = self.model.name
         prompt = question.prompt
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Message):
