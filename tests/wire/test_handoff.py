@@ -24,6 +24,12 @@ def expected(described, prompt, count):
     return ids[len(prompt) :]
 
 
+def block_bytes(side, tokens):
+    """Of whole blocks, as the cache has them."""
+    kv = side.server._loaded.model.kv
+    return -(-tokens // kv.block_size) * kv.bytes_per_block
+
+
 async def receiving(decode, sequence_id=1, prefill_executor_id="hand", max_tokens=5):
     """A sequence that waits for KV: its ticket."""
     await decode.start(sequence_id, PROMPT, max_tokens, receive=pb.ReceiveKv(prefill_executor_id=prefill_executor_id))
@@ -62,7 +68,8 @@ async def test_a_sequence_is_prefilled_by_one_executor_and_decoded_by_the_other(
         assert prefill.tokens[1].keys() == {0}
         arrival = decode.arrived[1]
         assert arrival.transport == handoff_pb2.HANDOFF_TRANSPORT_SHARED_MEMORY
-        assert arrival.kv_bytes == 200 * decode.description.kv_bytes_per_token
+        assert arrival.native
+        assert arrival.kv_bytes == block_bytes(decode, 200)
         await asyncio.gather(prefill.idle(), decode.idle())
 
 
@@ -83,7 +90,7 @@ async def test_many_sequences_share_one_stream_and_what_is_cached_is_not_sent_ag
         await hand_over(prefill, decode, 20, [*prompts[5], 1, 2, 3], 4)
         assert decode.tickets[20].cached_tokens > 0
         wanted = len(prompts[5]) + 3 - decode.tickets[20].cached_tokens
-        assert decode.arrived[20].kv_bytes == wanted * decode.description.kv_bytes_per_token
+        assert decode.arrived[20].kv_bytes == block_bytes(decode, wanted)
         assert len(decode.handoffs.receiving._streams) == 1
         await asyncio.gather(prefill.idle(), decode.idle())
 

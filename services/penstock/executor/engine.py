@@ -125,8 +125,10 @@ class Engine:
         fault, refusal = fault_of(request, self._config.vocabulary_size), self._refusal(request)
         if not (fault or refusal):
             sequence = Sequence(request, sink, self.block_size, self._config.vocabulary_size, time.monotonic())
+            self._tell_begun(sequence)
             if self._command(lambda: self._add(sequence)):
                 return
+            self._tell_ended(sequence)
             refusal = self._refusal(request)
         sink(Frame(finished=[Finished(request.sequence_id, Finish.FAILED if fault else Finish.REFUSED, message=fault or refusal)]))
 
@@ -318,12 +320,21 @@ class Engine:
         mine = self._sequences.setdefault(sequence.sink, {})
         if sequence.request.sequence_id in mine:
             self._frames.finished(sequence, Finish.REFUSED, "its sequence_id is in use", None)
+            self._tell_ended(sequence)
             return
         mine[sequence.request.sequence_id] = sequence
         self.scheduler.add(sequence)
+
+    def _tell_begun(self, sequence: Sequence) -> None:
+        """At once, and not between two steps: a long one may take longer than the other side waits to hear of the sequence."""
         if sequence.sends and self.handoff is not None:
             sequence.handing = True
             self.handoff.begun(sequence)
+
+    def _tell_ended(self, sequence: Sequence) -> None:
+        if sequence.handing and self.handoff is not None:
+            sequence.handing = False
+            self.handoff.ended(sequence)
 
     def _abort(self, sequence_ids: list[int], sink: Sink) -> None:
         mine = self._sequences.get(sink, {})
@@ -444,9 +455,7 @@ class Engine:
         del mine[sequence.request.sequence_id]
         if not mine:
             del self._sequences[sequence.sink]
-        if sequence.handing and self.handoff is not None:
-            sequence.handing = False
-            self.handoff.ended(sequence)
+        self._tell_ended(sequence)
 
     def _die(self, reason: str) -> None:
         """Tell everyone that nothing more comes."""

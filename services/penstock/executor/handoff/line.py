@@ -54,7 +54,7 @@ class Line:
     """Senders, and the stream that they share while there is one. Of one event loop.
 
     Attributes:
-        why: the reason for which there is no stream, as a failure and in words.
+        why: the reason for which nothing is heard, as a failure and in words.
         wanted: set when there is something to send.
         stuck: set when the stream tells nothing any more, though it has not ended.
     """
@@ -85,6 +85,11 @@ class Line:
         return bool(self._senders or self._partings)
 
     @property
+    def done(self) -> bool:
+        """Whether it may be forgotten: nothing lives on it, and it has no stream."""
+        return self._agreed is None and not self.busy
+
+    @property
     def senders(self) -> list[Sender]:
         """The live ones."""
         return list(self._senders.values())
@@ -112,6 +117,7 @@ class Line:
     def opened(self, agreed: Agreed) -> None:
         """A new stream, whose other end knows the handoffs."""
         self._agreed = agreed
+        self.why = (HandoffFailure.LEASE_EXPIRED, "nothing was heard of the decode executor for a lease")
         cut = self._cut = self._cut_of(agreed)
         self._rooms = Rooms(agreed.window_bytes, agreed.outgoing.taken)
         self._out.clear()

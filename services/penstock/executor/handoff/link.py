@@ -50,12 +50,12 @@ class Links:
         self._peers = peers
         self._transports = transports
         self._patience = patience
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[Line, asyncio.Task[None]] = {}
 
     def dial(self, line: Line) -> None:
         """Keep a stream for it, if none is kept already."""
-        if line.executor_id not in self._tasks:
-            self._tasks[line.executor_id] = asyncio.get_running_loop().create_task(self._run(line))
+        if line not in self._tasks:
+            self._tasks[line] = asyncio.get_running_loop().create_task(self._run(line))
 
     async def close(self) -> None:
         """End all streams."""
@@ -68,7 +68,7 @@ class Links:
         try:
             await self._keep(line)
         finally:  # at once: between this and the line's last look at itself nobody can have dialled in vain
-            del self._tasks[line.executor_id]
+            del self._tasks[line]
 
     async def _keep(self, line: Line) -> None:
         pause = _FIRST_PAUSE

@@ -38,13 +38,13 @@ Imported = Callable[[Exception | None], None]
 
 
 class HandoffEvents(Protocol):
-    """What the engine tells, in its own thread. Every call returns at once and raises nothing."""
+    """What the engine tells, in its own thread but for `begun`. Every call returns at once and raises nothing."""
 
     def reserved(self, handle: Handle, cached_tokens: int, tokens: int) -> Ticket:
         """A `Receive` sequence has its blocks; the ticket is told to its sink."""
 
     def begun(self, handle: Handle) -> None:
-        """A `Send` sequence has come; it may wait long before its first step."""
+        """A `Send` sequence has come, told by whichever thread submits it; it may wait long before its first step."""
 
     def computed(self, handle: Handle, tokens: int) -> None:
         """KV of a `Send` sequence's first `tokens` tokens stands in its blocks."""

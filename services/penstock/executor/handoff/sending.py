@@ -87,6 +87,7 @@ class Sending:
 
     def _forget(self) -> None:
         self._by_handle = {key: sender for key, sender in self._by_handle.items() if sender.live}
+        self._lines = {key: line for key, line in self._lines.items() if not line.done}
 
     def close(self) -> None:
         """Nothing is told any more."""
