@@ -25,10 +25,16 @@ from typing import Any, Final, TypeVar
 
 from penstock.common.logs import logger
 
-__all__ = ["FIRED", "POINTS", "RULES", "Action", "Cut", "Rule", "arm", "armed", "disarm", "reach", "through"]
+__all__ = ["FIRED", "MESSAGES", "POINTS", "RULES", "Action", "Cut", "Rule", "arm", "armed", "disarm", "reach", "through"]
 
 RULES: Final = "rules.jsonl"
 FIRED: Final = "fired-"
+
+# Of a handoff, those that the side that prefills says and those that the other answers.
+MESSAGES: Final = (
+    *("reserve", "push", "commit", "renew", "abort", "release"),
+    *("reserved", "pushed", "ack", "renewed", "aborted", "refused"),
+)
 
 # Every point, and what has just happened there.
 POINTS: Final[Mapping[str, str]] = {
@@ -39,9 +45,18 @@ POINTS: Final[Mapping[str, str]] = {
     "gateway.arrived": "the executor that decodes has its KV",
     "gateway.handed_off": "the executor that prefilled is done with it",
     "gateway.handoff_failed": "one of the two has given the handoff up",
+    "executor.receive": "a sequence is to be decoded here behind a prefill elsewhere",
+    "executor.send": "a sequence is to be prefilled here for another executor",
+    "executor.reserved": "blocks are reserved for KV that is to come, and nobody was told",
+    "executor.drawn": "the first token of a sequence that is handed over was drawn",
+    "handoff.introduce": "a stream to another executor is open",
+    "handoff.welcome": "a stream of another executor is taken",
+    "handoff.attach": "memory that both executors have is mapped",
     "scheduler.asked": "a gateway asks for places",
     "scheduler.granted": "a lease is granted and not told yet",
     "scheduler.prefilled": "a gateway gives the prefill half of a lease back",
+    **{f"handoff.{message}.sent": f"{message} is about to be sent" for message in MESSAGES},
+    **{f"handoff.{message}.received": f"{message} has come, and nothing was done about it" for message in MESSAGES},
 }
 
 M = TypeVar("M")

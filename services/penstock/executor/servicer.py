@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
+from penstock.common import faults
 from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
@@ -142,6 +143,10 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             message = f"{start.executor_id or '(no executor_id)'} is meant, and this is {self._description.executor_id}"
             outbox.put(Frame(finished=[Finished(start.sequence_id, Finish.REFUSED, message=message)]))
             return
+        if start.HasField("receive"):
+            faults.reach("executor.receive")
+        if start.HasField("send"):
+            faults.reach("executor.send")
         self._engine.submit(read_start(start, now), outbox.put)
 
     async def GetExecutor(self, request: pb.GetExecutorRequest, context: object) -> pb.GetExecutorResponse:

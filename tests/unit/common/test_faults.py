@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from penstock.common import faults
 from penstock.common.faults import Action, Rule
+from penstock.executor.handoff.words import Answer, Ask
 
 PASSES = """
 import sys
@@ -117,4 +119,6 @@ def test_every_point_stands_in_the_table_and_somewhere_in_the_code():
     root = Path(faults.__file__).parents[1]
     code = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "faults.py")
     passed = set(re.findall(r'faults\.reach\("([^"]+)"\)', code))
-    assert passed == set(faults.POINTS)
+    of_messages = {f"handoff.{message}.{where}" for message in faults.MESSAGES for where in ("sent", "received")}
+    assert passed | of_messages == set(faults.POINTS)
+    assert {word.__name__.lower() for word in (*get_args(Ask), *get_args(Answer))} == set(faults.MESSAGES)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+from penstock.common import faults
 from penstock.executor.handoff.counts import HandoffCounts
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.line import Line
@@ -55,6 +56,7 @@ class Handoffs:
 
     def reserved(self, handle: Handle, cached_tokens: int, tokens: int) -> Ticket:
         """See `HandoffEvents`."""
+        faults.reach("executor.reserved")
         receive = cast("Receive", handle.request.handoff)
         ticket = mint(self._executor_id, receive, cached_tokens, tokens, self.settings.lease_seconds)
         self._call(lambda: self.receiving.reserved(ticket, handle))
@@ -71,6 +73,7 @@ class Handoffs:
 
     def drawn(self, handle: Handle, token: int) -> None:
         """See `HandoffEvents`."""
+        faults.reach("executor.drawn")
         self._call(lambda: self.sending.drawn(handle, token))
 
     def ended(self, handle: Handle) -> None:

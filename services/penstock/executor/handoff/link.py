@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from penstock.common import faults
 from penstock.common.channel import connect
 from penstock.common.logs import logger
 from penstock.executor.handoff.framing import Request, open_stream
@@ -17,6 +18,7 @@ from penstock.executor.handoff.identity import Identity
 from penstock.executor.handoff.line import Agreed, Line
 from penstock.executor.handoff.messages import read_answer, read_offer, refusal_of, tell_ask, tell_attach, tell_transports
 from penstock.executor.handoff.peers import Peer, Peers
+from penstock.executor.handoff.points import passed
 from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.choice import SendingEnds, Transports
 from penstock.executor.handoff.transports.sizes import best
@@ -130,6 +132,7 @@ class Links:
             native_layout=own.native_layout,
             transports=tell_transports(self._transports.names),
         )
+        faults.reach("handoff.introduce")
         await call.write(Request(pb.HandoffRequest(introduce=introduce)))
         answer = await _read(call)
         if answer.HasField("refused"):
@@ -141,6 +144,7 @@ class Links:
     async def _converse(self, call: Any, line: Line) -> bool:
         """Say what the line has to say, and hear, until the stream is lost; True: until nobody has needed it for a while."""
         tasks = [asyncio.create_task(work) for work in (_write(call, line), _hear(call, line), _stuck(line))]
+        done: set[asyncio.Task[None]] = set()
         try:
             while True:
                 done, _ = await asyncio.wait(tasks, timeout=_IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -151,6 +155,8 @@ class Links:
         finally:
             for task in tasks:
                 task.cancel()
+            # An exception has this frame, which must not have its task: call and connection would stay until a collection.
+            del tasks, done, task
 
 
 def _agreed(ends: SendingEnds, welcome: pb.Welcome) -> Agreed:
@@ -160,6 +166,7 @@ def _agreed(ends: SendingEnds, welcome: pb.Welcome) -> Agreed:
 
 async def _attach(call: Any, ends: SendingEnds) -> None:
     while (attachment := await ends.attach()) is not None:
+        faults.reach("handoff.attach")
         await call.write(tell_attach(attachment))
         ends.attached(accepted=(await _read(call)).attached.accepted)
 
@@ -174,8 +181,10 @@ async def _read(call: Any) -> pb.HandoffResponse:
 async def _hear(call: Any, line: Line) -> None:
     while True:
         answer = read_answer(await _read(call))
-        if answer is not None:
-            line.hear(answer)
+        if answer is None:
+            continue
+        for passing in passed(answer, "received", line.executor_id):
+            line.hear(passing)
 
 
 async def _stuck(line: Line) -> None:
@@ -186,5 +195,6 @@ async def _write(call: Any, line: Line) -> None:
     while True:
         line.wanted.clear()
         while (word := line.next_message()) is not None:
-            await call.write(tell_ask(word))
+            for passing in passed(word, "sent", line.executor_id):
+                await call.write(tell_ask(passing))
         await line.wanted.wait()

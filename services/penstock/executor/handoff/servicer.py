@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from penstock.common import faults
 from penstock.common.errors import Unavailable
 from penstock.common.logs import logger
 from penstock.executor.handoff.framing import Request
@@ -16,6 +17,7 @@ from penstock.executor.handoff.handoffs import Handoffs
 from penstock.executor.handoff.identity import Identity
 from penstock.executor.handoff.messages import read_ask, read_attach, read_transports, tell_answer, tell_segment, tell_transports
 from penstock.executor.handoff.peers import Peers
+from penstock.executor.handoff.points import passed
 from penstock.executor.handoff.transports.choice import ReceivingEnds, Transports
 from penstock.executor.handoff.words import Answer, Refusal, Refused
 from penstock.internal.v1 import handoff_pb2 as pb
@@ -68,6 +70,7 @@ class HandoffServicer:
         native = door.geometry.agrees(first.introduce.native_layout)
         stream = _Stream(first.introduce.executor_id, ends, native=native)
         try:
+            faults.reach("handoff.welcome")
             await context.write(_welcome(door, ends, native=native))
             door.handoffs.receiving.stream_up(stream)
             await _converse(door, stream, request_iterator, context)
@@ -83,11 +86,11 @@ class _Stream:
         self.executor_id = executor_id
         self.incoming = incoming
         self.native = native
-        self.answers: asyncio.Queue[pb.HandoffResponse] = asyncio.Queue()
+        self.answers: asyncio.Queue[Answer | pb.HandoffResponse] = asyncio.Queue()
 
     def send(self, answer: Answer) -> None:
         """Queue it."""
-        self.answers.put_nowait(tell_answer(answer))
+        self.answers.put_nowait(answer)
 
 
 def _fault(door: Door, first: pb.HandoffRequest) -> tuple[Refusal, str] | None:
@@ -119,15 +122,17 @@ def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResp
 
 
 async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[Request], context: _Context) -> None:
-    writer = asyncio.create_task(_write(stream, context))
-    reader = asyncio.create_task(_read(door, stream, requests))
+    tasks = [asyncio.create_task(work) for work in (_write(stream, context), _read(door, stream, requests))]
+    done: set[asyncio.Task[None]] = set()
     try:
-        done, _ = await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        writer.cancel()
-        reader.cancel()
+        for task in tasks:
+            task.cancel()
+        # An exception has this frame, which must not have its task: the stream's memory would stay until a collection.
+        del tasks, done, task
 
 
 async def _read(door: Door, stream: _Stream, requests: AsyncIterator[Request]) -> None:
@@ -139,9 +144,15 @@ async def _read(door: Door, stream: _Stream, requests: AsyncIterator[Request]) -
             attached = pb.Attached(transport=attach.transport, accepted=accepted)
             stream.answers.put_nowait(pb.HandoffResponse(attached=attached))
         elif (word := read_ask(request)) is not None:
-            door.handoffs.receiving.hear(stream, word)
+            for passing in passed(word, "received", stream.executor_id):
+                door.handoffs.receiving.hear(stream, passing)
 
 
 async def _write(stream: _Stream, context: _Context) -> None:
     while True:
-        await context.write(await stream.answers.get())
+        answer = await stream.answers.get()
+        if isinstance(answer, pb.HandoffResponse):
+            await context.write(answer)
+            continue
+        for passing in passed(answer, "sent", stream.executor_id):
+            await context.write(tell_answer(passing))
