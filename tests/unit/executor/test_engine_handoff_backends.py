@@ -1,4 +1,4 @@
-"""A real model in two engines, of which one prefills what the other decodes, against the same model in one."""
+"""A real model in two engines, of which one prefills what the other decodes, against the same model in one engine."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from penstock.executor.sequence import Finish
 
 SETTINGS = ExecutorConfig(
     model="builtin",
-    backend="openvino",
+    dtype="f32",
     calibration_seconds=0,
     kv_cache_gib=0.02,
     max_batch_size=8,
@@ -27,19 +27,30 @@ LENGTHS = (1, 5, 31, 32, 33, 200, 700)
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Two of the same model."""
-    both = load(SETTINGS), load(SETTINGS)
-    yield both
-    for each in both:
+    """The model in a backend, as often as need be: (backend, number) names one."""
+    held = {}
+
+    def get(backend, number=0):
+        if (backend, number) not in held:
+            held[backend, number] = load(replace(SETTINGS, backend=backend))
+        return held[backend, number]
+
+    yield get
+    for each in held.values():
         each.engine.close()
 
 
 @pytest.fixture
 def benches(loaded):
-    """Makes an engine with an empty cache over the first or the second model."""
-    vocabulary = loaded[0].spec.decoder.vocabulary_size
+    """Makes an engine with an empty cache over the first or the second model of a backend."""
     limits = {"max_batch_size": 8, "max_batch_tokens": 128, "prefill_chunk": 96, "context_length": 1024}
-    return lambda i: Bench(model=loaded[i].model, vocabulary_size=vocabulary, **limits)
+
+    def make(number, backend="openvino"):
+        one = loaded(backend, number)
+        able = {"vocabulary_size": one.spec.decoder.vocabulary_size, "prefix_cache": one.capabilities.prefix_cache}
+        return Bench(model=one.model, **able, **limits)
+
+    return make
 
 
 def prompt_of(length, seed=0):
@@ -107,3 +118,14 @@ def test_choices_share_a_prefix_that_came_from_elsewhere(benches):
         joined.decode.submit(i, prompt, 10, sampling=replace(sampling, seed=i))
     assert joined.run() == told
     assert [joined.decode.started[i].cached_tokens for i in (1, 2, 3)] == [128] * 3
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [("torch", "openvino"), ("openvino", "onnxruntime"), ("onnxruntime", "torch")])
+def test_what_one_backend_prefills_another_decodes(benches, prefill, decode):
+    whole, joined = benches(0), JoinedBenches(benches(0, prefill), benches(0, decode))
+    for i, length in enumerate(LENGTHS):
+        whole.submit(i, prompt_of(length, i), 12, logprobs=2)
+        joined.submit(i, prompt_of(length, i), 12, logprobs=2)
+    assert joined.run() == whole.run()
+    check_same(joined.logprobs, whole.logprobs)
+    assert joined.arrived.keys() == set(range(len(LENGTHS)))
