@@ -3,18 +3,21 @@
 What counts is the waiting that each way costs everyone, the request itself included. Running together on the executor *d*:
 
     first token = ahead + prefill(uncached) + steps * step(running)
-    cost        = first token + running * prefill(uncached) + answer
+    cost        = first token + 2 * running * prefill(uncached) + answer
 
 Chunks of prefill share their steps with the sequences that decode there: each of the *steps* takes their decoding along, and each
 of the *running* sequences gets its next tokens later by all of this prompt's prefill. *ahead* is what already waits for prefill.
 Running apart, on *p* and then on *d*:
 
     first token = round trip + step(running) + ahead of p + prefill(uncached on p)
-    cost        = first token + exposed + running * transfer + answer
+    cost        = first token + exposed + 2 * running * (transfer + taking) + answer
 
 Here *d* answers with a ticket within a step; KV moves while prefill runs, so that only the last chunk's part of the transfer, or
-what is longer than all of prefill, is *exposed* before *d* goes on; and taking KV in holds up those that decode there. *answer* is
-the time that the answer's own steps take on *d*, so that a choice between two executors sees their load.
+what is longer than all of prefill, is *exposed* before *d* goes on; and *taking* KV in holds up those that decode there. *answer* is
+the time that the answer's own steps take on *d*, so that a choice between two executors sees their load. A wait in the middle of an
+answer counts twice as much as one before it begins, since limits on the time between tokens are the tighter ones: counted once, a
+prefill pool under more load than it can bear spills so much that those who decode are worse off than if all were split
+(`benchmarks/splitting.py`).
 
 The cheaper way is taken, and together where they are equal. Where a deadline is left that one of them is expected to miss with the
 first token, the other one is taken. A link that needs longer for a token than *d* needs to compute it is not used at all. Hence
@@ -40,6 +43,10 @@ __all__ = ["COUNTED", "COUNTED_LINK", "Decoding", "Estimate", "Pace", "apart", "
 
 # To the decode executor and back, and on to the one that prefills, through their loops; about what it takes on one machine.
 _ROUND_TRIP_SECONDS = 0.005
+# Of work between two steps for whatever KV comes.
+_TAKING_SECONDS = 0.001
+# Of seconds by which those that decode get their next token later.
+_HARM = 2.0
 # KV from memory to memory of one machine, or over a quick network, until it was measured; and of a model of a few billion
 # parameters, until it is known.
 _BYTES_PER_SECOND = 1e9
@@ -136,7 +143,7 @@ def together(prompt: int, decoding: Decoding) -> Estimate:
     own = pace.prefill(uncached, decoding.cached)
     steps = (decoding.ahead + uncached) / pace.chunk
     first = decoding.ahead * pace.token_seconds + own + steps * decoding.step
-    return Estimate(first, first + decoding.running * own + decoding.answer)
+    return Estimate(first, first + _HARM * decoding.running * own + decoding.answer)
 
 
 def apart(prompt: int, prefilling: float, decoding: Decoding, link: float) -> Estimate:
@@ -154,7 +161,7 @@ def apart(prompt: int, prefilling: float, decoding: Decoding, link: float) -> Es
     transfer = moved * link
     exposed = max(min(moved, pace.best_chunk) * link, transfer - prefilling)
     first = _ROUND_TRIP_SECONDS + decoding.step + prefilling
-    return Estimate(first, first + exposed + decoding.running * transfer + decoding.answer)
+    return Estimate(first, first + exposed + _HARM * decoding.running * (transfer + _TAKING_SECONDS) + decoding.answer)
 
 
 def splits(whole: Estimate, split: Estimate, left: float | None) -> bool:

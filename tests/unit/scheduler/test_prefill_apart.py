@@ -263,7 +263,7 @@ LONG = {"prompt_tokens": 2000}
 def test_auto_splits_long_prompts_while_others_decode():
     world = calibrated()
     assert world.pair(**LONG) == ("p", "d", PlacementReason.COST)
-    assert world.pair(prompt_tokens=8) == (None, "d", PlacementReason.COST)
+    assert world.pair(prompt_tokens=2) == (None, "d", PlacementReason.COST)
 
 
 def test_auto_splits_nothing_where_nobody_decodes():
@@ -302,7 +302,7 @@ def test_auto_keeps_a_deadline_that_only_one_way_can_keep():
 
 def test_auto_tells_of_a_request_that_was_lost_why_it_runs_together():
     world = calibrated()
-    assert world.pair(prompt_tokens=8, replacing=True) == (None, "d", PlacementReason.REPLACED)
+    assert world.pair(prompt_tokens=2, replacing=True) == (None, "d", PlacementReason.REPLACED)
     assert world.pair(**LONG, replacing=True) == ("p", "d", PlacementReason.COST)
 
 

@@ -121,12 +121,12 @@ def test_waiting_that_is_expected_is_what_each_step_takes():
     own = 200 * 0.01 + 1e-5 * (100 * 100 + 100 * 200)
     whole = together(300, here)
     assert whole.first_token == pytest.approx(1.0 + own + 6 * step)
-    assert whole.cost == pytest.approx(whole.first_token + own + 5.0)
+    assert whole.cost == pytest.approx(whole.first_token + 2 * own + 5.0)
     parted = apart(300, 4.0, here, link_seconds(1000, 1e6))
     assert parted.first_token == pytest.approx(4.0 + step, abs=0.01)
-    assert parted.cost == pytest.approx(parted.first_token + 0.1 + 0.2 + 5.0)
+    assert parted.cost == pytest.approx(parted.first_token + 0.1 + 2 * 0.201 + 5.0)
     slow = apart(300, 0.5, here, link_seconds(5000, 1e6))
-    assert slow.cost == pytest.approx(slow.first_token + (1.0 - 0.5) + 1.0 + 5.0)
+    assert slow.cost == pytest.approx(slow.first_token + (1.0 - 0.5) + 2 * 1.001 + 5.0)
 
 
 def test_link_that_is_slower_than_prefill_is_not_used():

@@ -10,6 +10,8 @@ from penstock.executor.handoff.words import Refusal
 
 __all__ = ["HandoffCounts", "Moved", "outcome"]
 
+# Less KV tells how long a message takes on its way, and not how much goes through.
+_LEAST_BYTES = 1 << 20
 _KEPT = 0.75  # of the measured speed, for every handoff that is measured behind it
 
 
@@ -54,7 +56,7 @@ class HandoffCounts:
         moved.bytes += arrival.kv_bytes
         moved.seconds += arrival.transfer
         self.resumptions += arrival.resumptions
-        if arrival.kv_bytes and arrival.exposed > 0:
+        if arrival.kv_bytes >= _LEAST_BYTES and arrival.exposed > 0:
             self._measure(arrival.kv_bytes / max(arrival.exposed, 1e-6))
 
     def _measure(self, speed: float) -> None:
