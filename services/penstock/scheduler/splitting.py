@@ -13,7 +13,7 @@ Running apart, on *p* and then on *d*:
     cost        = first token + exposed + 2 * running * (transfer + taking) + answer
 
 Here *d* answers with a ticket within a step; KV moves while prefill runs, so that only the last chunk's part of the transfer, or
-what is longer than all of prefill, is *exposed* before *d* goes on; and *taking* KV in holds up those that decode there. *answer* is
+what is longer than all of prefill, is *exposed* before *d* goes on; *taking* KV in holds up those that decode there. *answer* is
 the time that the answer's own steps take on *d*, so that a choice between two executors sees their load. A wait in the middle of an
 answer counts twice as much as one before it begins, since limits on the time between tokens are the tighter ones: counted once, a
 prefill pool under more load than it can bear spills so much that those who decode are worse off than if all were split
