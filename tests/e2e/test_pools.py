@@ -69,6 +69,7 @@ class Load:
         self._counts = [0] * len(PROMPTS)
         self._leaving = False
         self.wrong = []
+        self.handoffs = 0
         self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(len(PROMPTS))]
 
     def __enter__(self):
@@ -90,12 +91,16 @@ class Load:
 
     def _run(self, i):
         while not self._leaving:
+            handed_over = False
             try:
-                text = self._client.generate(PROMPTS[i], **OPTIONS).result().text
+                # Cached for no other, or there would be nothing to hand over.
+                result = self._client.generate(PROMPTS[i], **OPTIONS, cache_salt=f"{i} {self._counts[i]}").result()
+                text, handed_over = result.text, result.closing.handoff is not None
             except PenstockError as error:
                 text = error
             with self._ended:
                 self._counts[i] += 1
+                self.handoffs += handed_over
                 if text != self._wanted[i]:
                     self.wrong.append(text)
                 self._ended.notify_all()
@@ -127,6 +132,7 @@ def test_pools_grow_shrink_and_change_under_load_without_a_failed_or_another_ans
         assert list(executors(penstock)) == ["prefill-0", "decode-1"]
         load.wait_for_more()
     assert load.wrong == []
+    assert load.handoffs > 0
     suite.assert_idle()
 
 
