@@ -51,7 +51,7 @@ def roles_given(monkeypatch):
     async def at_once(*_):
         pass
 
-    async def executor_id(address):
+    async def executor_id(address, *_):
         await asyncio.sleep(0)
         return address[::-1]
 

@@ -22,6 +22,8 @@ from penstock.common.service import StartError
 __all__ = ["Executors"]
 
 _STAGE = 2
+# For an executor that has more to do than to answer at once.
+_PATIENCE_SECONDS = 10.0
 
 Tell = Callable[[str], None]
 
@@ -91,7 +93,7 @@ class Executors:
         async with self._changing:
             name = await self._name(executor)
             try:
-                found = await executor_id(self._group.members[name].bound["grpc"])
+                found = await executor_id(self._group.members[name].bound["grpc"], _PATIENCE_SECONDS)
             except grpc.aio.AioRpcError:
                 raise ConfigError(f"EXECUTOR: {name} does not answer now") from None
             await give_role(self._scheduler, found, role)

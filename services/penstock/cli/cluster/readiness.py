@@ -53,15 +53,15 @@ async def registered(scheduler: str, executor: str) -> str:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-async def executor_id(address: str) -> str:
-    """The id of the executor that listens there.
+async def executor_id(address: str, seconds: float = _CALL_SECONDS) -> str:
+    """The id of the executor that listens there, if it answers within so many seconds.
 
     Raises:
         AioRpcError: it does not answer.
     """
     async with connect(address) as channel:
         ask = executor_pb2_grpc.ExecutorServiceStub(channel).GetExecutor
-        answer = await ask(executor_pb2.GetExecutorRequest(), timeout=_CALL_SECONDS)
+        answer = await ask(executor_pb2.GetExecutorRequest(), timeout=seconds)
         return answer.description.executor_id
 
 
