@@ -123,9 +123,9 @@ def test_kv_goes_while_prefill_still_computes():
         receiver, ticket = net.reserve(64)
         await asyncio.sleep(0)
         sender = net.begin(ticket)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
         net.prefill.computed(sender, 30)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
         assert receiver.imported.keys() == set(range(28))  # whole blocks
         net.prefill.drawn(sender, 7)
         await net.settle(receiver, sender, until=asyncio.get_running_loop().time() + 1)
