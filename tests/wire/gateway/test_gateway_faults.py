@@ -9,6 +9,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from penstock.gateway.ports import Text
 from penstock.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -77,6 +78,20 @@ async def test_an_executor_that_stalls_is_left_when_the_scheduler_tells_and_hear
     stalled.gate.set()
     assert text_of(await told(suite.inference.Generate(request()))) == story(suite)
     assert len(stalled.all_started) == 3, "it serves again"
+    await suite.rest()
+
+
+async def test_a_choice_that_is_complete_takes_no_place_again(suite):
+    """The first choice's stop text is found while the second one goes on."""
+    call = suite.inference.Generate(request(n=2, tokens=4000))
+    await call.read()
+    suite.executors[0].gate.clear()
+    (live,) = suite.gateway.admission.requests.values()
+    live.text(live.choices[0], Text("", live.choices[0].told_bytes, live.choices[0].told_tokens, last=True))
+    await suite.executors[0].kill()
+    await suite.eventually(lambda: len(suite.scheduler.placings) == 2)
+    assert [p.choices for p in suite.scheduler.placings] == [2, 1]
+    call.cancel()
     await suite.rest()
 
 
@@ -151,7 +166,7 @@ async def hold(suite, stage):
         return suite.executors[0].started.wait
 
     async def decoding():
-        await suite.eventually(lambda: any(r.first_token_at for r in suite.gateway.admission.requests.values()))
+        await suite.eventually(lambda: any(r.record.first_token_at for r in suite.gateway.admission.requests.values()))
 
     return decoding
 

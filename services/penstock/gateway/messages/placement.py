@@ -32,7 +32,7 @@ def placing(number: int, request: Request, asked: Placing, seconds_left: float) 
         # What is replayed is prompt to an executor.
         prompt_tokens=len(plan.prompt_ids) + asked.replayed,
         max_tokens=plan.max_tokens - asked.replayed,
-        choices=plan.n,
+        choices=len(request.running),
         block_hashes=plan.block_hashes,
         fields=plan.fields,
         priority=plan.priority,
@@ -52,7 +52,7 @@ def announced(number: int, request: Request, held: Lease) -> scheduler_pb2.Lease
         executor_id=held.executor_id,
         address=held.address,
         tokens=held.tokens,
-        choices=request.plan.n,
+        choices=len(request.running),
         prefill=_prefill_message(held.prefill),
     )
 
