@@ -21,16 +21,27 @@ class Hold:
 
     Attributes:
         prefill_leases: those of the leases that are for prefill alone.
+        prefill_tokens: what these hold.
         receiving: those whose prefill runs on another executor still.
         receiving_tokens: all that these hold.
     """
 
-    __slots__ = ("executor_id", "leases", "prefill_leases", "receiving", "receiving_tokens", "sequences", "tokens")
+    __slots__ = (
+        "executor_id",
+        "leases",
+        "prefill_leases",
+        "prefill_tokens",
+        "receiving",
+        "receiving_tokens",
+        "sequences",
+        "tokens",
+    )
 
     def __init__(self, executor_id: str) -> None:
         self.executor_id = executor_id
         self.leases = 0
         self.prefill_leases = 0
+        self.prefill_tokens = 0
         self.receiving = 0
         self.receiving_tokens = 0
         self.sequences = 0
@@ -45,11 +56,13 @@ class Hold:
     def add_prefill(self, tokens: int) -> None:
         """One lease more, for the prefill of one sequence."""
         self.prefill_leases += 1
+        self.prefill_tokens += tokens
         self.add(1, tokens)
 
     def subtract_prefill(self, tokens: int) -> None:
         """One of these less."""
         self.prefill_leases -= 1
+        self.prefill_tokens -= tokens
         self.subtract(1, tokens)
 
     def receive(self, tokens: int) -> None:
@@ -134,9 +147,17 @@ class Executor:
 
     @property
     def ahead(self) -> int:
-        """Prompt tokens that wait for prefill there: as reported, and leased since. What was given back since waits no more."""
-        told = self.load.waiting_tokens + self.fresh_tokens
-        return told if self.foreign else min(told, self.hold.tokens)
+        """Prompt tokens that wait for prefill there, or will: as reported, and leased since, or leased before and not come yet.
+
+        A prefill that is leased comes once the executor that decodes has room for it. What was given back since waits no more.
+        """
+        load, hold = self.load, self.hold
+        coming = self.fresh_tokens
+        missing = hold.prefill_leases - load.running - load.waiting - load.sending
+        if missing > 0:
+            coming = max(coming, hold.prefill_tokens * missing // hold.prefill_leases)
+        told = load.waiting_tokens + coming
+        return told if self.foreign else min(told, hold.tokens)
 
     def report(self, load: Load) -> None:
         """Take over what the executor tells of itself."""

@@ -235,7 +235,7 @@ def test_auto_prefills_where_it_decodes_what_would_wait_too_long_to_hand_over():
     ways = []
     for _ in range(6):
         ways.append(world.pair(prompt_tokens=900)[::2])
-        world.core.executors.report(prefill, Load())
+        world.core.executors.report(prefill, Load(sending=prefill.hold.prefill_leases))
     assert ways == [(None, PlacementReason.COST), *[("p", PlacementReason.COST)] * 4, (None, PlacementReason.COST)]
 
 
@@ -312,6 +312,20 @@ def test_auto_goes_together_where_the_prefill_pool_is_full():
     decoding(world)
     assert world.pair(**LONG)[0] == "p"
     assert world.pair(**LONG) == (None, "d", PlacementReason.COST)
+
+
+def test_prefill_that_is_leased_and_has_not_come_is_ahead_of_the_next():
+    world = apart()
+    prefill, _ = world.prefill(), world.decode()
+    for _ in range(2):
+        world.outcome(prompt_tokens=500)
+    assert prefill.ahead == 1000
+    world.core.executors.report(prefill, Load())
+    assert prefill.ahead == 1000, "the executor that decodes has not let them begin"
+    world.core.executors.report(prefill, Load(running=1, waiting_tokens=300))
+    assert prefill.ahead == 800
+    world.core.executors.report(prefill, Load(sending=1, running=1, waiting_tokens=100))
+    assert prefill.ahead == 100
 
 
 def test_sequences_that_wait_for_kv_or_are_on_their_way_out_are_not_taken_for_others():

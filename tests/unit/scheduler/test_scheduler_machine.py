@@ -283,11 +283,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         leased = {}
         for side in self.sides.values():
             for name, choices, tokens, prefill in (half for halves in side.leased.values() for half in halves):
-                counts = leased.setdefault(name, [0, 0, 0, 0])
-                leased[name] = [counts[0] + 1, counts[1] + choices, counts[2] + tokens, counts[3] + prefill]
+                counts = leased.setdefault(name, [0, 0, 0, 0, 0])
+                held = (1, choices, tokens, prefill, prefill * tokens)
+                leased[name] = [before + more for before, more in zip(counts, held, strict=True)]
         holds = self.core.executors.holds.values()
-        found = {h.executor_id: [h.leases, h.sequences, h.tokens, h.prefill_leases] for h in holds}
-        assert found == {name: [0, 0, 0, 0] for name in self.executors} | leased
+        found = {h.executor_id: [h.leases, h.sequences, h.tokens, h.prefill_leases, h.prefill_tokens] for h in holds}
+        assert found == {name: [0, 0, 0, 0, 0] for name in self.executors} | leased
 
     @invariant()
     def exactly_the_leases_with_two_halves_wait_for_kv(self):
@@ -311,7 +312,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 homes = [e for e in eligible if e.role is not Role.PREFILL] or eligible
                 waited_for = homes if self.policy != "apart" else eligible
                 busy = [e for e in waited_for if e.hold.sequences + e.foreign]
-                assert another_may_come or (len(busy) == len(homes) if self.policy != "apart" else busy)
+                assert another_may_come or (len(busy) == len(homes) if self.policy != "apart" else busy or not waited_for)
 
     @invariant()
     def nobody_waits_beyond_the_deadline(self):
