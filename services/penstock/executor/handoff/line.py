@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from penstock.executor.handoff.counts import HandoffCounts, outcome
+from penstock.executor.handoff.exports import fetch
 from penstock.executor.handoff.geometry import Geometry
-from penstock.executor.handoff.ports import KvEngine, SequenceEnded
+from penstock.executor.handoff.ports import KvEngine
 from penstock.executor.handoff.rooms import Rooms
-from penstock.executor.handoff.sender import Chunk, Cut, Sender, State
+from penstock.executor.handoff.sender import Sender
+from penstock.executor.handoff.sender_states import Chunk, Cut, State
 from penstock.executor.handoff.ticket import HandoffFailure
-from penstock.executor.handoff.transports.port import LinkClosed, Outgoing
+from penstock.executor.handoff.transports.port import Outgoing
 from penstock.executor.handoff.words import (
     Abort,
     Aborted,
@@ -208,7 +206,7 @@ class Line:
             return
         size = self._size(len(chunk.tokens), native=chunk.native)
         self._rooms.take(size)
-        fetching = self._fetch(sender, chunk, self._agreed.outgoing)
+        fetching = fetch(self._engine, sender, chunk, self._agreed.outgoing)
         self._tasks[chunk] = self._loop.create_task(fetching), size
 
     def drop(self, sender: Sender, chunk: Chunk) -> None:  # noqa: ARG002 - whose it was
@@ -276,36 +274,6 @@ class Line:
             self._asked_at = self._loop.time()
         self.wanted.set()
 
-    async def _fetch(self, sender: Sender, chunk: Chunk, outgoing: Outgoing) -> None:
-        try:
-            data = await self._exported(sender, chunk)
-            parcel = await outgoing.put(await _flat(data))
-        except (SequenceEnded, LinkClosed):
-            return  # the sender hears of it by itself, and drops the chunk
-        except Exception as error:  # noqa: BLE001 - whatever a backend or a transport says, the KV does not go
-            sender.export_failed(chunk, HandoffFailure.BACKEND, f"{type(error).__name__}: {error}")
-        else:
-            chunk.parcel = parcel
-            sender.exported(chunk, self._loop.time())
-
-    def _exported(self, sender: Sender, chunk: Chunk) -> asyncio.Future[NDArray[Any]]:
-        answer: asyncio.Future[NDArray[Any]] = self._loop.create_future()
-
-        def settle(data: NDArray[Any] | Exception) -> None:
-            if answer.done():
-                return
-            if isinstance(data, Exception):
-                answer.set_exception(data)
-            else:
-                answer.set_result(data)
-
-        def done(data: NDArray[Any] | Exception) -> None:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(settle, data)
-
-        self._engine.export_kv(sender.handle, chunk.tokens, native=chunk.native, done=done)
-        return answer
-
 
 def _tell(sender: Sender, answer: Reserved | Pushed | Ack | Aborted | Refused, now: float) -> None:
     match answer:
@@ -319,13 +287,6 @@ def _tell(sender: Sender, answer: Reserved | Pushed | Ack | Aborted | Refused, n
             sender.aborted()
         case Refused():
             sender.refused(answer, now)
-
-
-async def _flat(data: NDArray[Any]) -> memoryview:
-    """Its bytes, in a row; copied only where they do not lie so."""
-    if not data.flags.c_contiguous:
-        data = await asyncio.to_thread(np.ascontiguousarray, data)
-    return data.reshape(-1).view(np.uint8).data
 
 
 def _nowhere(_: object) -> None:

@@ -6,81 +6,17 @@ come twice, late, or from before the stream was lost: an epoch, which grows with
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final
 
 from penstock.executor.handoff.geometry import Fault, Geometry
 from penstock.executor.handoff.progress import ArrivalClock
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Ticket, Transport
+from penstock.executor.handoff.receiver_states import Chunk, Event, ReceiverPorts, State
+from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
 from penstock.executor.handoff.words import Aborted, Ack, Answer, Commit, Push, Pushed, Refusal, Refused, Reserved
 
-__all__ = ["TABLE", "Chunk", "Event", "Receiver", "ReceiverPorts", "State"]
-
-
-class State(enum.Enum):
-    """Where a handoff is on the side that decodes."""
-
-    RESERVED = "reserved"  # blocks are there, and a ticket; nothing was heard yet
-    RECEIVING = "receiving"  # an epoch has begun, and KV comes
-    COMMITTING = "committing"  # all KV and the first token are here; imports are awaited
-    DONE = "done"  # the sequence decodes; late messages are answered as before
-    ENDED = "ended"  # the sequence is gone; so are they
-
-
-class Event(enum.Enum):
-    """What happens to it."""
-
-    RESERVE = "reserve"
-    PUSH = "push"
-    CHECKED = "checked"  # a chunk's bytes are here, and right
-    UNREADABLE = "unreadable"  # they are not
-    IMPORTED = "imported"
-    IMPORT_FAILED = "import failed"
-    COMMIT = "commit"
-    RENEW = "renew"
-    ABORT = "abort"
-    RELEASE = "release"
-    STREAM_LOST = "stream lost"
-    LEASE_EXPIRED = "lease expired"
-    SEQUENCE_ENDED = "sequence ended"
-
-
-class Chunk:
-    """One push on its way into the blocks. Compared by identity."""
-
-    __slots__ = ("imported", "push", "source")
-
-    def __init__(self, push: Push, source: Any) -> None:
-        self.push = push
-        self.source = source
-        self.imported = False
-
-
-class ReceiverPorts(Protocol):
-    """What a receiver asks for. Every call returns at once; answers are events."""
-
-    def answer(self, receiver: Receiver, answer: Answer) -> None:
-        """Send to the other side, if a stream of it is there."""
-
-    def check(self, receiver: Receiver, chunk: Chunk) -> None:
-        """Have the chunk's bytes fetched and checked: `checked` or `unreadable`."""
-
-    def write(self, receiver: Receiver, chunk: Chunk, data: memoryview) -> None:
-        """Have them written into the sequence's blocks: `imported` or `import_failed`."""
-
-    def begin_decode(self, receiver: Receiver, first_token: int, arrival: Arrival) -> None:
-        """The sequence goes on here."""
-
-    def fail(self, receiver: Receiver, failure: HandoffFailure, message: str) -> None:
-        """The sequence ends here."""
-
-    def closed(self, receiver: Receiver) -> None:
-        """DONE or ENDED was reached."""
-
-    def forget(self, receiver: Receiver) -> None:
-        """Nothing more will be asked of it."""
+__all__ = ["TABLE", "Receiver"]
 
 
 _Row = tuple[Callable[..., None], ...]

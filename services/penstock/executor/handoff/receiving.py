@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from penstock.backends.contract import CANONICAL_DTYPES
 from penstock.executor.handoff.alarm import Alarm
 from penstock.executor.handoff.counts import HandoffCounts, outcome
 from penstock.executor.handoff.geometry import Geometry
+from penstock.executor.handoff.imports import Imports
 from penstock.executor.handoff.ports import Handle, KvEngine
-from penstock.executor.handoff.receiver import Chunk, Receiver, State
+from penstock.executor.handoff.receiver import Receiver
+from penstock.executor.handoff.receiver_states import Chunk, State
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Ticket
-from penstock.executor.handoff.transports.port import (
-    Incoming,
-    LinkClosed,
-    PayloadOutOfRange,
-    PayloadRefused,
-    PayloadUnproven,
-    TransportFailed,
-)
+from penstock.executor.handoff.transports.port import Incoming
 from penstock.executor.handoff.words import (
     Abort,
     Aborted,
@@ -85,7 +75,7 @@ class Receiving:
         self._receivers: dict[bytes, Receiver] = {}
         self._by_handle: dict[int, Receiver] = {}
         self._streams: dict[str, PeerStream] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._imports = Imports(engine, geometry)
         self._alarm = Alarm(self._ring)
 
     # What the engine tells
@@ -197,50 +187,11 @@ class Receiving:
 
     def check(self, receiver: Receiver, chunk: Chunk) -> None:
         """In a task; the transport computes checksums beside the loop."""
-        task = self._loop.create_task(self._check(receiver, chunk))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _check(self, receiver: Receiver, chunk: Chunk) -> None:
-        parcel = chunk.push.parcel
-        try:
-            data = await chunk.source.incoming.open(parcel.payload, parcel.checksum)
-        except LinkClosed:
-            return  # the receiver hears that the stream is lost
-        except PayloadOutOfRange as error:
-            receiver.unreadable(chunk, (Refusal.OUT_OF_RANGE, str(error)))
-        except PayloadUnproven as error:
-            receiver.unreadable(chunk, (Refusal.UNPROVEN, str(error)))
-        except (PayloadRefused, TransportFailed) as error:
-            receiver.unreadable(chunk, (Refusal.WRONG_CHECKSUM, str(error)))
-        else:
-            receiver.checked(chunk, data)
+        self._imports.check(receiver, chunk)
 
     def write(self, receiver: Receiver, chunk: Chunk, data: memoryview) -> None:
-        """In the engine's thread, between steps; from where the transport has it, without a copy."""
-        push = chunk.push
-        transport = chunk.source.incoming.transport
-
-        def done(error: Exception | None) -> None:
-            _in_loop(self._loop, lambda: told(error))
-
-        def told(error: Exception | None) -> None:
-            if error is None:
-                receiver.imported(chunk, transport, self._loop.time())
-            else:
-                receiver.import_failed(chunk, str(error))
-
-        try:
-            array = self._array(push, data)
-            self._engine.import_kv(receiver.handle, push.tokens, array, native=push.native, done=done)
-        except Exception as error:  # noqa: BLE001 - whatever the engine says, it can not be written
-            _in_loop(self._loop, lambda error=error: told(error))  # type: ignore[misc] # mypy knows no type of a default
-
-    def _array(self, push: Push, data: memoryview) -> NDArray[Any]:
-        flat = np.frombuffer(data, np.uint8)
-        if push.native:
-            return flat.reshape(-1, self._geometry.kv.bytes_per_block)
-        return flat.view(CANONICAL_DTYPES[push.dtype]).reshape(self._geometry.kv.canonical_shape(len(push.tokens)))
+        """In the engine's thread, between steps."""
+        self._imports.write(receiver, chunk, data)
 
     def begin_decode(self, receiver: Receiver, first_token: int, arrival: Arrival) -> None:
         """The engine goes on."""
@@ -277,16 +228,10 @@ class Receiving:
     def close(self) -> None:
         """Nothing is told any more."""
         self._alarm.stop()
-        for task in self._tasks:
-            task.cancel()
+        self._imports.close()
 
 
 def _unowned(receiver: Receiver | None) -> tuple[Refusal, str]:
     if receiver is None:
         return Refusal.UNKNOWN, "no such handoff: forged, used up, or its lease has run out"
     return Refusal.NOT_YOURS, "the handoff was minted for another executor"
-
-
-def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call)

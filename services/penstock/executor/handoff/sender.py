@@ -6,14 +6,12 @@ sequence's blocks until the Ack, so whatever was lost on the way is copied out a
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final
 
+from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut, Event, SenderPorts, State
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket
-from penstock.executor.handoff.transports.port import Parcel
 from penstock.executor.handoff.words import (
     Abort,
     Ack,
@@ -28,101 +26,11 @@ from penstock.executor.handoff.words import (
     Reserved,
 )
 
-__all__ = ["TABLE", "Chunk", "Cut", "Event", "Sender", "SenderPorts", "State"]
+__all__ = ["TABLE", "Sender"]
 
 # A step back is taken when an answer is a third of a lease late, or a push was refused: so often at most without headway between.
 _MOST_STEPS_BACK = 6
 _RETRIED = frozenset({Refusal.STALE_EPOCH, Refusal.OUT_OF_RANGE, Refusal.WRONG_CHECKSUM, Refusal.INCOMPLETE, Refusal.UNPROVEN})
-
-
-class State(enum.Enum):
-    """Where a handoff is on the side that prefills."""
-
-    OPENING = "opening"  # no Reserved on this stream yet, or no stream
-    PUSHING = "pushing"  # KV goes as it is computed
-    COMMITTING = "committing"  # all has gone; the Ack is awaited
-    DONE = "done"  # the other side decodes
-    FAILED = "failed"  # the sequence is gone, or the handoff is
-
-
-class Event(enum.Enum):
-    """What happens to it."""
-
-    COMPUTED = "computed"
-    DRAWN = "drawn"
-    ROOM = "room"  # the link has room for the chunk that was asked for
-    EXPORTED = "exported"
-    EXPORT_FAILED = "export failed"
-    STREAM_UP = "stream up"
-    STREAM_LOST = "stream lost"
-    RESERVED = "reserved"
-    PUSHED = "pushed"
-    ACK = "ack"
-    REFUSED = "refused"
-    ABORTED = "aborted"
-    OVERDUE = "overdue"  # no answer for a third of a lease
-    LEASE_EXPIRED = "lease expired"
-    UNREACHABLE = "unreachable"  # the other side can not take it at all
-    SEQUENCE_ENDED = "sequence ended"
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How KV is cut into pushes on a stream.
-
-    Attributes:
-        native: whether blocks go as they are.
-        block_size: tokens of a block.
-        most_tokens: of a push at most: whole blocks.
-        dtype: numpy's name of the values' type, for the canonical form.
-    """
-
-    native: bool
-    block_size: int
-    most_tokens: int
-    dtype: str
-
-
-_NO_STREAM = Cut(native=False, block_size=1, most_tokens=0, dtype="")
-
-
-class Chunk:
-    """KV on its way out; `parcel` once it was copied out. Compared by identity."""
-
-    __slots__ = ("native", "parcel", "tokens")
-
-    def __init__(self, tokens: range, *, native: bool) -> None:
-        self.tokens = tokens
-        self.native = native
-        self.parcel: Parcel | None = None
-
-
-class SenderPorts(Protocol):
-    """What a sender asks for. Every call returns at once; answers are events."""
-
-    def ask(self, sender: Sender, message: Ask) -> None:
-        """Send to the other side, if there is a stream."""
-
-    def push(self, sender: Sender, chunk: Chunk, message: Push) -> None:
-        """Send a chunk, which is not the sender's any more."""
-
-    def want_room(self, sender: Sender) -> None:
-        """Have a `room` once the link has some; asking twice is asking once."""
-
-    def export(self, sender: Sender, chunk: Chunk) -> None:
-        """Have the chunk copied out and put where the other side can reach it: `exported` or `export_failed`."""
-
-    def drop(self, sender: Sender, chunk: Chunk) -> None:
-        """A chunk that was asked for and will not be pushed."""
-
-    def handed_off(self, sender: Sender) -> None:
-        """The sequence ends here; the other side decodes."""
-
-    def fail(self, sender: Sender, failure: HandoffFailure, message: str) -> None:
-        """The sequence ends here."""
-
-    def closed(self, sender: Sender) -> None:
-        """DONE or FAILED was reached."""
 
 
 _Row = tuple[Callable[..., None], ...]
@@ -147,7 +55,7 @@ class Sender:
         self.answer_due: float | None = None
         self.said_at = now
         self._ports = ports
-        self._cut = _NO_STREAM
+        self._cut = NO_STREAM
         self._computed = 0
         self._token: int | None = None
         self._asked = 0  # tokens before this one are there, or on their way
@@ -297,7 +205,7 @@ class Sender:
 
     def _lose_stream(self) -> None:
         self._go_back()
-        self._cut = _NO_STREAM
+        self._cut = NO_STREAM
 
     def _drop_all(self) -> None:
         while self._coming:
@@ -306,7 +214,7 @@ class Sender:
 
     def _begin(self, reserved: Reserved, now: float) -> None:
         """The other side's word for what is there. A Reserved that is late is for an epoch that is over."""
-        if reserved.epoch <= self.epoch or self._cut is _NO_STREAM:
+        if reserved.epoch <= self.epoch or self._cut is NO_STREAM:
             return
         first = reserved.first_token
         if not self.ticket.cached_tokens <= first <= self.ticket.tokens:
@@ -347,7 +255,7 @@ class Sender:
         self._steps_back += 1
         if self._steps_back > _MOST_STEPS_BACK:
             self._fail(HandoffFailure.LEASE_EXPIRED, "the other side answers, but takes nothing")
-        elif self._cut is not _NO_STREAM:
+        elif self._cut is not NO_STREAM:
             self._reserve_anew(self._cut, now)
 
     def _fail_export(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:

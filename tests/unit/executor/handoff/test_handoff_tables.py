@@ -3,10 +3,10 @@
 import pytest
 from handoff_net import GEOMETRY
 
-from penstock.executor.handoff import receiver as receiving
-from penstock.executor.handoff import sender as sending
+from penstock.executor.handoff import receiver, receiver_states, sender, sender_states
 from penstock.executor.handoff.receiver import Receiver
-from penstock.executor.handoff.sender import Cut, Sender
+from penstock.executor.handoff.sender import Sender
+from penstock.executor.handoff.sender_states import Cut
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
 from penstock.executor.handoff.transports.port import InlinePayload, Parcel
 from penstock.executor.handoff.words import Ack, Commit, Push, Pushed, Refusal, Refused, Reserved
@@ -42,18 +42,18 @@ def receiver_in(state):
     ports = Ports()
     receiver = Receiver(TICKET, object(), GEOMETRY, ports, 0.0)
     chunk = None
-    if state is receiving.State.ENDED:
+    if state is receiver_states.State.ENDED:
         receiver.sequence_ended()
-    elif state is not receiving.State.RESERVED:
+    elif state is not receiver_states.State.RESERVED:
         receiver.reserve("stream")
         receiver.push(push(0, 4), "stream", 0.0, native_agreed=False)
         chunk = ports.asked[-1][1]
-        if state is not receiving.State.RECEIVING:
+        if state is not receiver_states.State.RECEIVING:
             take(receiver, chunk)
             receiver.push(push(4, 8), "stream", 0.0, native_agreed=False)
             chunk = ports.asked[-1][1]
             receiver.commit(Commit(ID, 1, 8, 5), 0.0)
-            if state is receiving.State.DONE:
+            if state is receiver_states.State.DONE:
                 take(receiver, chunk)
     assert receiver.state is state
     ports.asked.clear()
@@ -65,7 +65,7 @@ def take(receiver, chunk):
     receiver.imported(chunk, Transport.GRPC, 0.0)
 
 
-R = receiving.Event
+R = receiver_states.Event
 RECEIVER_EVENTS = {
     R.RESERVE: lambda r, _: r.reserve("stream"),
     R.PUSH: lambda r, _: r.push(push(4, 8), "stream", 0.0, native_agreed=False),
@@ -99,32 +99,34 @@ RECEIVER_STATES = {
 }
 
 
-@pytest.mark.parametrize("event", receiving.Event)
-@pytest.mark.parametrize("state", receiving.State)
+@pytest.mark.parametrize("event", receiver_states.Event)
+@pytest.mark.parametrize("state", receiver_states.State)
 def test_each_event_moves_a_receiver_as_decided(state, event):
     receiver, chunk, ports = receiver_in(state)
     RECEIVER_EVENTS[event](receiver, chunk)
-    after = RECEIVER_STATES[event].split()[list(receiving.State).index(state)]
+    after = RECEIVER_STATES[event].split()[list(receiver_states.State).index(state)]
     assert receiver.state.name.startswith(after)
     told = ports.names()
-    ended = receiver.state is receiving.State.ENDED and state is not receiving.State.ENDED
-    assert ("closed" in told) == (ended or (receiver.state is receiving.State.DONE and state is not receiving.State.DONE))
+    ended = receiver.state is receiver_states.State.ENDED and state is not receiver_states.State.ENDED
+    assert ("closed" in told) == (
+        ended or (receiver.state is receiver_states.State.DONE and state is not receiver_states.State.DONE)
+    )
     assert ("fail" in told) == (ended and event is not R.SEQUENCE_ENDED)
-    assert ("begin_decode" in told) == (receiver.state is receiving.State.DONE and state is not receiving.State.DONE)
+    assert ("begin_decode" in told) == (receiver.state is receiver_states.State.DONE and state is not receiver_states.State.DONE)
 
 
 def test_both_tables_have_every_pair():
     for table, states, events in (
-        (receiving.TABLE, receiving.State, receiving.Event),
-        (sending.TABLE, sending.State, sending.Event),
+        (receiver.TABLE, receiver_states.State, receiver_states.Event),
+        (sender.TABLE, sender_states.State, sender_states.Event),
     ):
         assert table.keys() == {(state, event) for state in states for event in events}
-    assert all(len(row) == len(receiving.State) for row in Receiver.ROWS.values())
-    assert all(len(row) == len(sending.State) for row in Sender.ROWS.values())
+    assert all(len(row) == len(receiver_states.State) for row in Receiver.ROWS.values())
+    assert all(len(row) == len(sender_states.State) for row in Sender.ROWS.values())
 
 
 def test_an_aborted_receiver_answers_only_when_nothing_reads_the_payload_any_more():
-    receiver, chunk, ports = receiver_in(receiving.State.RECEIVING)
+    receiver, chunk, ports = receiver_in(receiver_states.State.RECEIVING)
     receiver.checked(chunk, memoryview(bytes(64)))
     receiver.abort()
     assert "answer" not in ports.names()
@@ -139,19 +141,19 @@ def sender_in(state):
     ports = Ports()
     sender = Sender(TICKET, object(), ports, 0.0)
     chunk = None
-    if state is sending.State.FAILED:
+    if state is sender_states.State.FAILED:
         sender.sequence_ended()
-    elif state is not sending.State.OPENING:
+    elif state is not sender_states.State.OPENING:
         sender.stream_up(CUT, 0.0)
         sender.reserved(Reserved(ID, 1, 0, 3.0), 0.0)
         sender.computed(4)
         chunk = export(sender, ports)
-        if state is not sending.State.PUSHING:
+        if state is not sender_states.State.PUSHING:
             sender.exported(chunk, 0.0)
             sender.drawn(5, 0.0)
             chunk = export(sender, ports)
             sender.exported(chunk, 0.0)
-            if state is sending.State.DONE:
+            if state is sender_states.State.DONE:
                 sender.ack(Ack(ID, 1))
     assert sender.state is state
     ports.asked.clear()
@@ -165,7 +167,7 @@ def export(sender, ports):
     return chunk
 
 
-S = sending.Event
+S = sender_states.Event
 SENDER_EVENTS = {
     S.COMPUTED: lambda s, _: s.computed(8),
     S.DRAWN: lambda s, _: s.drawn(5, 1.0),
@@ -205,35 +207,35 @@ SENDER_STATES = {
 }
 
 
-@pytest.mark.parametrize("event", sending.Event)
-@pytest.mark.parametrize("state", sending.State)
+@pytest.mark.parametrize("event", sender_states.Event)
+@pytest.mark.parametrize("state", sender_states.State)
 def test_each_event_moves_a_sender_as_decided(state, event):
     sender, chunk, ports = sender_in(state)
     SENDER_EVENTS[event](sender, chunk)
-    after = SENDER_STATES[event].split()[list(sending.State).index(state)]
+    after = SENDER_STATES[event].split()[list(sender_states.State).index(state)]
     assert sender.state.name.startswith(after)
     told = ports.names()
-    failed = sender.state is sending.State.FAILED and state is not sending.State.FAILED
-    done = sender.state is sending.State.DONE and state is not sending.State.DONE
+    failed = sender.state is sender_states.State.FAILED and state is not sender_states.State.FAILED
+    done = sender.state is sender_states.State.DONE and state is not sender_states.State.DONE
     assert ("fail" in told) == (failed and event is not S.SEQUENCE_ENDED)
     assert ("handed_off" in told) == done
     assert ("closed" in told) == (failed or done)
 
 
 def test_a_commit_that_was_lost_is_said_again_in_a_new_epoch_and_not_for_ever():
-    sender, _, ports = sender_in(sending.State.COMMITTING)
+    sender, _, ports = sender_in(sender_states.State.COMMITTING)
     for epoch in range(2, 8):
         assert sender.answer_due is not None
         sender.overdue(float(epoch))
         sender.reserved(Reserved(ID, epoch, 8, 3.0), float(epoch))
-        assert sender.state is sending.State.COMMITTING
+        assert sender.state is sender_states.State.COMMITTING
         assert ports.asked[-1] == ("ask", Commit(ID, epoch, 8, 5))
         if epoch == 2:
             continue  # all of it has come: that is headway, once
     sender.overdue(8.0)
     sender.reserved(Reserved(ID, 8, 8, 3.0), 8.0)
     sender.overdue(9.0)
-    assert sender.state is sending.State.FAILED
+    assert sender.state is sender_states.State.FAILED
 
 
 def test_chunks_go_in_order_whichever_was_copied_first():
