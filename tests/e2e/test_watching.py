@@ -268,7 +268,8 @@ def test_the_documented_metrics_are_those_that_there_are(suite):
     text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     sections = {part.partition("\n")[0].lower(): part for part in re.split(r"^### ", text, flags=re.MULTILINE)}
     for service, url in suite.metrics_urls().items():
-        documented = set(re.findall(r"^\| `(penstock_\w+)`", sections[service], flags=re.MULTILINE))
+        tables = sections[service] + sections["every service"]
+        documented = set(re.findall(r"^\| `(penstock_\w+)`", tables, flags=re.MULTILINE))
         with urllib.request.urlopen(url) as answer:
             told = {line.split()[2] for line in answer.read().decode().splitlines() if line.startswith("# TYPE")}
         assert documented == {name for name in told if not name.endswith("_created")}, service
