@@ -82,7 +82,7 @@ class ExecutorConfig:
     stall_seconds_per_prompt_token: float = 0.05
     handoff_lease_seconds: float = 3
     handoff_push_mib: float = 16
-    handoff_window_mib: float = 128
+    handoff_window_mib: float = 48
     handoff_transports: tuple[Literal["shared_memory", "nixl", "grpc"], ...] = ("shared_memory", "grpc")
     scheduler: str | None = None
     listen: str = "127.0.0.1:8013"

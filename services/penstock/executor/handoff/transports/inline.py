@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from penstock.executor.handoff.ticket import Transport
+from penstock.executor.handoff.transports.heap import keep_freed_memory
 from penstock.executor.handoff.transports.port import (
     InlinePayload,
     LinkClosed,
@@ -25,6 +26,7 @@ class InlineOutgoing:
     transport = Transport.GRPC
 
     def __init__(self, window_bytes: int) -> None:
+        keep_freed_memory()
         self._window = Window(window_bytes)
 
     async def put(self, data: memoryview) -> Parcel:
@@ -61,6 +63,7 @@ class InlineIncoming:
             raise LinkClosed("the link is closed")
         if not isinstance(payload, InlinePayload):
             raise PayloadUnproven("the payload is not in the message")
+        keep_freed_memory()
         view = memoryview(payload.data).toreadonly()
         await check(view, checksum)
         return view
