@@ -22,15 +22,6 @@ RUN python -m venv /opt/penstock
 COPY --from=wheel /wheel /wheel
 RUN /opt/penstock/bin/pip install --no-cache-dir /wheel/*.whl
 
-# The same with PyTorch for NVIDIA's or AMD's devices: its wheels bring the libraries, the host only the driver.
-FROM backends AS backends-cuda
-ARG TORCH_CUDA_INDEX=https://download.pytorch.org/whl/cu130
-RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_CUDA_INDEX} "$(echo /wheel/*.whl)[torch]"
-
-FROM backends AS backends-rocm
-ARG TORCH_ROCM_INDEX=https://download.pytorch.org/whl/rocm7.1
-RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_ROCM_INDEX} "$(echo /wheel/*.whl)[torch]"
-
 FROM ${PYTHON} AS base
 RUN groupadd --gid 10001 penstock && useradd --uid 10001 --gid penstock --create-home penstock \
  && install --directory --owner penstock --group penstock /home/penstock/.cache
@@ -65,11 +56,21 @@ EXPOSE 8013 9013
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["penstock", "health", "127.0.0.1:8013"]
 ENTRYPOINT ["penstock", "executor"]
 
+FROM executor-base AS executor
+COPY --from=backends /opt/penstock /opt/penstock
+
+# Last, since builders without BuildKit make every stage before the one that is asked for.
+# The same with PyTorch for NVIDIA's or AMD's devices: its wheels bring the libraries, the host only the driver.
+FROM backends AS backends-cuda
+ARG TORCH_CUDA_INDEX=https://download.pytorch.org/whl/cu130
+RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_CUDA_INDEX} "$(echo /wheel/*.whl)[torch]"
+
+FROM backends AS backends-rocm
+ARG TORCH_ROCM_INDEX=https://download.pytorch.org/whl/rocm7.1
+RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_ROCM_INDEX} "$(echo /wheel/*.whl)[torch]"
+
 FROM executor-base AS executor-cuda
 COPY --from=backends-cuda /opt/penstock /opt/penstock
 
 FROM executor-base AS executor-rocm
 COPY --from=backends-rocm /opt/penstock /opt/penstock
-
-FROM executor-base AS executor
-COPY --from=backends /opt/penstock /opt/penstock
