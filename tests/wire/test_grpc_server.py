@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from penstock.common import errors
 from penstock.common.channel import CLIENT_OPTIONS, MAX_PUBLIC_MESSAGE_BYTES, connect, server_options
 from penstock.common.server import GrpcServer
+from penstock.executor.config import ExecutorConfig
 from penstock.v1 import models_pb2, models_pb2_grpc
 
 SERVICE = "penstock.v1.Models"
@@ -151,10 +152,14 @@ def test_every_channel_argument_is_one_that_grpc_knows():
 
 
 def test_channel_arguments_are_what_was_meant():
-    client, server = dict(CLIENT_OPTIONS), dict(server_options(MAX_PUBLIC_MESSAGE_BYTES))
+    client, server = dict(CLIENT_OPTIONS), dict(server_options(MAX_PUBLIC_MESSAGE_BYTES, public=True))
     assert server["grpc.max_receive_message_length"] == MAX_PUBLIC_MESSAGE_BYTES
     assert server["grpc.so_reuseport"] == 0
     # A server that is pinged more often than it allows answers with GOAWAY.
     assert client["grpc.keepalive_time_ms"] > server["grpc.http2.min_ping_interval_without_data_ms"]
-    assert client["grpc.keepalive_time_ms"] > client["grpc.keepalive_timeout_ms"]
+    within = dict(server_options())
+    two_leases = 2 * 1000 * ExecutorConfig(model="builtin").handoff_lease_seconds
+    for end in (client, within):
+        assert end["grpc.keepalive_time_ms"] + end["grpc.keepalive_timeout_ms"] < two_leases
+    assert server["grpc.keepalive_time_ms"] > within["grpc.keepalive_time_ms"]
     assert client["grpc.min_reconnect_backoff_ms"] <= client["grpc.max_reconnect_backoff_ms"]

@@ -11,14 +11,13 @@ __all__ = ["CLIENT_OPTIONS", "MAX_MESSAGE_BYTES", "MAX_PUBLIC_MESSAGE_BYTES", "S
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
 
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+# Between services: a link that goes silent is lost within two leases of a handoff, whichever end notices.
+_WITHIN = [("grpc.keepalive_time_ms", 3_000), ("grpc.keepalive_timeout_ms", 2_500), ("grpc.http2.max_pings_without_data", 0)]
+# To clients, which may be far away, and asleep.
+_PUBLIC = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000), ("grpc.http2.max_pings_without_data", 0)]
 
 CLIENT_OPTIONS: list[tuple[str, int | str]] = [
-    *_KEEPALIVE,
+    *_WITHIN,
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -31,11 +30,11 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
-def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
-    """Arguments of a server that takes messages of at most this size."""
+def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES, *, public: bool = False) -> list[tuple[str, int | str]]:
+    """Arguments of a server that takes messages of at most this size, from clients or from other services alone."""
     return [
-        *_KEEPALIVE,
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        *(_PUBLIC if public else _WITHIN),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

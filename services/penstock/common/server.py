@@ -26,10 +26,15 @@ class GrpcServer:
     """
 
     def __init__(
-        self, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), max_receive_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        *,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        max_receive_bytes: int = MAX_MESSAGE_BYTES,
+        public: bool = False,
     ) -> None:
         self._server = grpc.aio.server(
-            interceptors=[RequestIds(), ErrorsToStatuses(), *interceptors], options=server_options(max_receive_bytes)
+            interceptors=[RequestIds(), ErrorsToStatuses(), *interceptors],
+            options=server_options(max_receive_bytes, public=public),
         )
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []

@@ -72,7 +72,9 @@ class GatewayServer:
         self._connect()
         self._http = HttpServer(http_app(self._door(), self.metrics.registry, self.not_ready))
         self._grpc = GrpcServer(
-            interceptors=[Traceparents(), AccessLog(), MalformedRequests()], max_receive_bytes=config.max_body_bytes
+            interceptors=[Traceparents(), AccessLog(), MalformedRequests()],
+            max_receive_bytes=config.max_body_bytes,
+            public=True,
         )
         inference = InferenceServicer(self.admission, keys, config.default_deadline_seconds)
         self._grpc.add(inference_pb2_grpc.add_InferenceServicer_to_server, inference, "penstock.v1.Inference")
