@@ -11,13 +11,14 @@ bin := .venv/bin
 pip := $(bin)/python -m pip install --progress-bar on
 sources := services backends clients/python tests tools benchmarks
 
-.PHONY: help setup demo serve test lint protos bench bench-peers bench-peers-setup clean
+.PHONY: help setup demo serve test faults lint protos bench bench-peers bench-peers-setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    the suite on the built-in model: one answer over gRPC, one over HTTP'
 	@echo 'make serve   MODEL=FOLDER|HUB_ID|builtin, on 127.0.0.1:8000 (HTTP) and :8001 (gRPC); ARGS=… for more flags'
 	@echo 'make test    everything the tests need, then all of them; ARGS=… for pytest'
+	@echo 'make faults  every fault at every point of a handoff, one by one; half an hour'
 	@echo 'make lint    style, types, import contracts, protos'
 	@echo 'make setup   .venv with everything for test, lint and protos'
 	@echo 'make protos  the Python messages and stubs from protos/'
@@ -36,6 +37,9 @@ serve: .venv/.setup
 
 test: .venv/.setup-developer
 	$(bin)/python -m pytest $(ARGS)
+
+faults: .venv/.setup-developer
+	$(bin)/python -m pytest tests/faults -m matrix $(ARGS)
 
 lint: .venv/.setup-developer
 	$(bin)/ruff check $(sources)

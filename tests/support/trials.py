@@ -1,0 +1,62 @@
+"""What every test of the matrix does: have something fail under a few requests, and prove afterwards that nothing came of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from history import check
+from pools import BOUND, Clients, Fails, Pools
+from suite import wait_for
+
+
+class Trial:
+    """A suite, clients whose answers are known, and its counts while nothing is in work."""
+
+    def __init__(self, pools: Pools, clients: Clients, prefill: int = 1, decode: int = 1) -> None:
+        self.pools, self.clients = pools, clients
+        self._sizes = prefill, decode
+
+    def whole(self) -> None:
+        """Wait until every service is there."""
+        assert wait_for(lambda: self.pools.whole(*self._sizes), 60), self.pools.log[-20:]
+
+    def run(self, *faults: Fails, requests: int = 4, leaving: int = 0) -> None:
+        """Every fault takes place, and each request is answered as it would have been, or told why not; all comes back.
+
+        `leaving`: requests beside them whose clients leave before they are answered.
+        """
+        pools = self.pools
+        self.whole()
+        assert self.clients.ask(0).error is None  # streams between executors are there
+        pools.assert_idle()  # and those by which this asks
+        before, since = pools.held(), len(pools.events())
+        rules = pools.arm(*faults)
+        others = threading.Thread(target=self.clients.leave, args=(leaving,))
+        others.start()
+        answers = self.clients.ask_all(requests)
+        others.join()
+        fired = [pools.fired(rule) for rule in rules]
+        pools.disarm()
+        pools.let_go_on()
+        assert all(fired), (
+            f"did not take place: {[str(f) for f, done in zip(faults, fired, strict=True) if not done]}; {_tally(pools, since)}"
+        )
+        self.whole()
+        pools.assert_back_to(before)
+        assert wait_for(lambda: settled(pools, since)), "the event log is not written"
+        wrong = check(pools.events()[since:], answers, [fault for fault in fired if fault], BOUND)
+        assert wrong == [], "\n".join([*wrong, *pools.log[-40:]])
+
+
+def settled(pools: Pools, since: int) -> bool:
+    """Whether the log has the end of every request that a living gateway has accepted."""
+    living = {process.pid for process in pools.services("gateway")}
+    names: Sequence[str] = [e["event"] for e in pools.events()[since:] if e["pid"] in living]
+    return names.count("accepted") == names.count("ended")
+
+
+def _tally(pools: Pools, since: int) -> dict[str, int]:
+    """What happened instead, for whoever reads of a failure."""
+    return dict(Counter(f"{e['event']} {e.get('reason', '')}" for e in pools.events()[since:]))
