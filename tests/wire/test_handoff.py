@@ -10,6 +10,7 @@ from handoff_peer import HandPeer, payload
 
 from penstock.backends.fake import next_token
 from penstock.common.channel import connect
+from penstock.executor.handoff import link
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import executor_pb2 as pb
 from penstock.internal.v1 import handoff_pb2
@@ -261,3 +262,13 @@ async def test_a_ticket_is_used_once_on_the_side_that_prefills_too():
         await prefill.until(lambda: 3 in prefill.finished)
         assert prefill.finished[3].handoff_failure == pb.HANDOFF_FAILURE_REFUSED
         await asyncio.gather(prefill.idle(), decode.idle())
+
+
+async def test_a_stream_that_nobody_needs_is_closed_and_opened_again_when_it_is_needed(monkeypatch):
+    monkeypatch.setattr(link, "_IDLE_SECONDS", 0.05)
+    async with asyncio.timeout(30), executor_pair() as (prefill, decode):
+        await hand_over(prefill, decode, 1, PROMPT, 5)
+        while decode.handoffs.receiving._streams or prefill.server._exchange._links._tasks:
+            await decode.state()
+        await hand_over(prefill, decode, 2, PROMPT[::-1], 5)
+        assert prefill.finished[2].reason == pb.SEQUENCE_FINISH_HANDED_OFF

@@ -192,3 +192,28 @@ def test_an_ended_handoff_answers_late_messages_as_before_and_counts_nothing():
         assert len(net.words) > before
 
     run(work())
+
+
+def test_an_end_before_the_stream_is_there_is_told_over_it():
+    async def work():
+        net = Net(["cut"])
+        receiver, ticket = net.reserve(8)
+        await asyncio.sleep(0)
+        sender = net.begin(ticket)
+        net.end(net.prefill, sender)
+        await net.settle(receiver, until=asyncio.get_running_loop().time() + LEASE)
+        assert receiver.ends[0][:2] == ("failed", HandoffFailure.ABORTED)
+        await forgotten(net)
+
+    run(work())
+
+
+def test_a_stream_that_tells_nothing_is_given_up_for_another_before_the_lease_ends():
+    async def work():
+        net = Net(["drop"] * 3)  # the Reserve, what is said again when no answer comes, and the Renew
+        receiver, sender = await hand_over(net, 8, 0, 1)
+        check(net, receiver, sender)
+        assert sender.ends[0][0] == "handed off"
+        assert len(net.streams) == 2
+
+    run(work())
