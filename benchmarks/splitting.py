@@ -335,6 +335,7 @@ def _point(name: str, decode: int, rates: tuple[float, float], seeds: int) -> di
     roles = [Role.PREFILL, *[Role.DECODE] * decode]
     runs = {policy: [simulate(policy, MACHINES[name], roles, rates, seed) for seed in range(seeds)] for policy in POLICIES}
     goodput = {policy: sum(run.goodput() for run in found) / seeds for policy, found in runs.items()}
+    both = [simulate("together", MACHINES[name], [Role.BOTH] * len(roles), rates, seed).goodput() for seed in range(seeds)]
     better = max(goodput["together"], goodput["apart"])
     return {
         "machine": name,
@@ -342,6 +343,7 @@ def _point(name: str, decode: int, rates: tuple[float, float], seeds: int) -> di
         "decode": decode,
         "chats_per_second": rates[0],
         "long_per_second": rates[1],
+        "goodput_all_both": round(sum(both) / seeds, 3),
         "goodput": {policy: round(share, 3) for policy, share in goodput.items()},
         "auto_apart": round(sum(run.apart for run in runs["auto"]) / sum(run.placed for run in runs["auto"]), 3),
         "auto_over_better": round(goodput["auto"] / better, 3) if better else 1.0,
