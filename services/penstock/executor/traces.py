@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from penstock.common import tracing
 from penstock.common.logs import logger
-from penstock.executor.handoff.ticket import Arrival
+from penstock.executor.handoff.ticket import Arrival, HandoffFailure
 from penstock.executor.sequence import Finish, Finished, Frame, Started
 
 __all__ = ["StreamTraces"]
@@ -61,7 +61,8 @@ class StreamTraces:
 
     def _tell_finish(self, finished: Finished) -> None:
         request_id, parent = self._requests.pop(finished.sequence_id, ("", ""))
-        if finished.reason in _UNWELL:
+        # That the other half has ended the handoff is told by that one.
+        if finished.reason in _UNWELL and finished.handoff_failure is not HandoffFailure.ABORTED:
             logger().warning("sequence not run", request_id=request_id, reason=finished.reason.value, message=finished.message)
             return
         logger().debug(

@@ -11,7 +11,7 @@ from penstock.common.channel import connect
 from penstock.common.logs import logger
 from penstock.gateway.choice import Choice
 from penstock.gateway.messages import execution as messages
-from penstock.gateway.ports import Lease, Loss, PrefillLease
+from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease
 from penstock.gateway.stream import Stream
 from penstock.internal.v1 import executor_pb2, executor_pb2_grpc
 
@@ -219,7 +219,9 @@ class _Link:
             return
         failure = messages.handoff_failure(finished)
         why = messages.why(finished)
-        logger().warning("sequence lost", executor_id=self._executor_id, request_id=request.caller.request_id, why=why)
+        # Where one half has ended by itself the other tells ABORTED, and it is the first that counts.
+        tell = logger().debug if failure is HandoffFailure.ABORTED else logger().warning
+        tell("sequence lost", executor_id=self._executor_id, request_id=request.caller.request_id, why=why)
         if failure is not None:
             faults.reach("gateway.handoff_failed")
             request.handoff_failed(choice, sequence_id, failure, why)
