@@ -124,8 +124,10 @@ class Registration:
 
     async def _next_tick(self, listening: asyncio.Task[None]) -> None:
         changed = asyncio.create_task(self._changed.wait())
-        await asyncio.wait((changed, listening), timeout=self._tick, return_when=asyncio.FIRST_COMPLETED)
-        changed.cancel()
+        try:
+            await asyncio.wait((changed, listening), timeout=self._tick, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
         self._changed.clear()
 
     async def _listen(self, call: Any) -> None:
