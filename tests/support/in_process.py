@@ -42,9 +42,17 @@ class InProcess:
     def close(self):
         while self._services:
             self.do(self._services.pop().close())
+        left = self.do(self._tasks_that_stay())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        assert not left, f"tasks that no service has ended: {left}"
+
+    @staticmethod
+    async def _tasks_that_stay():
+        """Those that do not end by themselves now that every service has."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        return (await asyncio.wait(others, timeout=5))[1] if others else None
 
 
 @contextlib.contextmanager
