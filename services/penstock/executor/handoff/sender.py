@@ -63,7 +63,9 @@ class Sender:
         self._unanswered: set[int] = set()  # first tokens of pushes of this epoch
         self._committed = False
         self._furthest = 0
+        self._pushed = 0  # tokens before this one have been pushed, in whichever epoch
         self._steps_back = 0
+        self._waits = False  # whether the last step back was for an answer that was late
 
     @property
     def live(self) -> bool:
@@ -184,6 +186,7 @@ class Sender:
             ready = self._coming.popleft()
             dtype = "" if ready.native else self._cut.dtype
             self._unanswered.add(ready.tokens.start)
+            self._pushed = max(self._pushed, ready.tokens.stop)
             self._note_said(now)
             push = Push(self.ticket.handoff_id, self.epoch, ready.tokens, ready.native, dtype, parcel)
             self._ports.push(self, ready, push)
@@ -225,8 +228,9 @@ class Sender:
         self.epoch = reserved.epoch
         self.state = State.PUSHING
         self._asked = first
-        if first > self._furthest:
-            self._furthest = first
+        # That nothing was lost is headway as well: the other engine may be amid a long step.
+        if first > self._furthest or (self._waits and first >= self._pushed):
+            self._furthest = max(first, self._furthest)
             self._steps_back = 0
         self._advance(now)
 
@@ -248,13 +252,18 @@ class Sender:
         if refused.reason not in _RETRIED:
             self._be_failed(HandoffFailure.REFUSED, refused.message)
         elif refused.epoch == self.epoch and self.state is not State.OPENING:
-            self._step_back(now)
+            self._step_back(now, waits=False)
 
-    def _step_back(self, now: float) -> None:
+    def _be_late(self, now: float) -> None:
+        self._step_back(now, waits=True)
+
+    def _step_back(self, now: float, *, waits: bool) -> None:
         """Ask again from where to go on."""
+        self._waits = waits
         self._steps_back += 1
         if self._steps_back > _MOST_STEPS_BACK:
-            self._fail(HandoffFailure.LEASE_EXPIRED, "the other side answers, but takes nothing")
+            failure = HandoffFailure.LEASE_EXPIRED if waits else HandoffFailure.REFUSED
+            self._fail(failure, "the other side answers, but takes nothing")
         elif self._cut is not NO_STREAM:
             self._reserve_anew(self._cut, now)
 
@@ -334,7 +343,7 @@ class Sender:
         Event.ACK: (_finish, _finish, _finish, _ignore, _ignore),
         Event.REFUSED: (_refused, _refused, _refused, _ignore, _ignore),
         Event.ABORTED: (_be_aborted, _be_aborted, _be_aborted, _ignore, _ignore),
-        Event.OVERDUE: (_step_back, _step_back, _step_back, _ignore, _ignore),
+        Event.OVERDUE: (_be_late, _be_late, _be_late, _ignore, _ignore),
         Event.LEASE_EXPIRED: (_fail, _fail, _fail, _ignore, _ignore),
         Event.UNREACHABLE: (_fail, _fail, _fail, _ignore, _ignore),
         Event.SEQUENCE_ENDED: (_end, _end, _end, _ignore, _ignore),

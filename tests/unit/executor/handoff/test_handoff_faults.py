@@ -163,6 +163,21 @@ def test_a_sequence_that_waits_long_for_its_prefill_is_held_all_the_while():
     run(work())
 
 
+def test_an_engine_amid_a_long_step_costs_its_time_and_no_handoff():
+    async def work():
+        net = Net()
+        net.engines.decode.lag = 5 * LEASE
+        receiver, ticket = net.reserve(40)
+        await asyncio.sleep(0)
+        sender = net.begin(ticket)
+        await net.compute(sender, 2, 7)
+        await net.settle(receiver, sender, until=asyncio.get_running_loop().time() + 60 * LEASE)
+        check(net, receiver, sender)
+        assert sender.ends[0][0] == "handed off"
+
+    run(work())
+
+
 def test_a_backend_that_can_not_read_or_write_ends_both_sides():
     async def work(what):
         net = Net()

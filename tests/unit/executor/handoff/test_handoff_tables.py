@@ -222,20 +222,26 @@ def test_each_event_moves_a_sender_as_decided(state, event):
     assert ("closed" in told) == (failed or done)
 
 
-def test_a_commit_that_was_lost_is_said_again_in_a_new_epoch_and_not_for_ever():
+def test_a_commit_that_gets_no_answer_is_said_again_in_a_new_epoch():
     sender, _, ports = sender_in(sender_states.State.COMMITTING)
-    for epoch in range(2, 8):
+    for epoch in range(2, 20):  # the other engine is amid a long step: it has all, and imports none
         assert sender.answer_due is not None
         sender.overdue(float(epoch))
         sender.reserved(Reserved(ID, epoch, 8, 3.0), float(epoch))
         assert sender.state is sender_states.State.COMMITTING
         assert ports.asked[-1] == ("ask", Commit(ID, epoch, 8, 5))
-        if epoch == 2:
-            continue  # all of it has come: that is headway, once
-    sender.overdue(8.0)
-    sender.reserved(Reserved(ID, 8, 8, 3.0), 8.0)
-    sender.overdue(9.0)
-    assert sender.state is sender_states.State.FAILED
+
+
+@pytest.mark.parametrize("reason", [Refusal.WRONG_CHECKSUM, Refusal.OUT_OF_RANGE, Refusal.INCOMPLETE])
+def test_what_is_refused_again_and_again_ends_the_handoff(reason):
+    sender, _, ports = sender_in(sender_states.State.COMMITTING)
+    for epoch in range(1, 20):
+        sender.refused(Refused(ID, epoch, reason, ""), 0.0)
+        if not sender.live:
+            break
+        sender.reserved(Reserved(ID, epoch + 1, 8, 3.0), 0.0)
+    assert sender.failure is HandoffFailure.REFUSED
+    assert "handed_off" not in ports.names()
 
 
 def test_chunks_go_in_order_whichever_was_copied_first():
