@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from penstock.common.logs import logger
 from penstock.executor.handoff.ticket import Transport
 from penstock.executor.handoff.transports import segments
+from penstock.executor.handoff.transports.heap import keep_freed_memory
 from penstock.executor.handoff.transports.inline import InlineIncoming, InlineOutgoing
 from penstock.executor.handoff.transports.nixl import NixlIncoming, NixlOutgoing, missing
 from penstock.executor.handoff.transports.port import (
@@ -148,6 +149,7 @@ class SendingEnds:
     """The sending end of a link. `attach` and `attached` settle the transport, before the first `put`."""
 
     def __init__(self, offer: Offer, allowed: frozenset[Transport]) -> None:
+        keep_freed_memory()  # what is sent by any of them was copied out of the cache before, into memory that comes and goes
         self._offer = offer
         self._untried = [each for each in _CHEAPEST_FIRST if each in allowed and each in offer.transports]
         self._trying: SharedOutgoing | NixlOutgoing | None = None

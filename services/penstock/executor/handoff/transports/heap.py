@@ -1,7 +1,7 @@
-"""The C library keeps memory that messages of megabytes take and free again, instead of giving it back between two of them.
+"""The C library keeps memory that pieces of KV take and free again, instead of giving it back between two of them.
 
-Each of gRPC's copies of a message is a fresh piece of memory. glibc gives pieces of this size back to the system when they are
-freed, and the next message pays for every page anew: more than half of the processor time of KV over gRPC.
+Each of gRPC's copies of a message, and each piece that is copied out of a cache, is fresh memory. glibc gives pieces of this size
+back to the system when they are freed, and the next one pays for every page anew: half of the processor time of KV over gRPC.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ class InlineOutgoing:
     transport = Transport.GRPC
 
     def __init__(self, window_bytes: int) -> None:
-        keep_freed_memory()
         self._window = Window(window_bytes)
 
     async def put(self, data: memoryview) -> Parcel:
