@@ -23,7 +23,7 @@ from penstock.backends.contract import DeviceConfig, DType, ModelSpec
 
 __all__ = ["MappedArrays", "scratch_folder", "weight_arrays"]
 
-_MAGIC = b"penstock arrays 1"
+_MAGIC = b"penstock arrays 2"
 _SLICE = 1 << 22
 _TAIL = len(_MAGIC) + 8  # behind the index: its length, and what kind of file this is
 

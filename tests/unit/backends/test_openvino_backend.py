@@ -107,6 +107,15 @@ def test_the_plugin_keeps_weights_as_short_as_they_came(spec, dtype):
     assert types == ({"i8": count + 1} if dtype is DType.INT8 else {"u4": count, "i8": 1})  # the last one makes the logits
 
 
+@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
+def test_no_rounded_weight_is_of_a_shape_that_is_packed_twice(spec, dtype):
+    nodes = compile_graph(spec, dtype).get_runtime_model().get_ordered_ops()
+    shapes = [list(node.input(1).get_shape()) for node in nodes if str(node.get_rt_info()["layerType"].value) == "FullyConnected"]
+    assert len(shapes) == 4 * spec.decoder.layers + 1
+    # What oneDNN does from 7 to 80 tokens: a block of its own for weights of less than 16 MiB in float32, in whole blocks of 32.
+    assert [shape for shape in shapes if shape[0] % 32 == 0 and 4 * math.prod(shape) < 16 << 20] == []
+
+
 def test_shorter_types_agree_with_float32(spec):
     batch = prompt_batch(np.random.default_rng(0).integers(0, 320, 40))
     exact = create(spec, DType.F32).step(batch).logits.copy()

@@ -36,6 +36,7 @@ class _Builder:
     def __init__(self, spec: DecoderSpec, constants: Constants) -> None:
         self.spec, self.constants = spec, constants
         self.inputs: list[Any] = []
+        self.shapes = spec.weight_shapes()
 
     def build(self) -> ov.Model:
         spec, names = self.spec, self.spec.weights
@@ -50,7 +51,7 @@ class _Builder:
                 attended, hidden = ops.gather(attended, rows, _axis(0)), ops.gather(hidden, rows, _axis(0))
             hidden = self.feed_forward(self.attention_output(hidden, attended, layer), layer)
         head = names.lm_head or names.embedding
-        logits = _product(self.norm(hidden, names.final_norm), self.constants.head(head))
+        logits = _product(self.norm(hidden, names.final_norm), self.constants.head(head), self.rows(head))
         return ov.Model([ops.result(logits)], self.inputs, spec.architecture)
 
     def input(self, name: str, dtype: ov.Type, *width: int, rank: int = 1) -> Any:
@@ -79,7 +80,11 @@ class _Builder:
         return ops.multiply(self.constants.vector(name), ops.multiply(x, inverse))
 
     def product(self, x: Any, *names: str) -> Any:
-        return _product(x, self.constants.matrix(*names))
+        return _product(x, self.constants.matrix(*names), self.rows(*names))
+
+    def rows(self, *names: str) -> int:
+        """Of these matrices, one below the other."""
+        return sum(self.shapes[name][0] for name in names)
 
     def products(self, x: Any, roles: Sequence[str], widths: Sequence[int], layer: int) -> list[Any]:
         """The products of `x` with the weights of these roles, with their biases where they have any.
@@ -164,8 +169,13 @@ class _Builder:
         return ops.add(hidden, self.product(ops.multiply(ops.swish(gate), up), self.name("down", layer)))
 
 
-def _product(x: Any, matrix: Any) -> Any:
-    """A product with weights, float32 (to the plug-in, which computes in the precision that it is told)."""
+def _product(x: Any, matrix: Any, rows: int) -> Any:
+    """A product with weights, float32 (to the plug-in, which computes in the precision that it is told).
+
+    Of the matrix, the first `rows` count; there may be others behind them.
+    """
+    if matrix.get_output_shape(0)[0] != rows:
+        return ops.slice(ops.matmul(x, matrix, False, True), *(ops.constant(np.array([n])) for n in (0, rows, 1, 1)))
     dtype = matrix.get_element_type()
     if dtype == ov.Type.f32:
         return ops.matmul(x, matrix, False, True)
