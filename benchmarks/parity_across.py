@@ -1,6 +1,6 @@
 """Parity of prefill and decode apart across backends: every pair of them, held against the one that decodes.
 
-    python benchmarks/parity_across.py [--model builtin] [--dtype f32] [--tolerance 1e-4]
+    python benchmarks/parity_across.py [--model builtin] [--dtype f32] [--tolerance 1e-4] [--decode BACKEND ...]
 
 Starts a cluster of one executor for each backend, and for each pair one that prefills on the first and decodes on the second, with
 a thread for each executor, and runs `penstock parity` on the two. Exits with 1 if a check failed.
@@ -45,11 +45,12 @@ def main() -> None:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--dtype", default="f32")
     parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--decode", nargs="+", choices=BACKENDS, default=BACKENDS)
     arguments = parser.parse_args()
     common = ("--dtype", arguments.dtype, "--log-level", "warning")
     apart_options = ("--prefill", "1", "--decode", "1", "--placement", "apart", "--threads", "2")
     found: dict[str, dict[str, Any]] = {}
-    for decode in BACKENDS:
+    for decode in arguments.decode:
         with suite(arguments.model, "--backend", decode, "--threads", "1", *common) as together:
             for prefill in BACKENDS:
                 pools = ("--prefill-backend", prefill, "--decode-backend", decode)
