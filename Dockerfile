@@ -18,9 +18,13 @@ COPY --from=wheel /wheel /wheel
 RUN /opt/penstock/bin/pip install --no-cache-dir --no-deps /wheel/*.whl
 
 FROM ${PYTHON} AS backends
-RUN python -m venv /opt/penstock
+COPY pyproject.toml /tmp/
+COPY tools/service_requirements.py /tmp/
+RUN python -m venv /opt/penstock \
+ && python /tmp/service_requirements.py /tmp/pyproject.toml --backends > /tmp/requirements.txt \
+ && /opt/penstock/bin/pip install --no-cache-dir -r /tmp/requirements.txt
 COPY --from=wheel /wheel /wheel
-RUN /opt/penstock/bin/pip install --no-cache-dir /wheel/*.whl
+RUN /opt/penstock/bin/pip install --no-cache-dir --no-deps /wheel/*.whl
 
 FROM ${PYTHON} AS base
 RUN groupadd --gid 10001 penstock && useradd --uid 10001 --gid penstock --create-home penstock \

@@ -1,6 +1,6 @@
-"""Print what a service that computes nothing needs: the project's dependencies without those of its backends.
+"""Print what an image's layer of dependencies holds: the project's own, with or without those of its backends.
 
-python tools/service_requirements.py pyproject.toml
+python tools/service_requirements.py pyproject.toml [--backends]
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ _OF_BACKENDS = frozenset({"openvino"})
 
 
 def main() -> None:
-    project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
+    file, *flags = sys.argv[1:]
+    project = tomllib.loads(Path(file).read_text())["project"]
     for requirement in project["dependencies"]:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if name is not None and name.group() not in _OF_BACKENDS:
+        if "--backends" in flags or (name is not None and name.group() not in _OF_BACKENDS):
             print(requirement)
 
 

@@ -92,7 +92,7 @@ def stack():
 
 def test_the_suite_in_containers(stack):
     with grpc.insecure_channel(GRPC) as channel:
-        grpc.channel_ready_future(channel).result(60)
+        grpc.channel_ready_future(channel).result(180)
     services = ("gateway", "tokenizer", "scheduler", "prefill", "decode")
     assert {stack.run("exec", "-T", service, "id", "-u").strip() for service in services} == {"10001"}
     with Client(GRPC, timeout=60, retries=10) as client:
