@@ -17,6 +17,7 @@ from penstock.common import errors
 from penstock.common.channel import CLIENT_OPTIONS, MAX_PUBLIC_MESSAGE_BYTES, connect, server_options
 from penstock.common.server import GrpcServer
 from penstock.executor.config import ExecutorConfig
+from penstock.scheduler.config import SchedulerConfig
 from penstock.v1 import models_pb2, models_pb2_grpc
 
 SERVICE = "penstock.v1.Models"
@@ -158,7 +159,7 @@ def test_channel_arguments_are_what_was_meant():
     # A server that is pinged more often than it allows answers with GOAWAY.
     assert client["grpc.keepalive_time_ms"] > server["grpc.http2.min_ping_interval_without_data_ms"]
     within = dict(server_options())
-    two_leases = 2 * 1000 * ExecutorConfig(model="builtin").handoff_lease_seconds
+    two_leases = 2000 * min(ExecutorConfig(model="builtin").handoff_lease_seconds, SchedulerConfig().lease_seconds)
     for end in (client, within):
         assert end["grpc.keepalive_time_ms"] + end["grpc.keepalive_timeout_ms"] < two_leases
     assert server["grpc.keepalive_time_ms"] > within["grpc.keepalive_time_ms"]
