@@ -11,7 +11,7 @@ __all__ = ["CLIENT_OPTIONS", "MAX_MESSAGE_BYTES", "MAX_PUBLIC_MESSAGE_BYTES", "S
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
 
-# Between services: a link that goes silent is lost within two leases, of a handoff (3 s) and of an executor at the scheduler (2.5 s).
+# Between services: a silent link is lost within two leases, of a handoff (3 s) and of an executor at the scheduler (2.5 s).
 _WITHIN = [("grpc.keepalive_time_ms", 2_500), ("grpc.keepalive_timeout_ms", 2_000), ("grpc.http2.max_pings_without_data", 0)]
 # To clients, which may be far away, and asleep.
 _PUBLIC = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000), ("grpc.http2.max_pings_without_data", 0)]
