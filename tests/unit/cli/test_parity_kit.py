@@ -10,7 +10,7 @@ from penstock.cli.app import app
 from penstock.cli.parity import command
 from penstock.cli.parity.checks import CHECKS
 from penstock.cli.parity.compare import Measure, differences
-from penstock.cli.parity.runner import Outcome, run
+from penstock.cli.parity.runner import Outcome, Report, run
 from penstock.client import (
     Alternative,
     Choice,
@@ -233,3 +233,17 @@ def test_the_command_tells_a_table_or_json_and_its_status(monkeypatch, capsys):
         ("model", "passed"),
         ("greedy", "failed"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("reports", "doubt"),
+    [
+        ([Report("model", Outcome.PASSED), Report("greedy", Outcome.PASSED, requests=3, apart=2)], ""),
+        ([Report("model", Outcome.PASSED), Report("greedy", Outcome.SKIPPED)], "refused every request"),
+        ([Report("model", Outcome.PASSED), Report("greedy", Outcome.PASSED, requests=3)], "no KV was handed over"),
+        ([Report("model", Outcome.FAILED), Report("greedy", Outcome.PASSED, requests=3, apart=3)], "1 of 2 checks failed"),
+    ],
+)
+def test_only_what_was_checked_and_handed_over_is_taken_for_parity(reports, doubt):
+    assert doubt in command._doubt(reports)
+    assert bool(command._doubt(reports)) == bool(doubt)

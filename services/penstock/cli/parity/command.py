@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -32,7 +32,7 @@ def parity(
     timeout: float = 120.0,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
-    """Hold a cluster that runs prefill and decoding apart against one that runs them together; exit with 1 where they differ.
+    """Hold a cluster that runs prefill and decoding apart against one that runs them together; exit with 0 if they are the same.
 
     Tokens, texts, finish reasons and usage have to be the same, log-probabilities within the tolerance, and the closings have to
     prove where each request ran. Cached tokens are compared where all executors are of one backend and dtype. Have both clusters
@@ -57,7 +57,22 @@ def parity(
         print(json.dumps([asdict(report) for report in told], indent=2))
     else:
         _print(told)
-    return 1 if any(report.outcome is Outcome.FAILED for report in told) else 0
+    doubt = _doubt(told)
+    if doubt:
+        print(doubt, file=sys.stderr)
+    return 1 if doubt else 0
+
+
+def _doubt(reports: Sequence[Report]) -> str:
+    """Why the two clusters are not known to be the same; empty where they are."""
+    failed = sum(report.outcome is Outcome.FAILED for report in reports)
+    if failed:
+        return f"{failed} of {len(reports)} checks failed"
+    if not any(report.outcome is Outcome.PASSED and report.requests for report in reports):
+        return "nothing is proven: both clusters refused every request"
+    if not any(report.apart for report in reports):
+        return "nothing is proven: no KV was handed over in any of these checks"
+    return ""
 
 
 def _refuse(tolerance: float, checks: list[str]) -> None:
