@@ -6,6 +6,7 @@ import pytest
 from in_process import cluster
 
 from penstock.cli.app import app
+from penstock.common.config import ConfigError
 from penstock.executor.config import ExecutorConfig
 
 # Of different backends, which share no last bit: what they draw, and what they are drawn from within f32's rounding.
@@ -69,3 +70,10 @@ def test_a_cluster_that_runs_together_does_not_pass_for_one_that_runs_apart(toge
     status, told = parity(capsys, together, together, "--check", "greedy")
     assert status == 1
     assert "apart: ran together, by placement reason" in failures(told)["greedy"]
+
+
+@pytest.mark.parametrize("away", ["--together", "--apart"])
+def test_the_cluster_that_is_away_is_named(together, away):
+    doors = {"--together": together, "--apart": together, away: "127.0.0.1:1"}
+    with pytest.raises(ConfigError, match=r"^127\.0\.0\.1:1: .*is a model served there"):
+        app(["parity", *(word for door in doors.items() for word in door)], exit_on_error=False, print_error=False)

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from penstock.cli.connection import Connection, connected
 from penstock.cli.parity.checks import CHECKS
-from penstock.cli.parity.runner import Outcome, Report, run
+from penstock.cli.parity.runner import Outcome, Report, model_of, run
 from penstock.cli.tables import print_table
 from penstock.common.config import ConfigError
 
@@ -50,6 +50,9 @@ def parity(
     """
     _refuse(tolerance, check or [])
     one, other = (Connection(target=target, api_key=api_key, timeout=timeout) for target in (together, apart))
+    for connection in (one, other):
+        with connected(connection) as cluster:  # each by itself, so that the one that is away is the one that is named
+            model_of(cluster, model)
     with connected(one) as ours, connected(other) as theirs:
         reports = run(ours, theirs, model=model, tolerance=tolerance, checks=check or ())
         told = list(_with_progress(reports) if sys.stderr.isatty() else reports)
