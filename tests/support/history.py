@@ -37,6 +37,7 @@ class Answer:
     finish: str | None = None
     error: str | None = None
     ended: float = 0.0
+    expected_finish: str = "length"
 
 
 @dataclass
@@ -184,23 +185,26 @@ def _fallbacks(history: Sequence[Event]) -> Iterable[str]:
 
 
 def _decided(history: Sequence[Event], faults: Sequence[Fault], bound: float) -> Iterable[str]:
-    """What ran when something failed has moved on, or ended, within the bound.
+    """Each choice that ran when something failed has moved on, or ended with the request, within the bound.
 
     What waits for a place has been decided already: it was placed nowhere yet, or is to be placed again.
     """
+    end = history[-1]
     for fault in faults:
-        before = [
-            event["fallback"] if event["event"] == "fallback" else event["event"]
-            for event in history
-            if event["time"] <= fault.time
-        ]
-        state = next((name for name in reversed(before) if name in {"placed", "replaced", "ended"}), None)
+        before = [event for event in history if event["time"] <= fault.time]
+        names = [event["fallback"] if event["event"] == "fallback" else event["event"] for event in before]
+        state = next((name for name in reversed(names) if name in {"placed", "replaced", "ended"}), None)
         if state != "placed" or fault.pid == history[0]["pid"]:
             continue
-        after = next((event["time"] for event in history if event["time"] > fault.time), None)
-        if after is None or after > fault.time + bound:
-            late = "never" if after is None else f"after {after - fault.time:.2f} s"
-            yield f"it moved on {late} when this happened: {fault.what}"
+        for choice in sorted({event["choice"] for event in before if event["event"] == "started"}):
+            told = [event["first"] + event["tokens"] for event in before if event["event"] == "told" and event["choice"] == choice]
+            if end["event"] == "ended" and told[-1:] == end["told"][choice : choice + 1]:
+                continue  # it was complete, and others were not
+            mine = (event["time"] for event in history if event["time"] > fault.time and event.get("choice", choice) == choice)
+            after = next(mine, None)
+            if after is None or after > fault.time + bound:
+                late = "never" if after is None else f"after {after - fault.time:.2f} s"
+                yield f"choice {choice} moved on {late} when this happened: {fault.what}"
 
 
 def drawn(history: Sequence[Event], choice: int = 0) -> list[int]:
@@ -222,6 +226,8 @@ def _answered(answer: Answer, histories: Sequence[Sequence[Event]], faults: Sequ
 def _served(answer: Answer, histories: Sequence[Sequence[Event]]) -> Iterable[str]:
     if answer.text != answer.expected_text or len(answer.ids) != len(answer.expected_ids):
         yield f"its text differs from the undisturbed run's, or ends after {len(answer.ids)} of {len(answer.expected_ids)} tokens"
+    if answer.finish != answer.expected_finish:
+        yield f"it finished with {answer.finish} where {answer.expected_finish} was due"
     if len(histories) != 1:
         yield f"answered, and accepted {len(histories)} times"
     elif histories[0][-1].get("outcome") != "answered":

@@ -209,7 +209,7 @@ class Clients:
 
     def ask(self, which: int, told: Callable[[int], None] = lambda _: None) -> Answer:
         """One request: what its client sees of it."""
-        name, ids, text = uuid.uuid4().hex, [], ""
+        name, ids, text, finish = uuid.uuid4().hex, [], "", None
         expected = self.expected[which]
         seen = Answer(name, expected.ids, expected.text)
         options = {"max_tokens": self._max_tokens, "temperature": 0.0, "ignore_eos": True, "token_ids": True}
@@ -221,11 +221,11 @@ class Clients:
                 for event in stream:
                     ids += event.token_ids
                     text += event.text
+                    finish = event.finish.reason.value if event.finish else finish
                     told(len(ids))
-                closing = stream.closing
         except PenstockError as error:
             return replace(seen, ids=ids, text=text, error=type(error).__name__, ended=time.monotonic())
-        return replace(seen, ids=ids, text=text, finish=closing and closing.model, ended=time.monotonic())
+        return replace(seen, ids=ids, text=text, finish=finish, ended=time.monotonic())
 
 
 def _read_some(stream: Stream, streams: Sequence[Stream]) -> None:

@@ -163,6 +163,7 @@ SIGHTS = {
     "lost token": lambda a: replace(a, ids=a.ids[:3] + a.ids[4:]),
     "doubled token": lambda a: replace(a, ids=a.ids[:3] + a.ids[2:]),
     "cut short": lambda a: replace(a, ids=a.ids[:-1], text=a.text[:-1]),
+    "another finish": lambda a: replace(a, finish="stop"),
     "another text": lambda a: replace(a, text=a.text + "!"),
     "never asked": lambda a: replace(a, request_id="elsewhere"),
     "failed where the log says answered": lambda a: replace(a, error="Unavailable"),
@@ -189,6 +190,18 @@ def test_what_is_decided_too_late_is_found(play, seconds):
     faults = play.faults[:1]
     found = check(play.events, play.answers, faults, BOUND)
     assert any("moved on after" in why for why in found) == (seconds + 0.01 > BOUND)
+
+
+def test_a_choice_that_hangs_is_found_though_another_goes_on():
+    play = Play()
+    play.request([])
+    at = next(i for i, e in enumerate(play.events) if e["event"] == "arrived")
+    fault = Fault(play.events[at]["time"], "the other choice is lost")
+    play.events.insert(at, play.events[at] | {"event": "started", "choice": 1, "half": "together"})
+    play.events[-1]["time"] += BOUND + 1
+    play.events[-1]["told"].append(3)
+    (wrong,) = (why for why in check(play.events, [], [fault], BOUND) if "moved on" in why)
+    assert "choice 1 moved on after" in wrong
 
 
 def test_what_is_never_decided_is_found():
