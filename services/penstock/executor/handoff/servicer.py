@@ -65,9 +65,9 @@ class HandoffServicer:
             logger().warning("a handoff stream was refused", peer=context.peer(), reason=fault[0].value, message=fault[1])
             await context.write(tell_answer(Refused(b"", 0, *fault)))
             return
+        native = door.geometry.agrees(first.introduce.native_layout)
         window = door.handoffs.settings.window_bytes
         ends = await door.transports.receiving(window, read_transports(first.introduce.transports))
-        native = door.geometry.agrees(first.introduce.native_layout)
         stream = _Stream(first.introduce.executor_id, ends, native=native)
         try:
             faults.reach("handoff.welcome")

@@ -1,5 +1,9 @@
 """Which transport a link takes."""
 
+import asyncio
+import secrets
+import threading
+
 import pytest
 from structlog.testing import capture_logs
 
@@ -65,6 +69,37 @@ async def test_a_segment_that_was_never_asked_for_goes_with_the_first_payload():
     await receiving.open(InlinePayload(b"kv"), checksum(b"kv"))
     assert not (segments.FOLDER / name).exists()
     receiving.close()
+
+
+async def test_a_segment_that_is_made_for_nobody_any_more_does_not_stay(monkeypatch):
+    begun, go, unlinked, create, offers = threading.Event(), threading.Event(), asyncio.Event(), segments.create, []
+
+    def slowly(size):
+        begun.set()
+        go.wait()
+        segment, offer = create(size)
+        offers.append(offer)
+        unlink = segment.unlink
+        segment.unlink = lambda: (unlink(), unlinked.set())
+        return segment, offer
+
+    monkeypatch.setattr(segments, "create", slowly)
+    task = asyncio.create_task(Transports().receiving(1 << 16, BOTH))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go.set()
+    async with asyncio.timeout(10):
+        await unlinked.wait()
+    assert not (segments.FOLDER / offers[0].name).exists()
+
+
+async def test_an_executor_that_starts_removes_what_a_killed_one_left():
+    left = segments.FOLDER / f"penstock-{secrets.token_hex(16)}"
+    left.touch(0o600)
+    Transports()
+    assert not left.exists()
 
 
 async def test_executors_that_allow_nothing_in_common_say_so():

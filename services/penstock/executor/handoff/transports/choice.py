@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 from penstock.common.logs import logger
 from penstock.executor.handoff.ticket import Transport
@@ -29,6 +31,8 @@ _CHEAPEST_FIRST = (Transport.SHARED_MEMORY, Transport.NIXL, Transport.GRPC)
 
 
 _Proving = SharedIncoming | NixlIncoming
+_A = ParamSpec("_A")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Transports:
         if Transport.NIXL in self._allowed and (reason := missing()) is not None:
             self._tell_once(Transport.NIXL, reason)
             self._allowed -= {Transport.NIXL}
+        if Transport.SHARED_MEMORY in self._allowed:
+            segments.sweep()  # what an executor left that was killed here before
 
     @property
     def names(self) -> tuple[Transport, ...]:
@@ -72,12 +78,15 @@ class Transports:
 
     async def receiving(self, window_bytes: int, theirs: Sequence[Transport]) -> ReceivingEnds:
         """The receiving ends of a new link to an executor that has `theirs`."""
+        return await _made(self._receive, window_bytes, theirs)
+
+    def _receive(self, window_bytes: int, theirs: Sequence[Transport]) -> ReceivingEnds:
         both = [transport for transport in self.names if transport in theirs]
         proving: dict[Transport, _Proving] = {}
         for transport, make in ((Transport.SHARED_MEMORY, SharedIncoming), (Transport.NIXL, NixlIncoming)):
             if transport in both:
                 try:
-                    proving[transport] = await asyncio.to_thread(make, window_bytes)
+                    proving[transport] = make(window_bytes)
                 except (OSError, TransportFailed) as error:
                     self._tell_once(transport, str(error))
                     both.remove(transport)
@@ -168,7 +177,7 @@ class SendingEnds:
             if transport is Transport.GRPC:
                 self._end = InlineOutgoing(self._offer.window_bytes)
                 continue
-            self._trying = await asyncio.to_thread(_reach, transport, self._offer)
+            self._trying = await _made(_reach, transport, self._offer)
             if self._trying is not None and not self._closed:
                 return Attachment(transport, self._trying.answer)
         if self._closed:
@@ -213,3 +222,19 @@ def _reach(transport: Transport, offer: Offer) -> SharedOutgoing | NixlOutgoing 
     except (OSError, ValueError, TransportFailed) as error:
         logger().warning("a transport of KV that was offered is out of reach", transport=transport.value, reason=str(error))
         return None
+
+
+async def _made(make: Callable[_A, _R], *given: _A.args, **named: _A.kwargs) -> _R:
+    """What `make` makes in a thread. A thread can not be cancelled: what it makes for nobody is closed."""
+    making = asyncio.get_running_loop().run_in_executor(None, functools.partial(make, *given, **named))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_close)
+        raise
+
+
+def _close(made: asyncio.Future[Any]) -> None:
+    end = None if made.exception() else made.result()
+    if end is not None:
+        end.close()

@@ -1,9 +1,9 @@
 """Segments of shared memory: files of a memory file system that the receiving executor makes, and that outlive nobody.
 
 A segment is locked, filled and as large as it will be before it has a name, so who sees a name without a lock sees one whose owner
-is dead. The name goes when the sending executor has attached; between the two moments a killed owner would leave it, and everyone
-who makes, attaches or ends a segment sweeps those away. Processes of other users can neither open nor remove a segment; one of
-the same user could harm an executor in simpler ways.
+is dead. The name goes when the sending executor has attached; between the two moments a killed owner would leave it. Such names are
+swept away by every executor that starts, makes a segment, or lets go of one that it has sent through. Processes of other users can
+neither open nor remove a segment; one of the same user could harm an executor in simpler ways.
 """
 
 from __future__ import annotations
