@@ -67,7 +67,7 @@ async def forgotten(net):
 @example([None] * 5 + ["drop"], 12, 0, 1, None)
 @example(["cut"] * 60, 12, 0, 1, None)
 @example(["drop"] * 60, 12, 0, 1, None)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_happens_to_messages_both_sides_end_once_and_agree(faults, tokens, cached_blocks, steps, ended):
     async def work():
         net = Net(faults)
@@ -79,7 +79,7 @@ def test_whatever_happens_to_messages_both_sides_end_once_and_agree(faults, toke
 
 
 @given(st.lists(FAULTS, max_size=25), st.integers(1, 40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_faults_that_end_are_overcome(faults, tokens):
     """What costs less than a lease costs no handoff."""
     faults = [*[fault for fault in faults if fault in {None, "double", "corrupt"}][:3], "cut"]
