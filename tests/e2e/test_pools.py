@@ -87,7 +87,7 @@ class Load:
         """Return when each stream has ended and another one after it, which has run in the present alone."""
         with self._ended:
             wanted = [count + 2 for count in self._counts]
-            assert self._ended.wait_for(lambda: self.wrong or all(map(int.__ge__, self._counts, wanted)), timeout=60)
+            assert self._ended.wait_for(lambda: self.wrong or all(map(int.__ge__, self._counts, wanted)), timeout=120)
 
     def _run(self, i):
         while not self._leaving:
@@ -145,7 +145,7 @@ def test_an_executor_that_dies_comes_back_with_the_role_that_it_was_given(suite,
         after = executors(penstock)["prefill-0"]
         return after["executor"] not in {"", before["executor"]} and after
 
-    after = wait_for(back)
+    after = wait_for(back, timeout=120)
     assert (after["role"], after["address"]) == ("decode", before["address"])
     states = {state.description.executor_id: state.description.role for state in suite.executors()}
     assert states[after["executor"]] == 3

@@ -94,8 +94,8 @@ class Executors:
             name = await self._name(executor)
             try:
                 found = await executor_id(self._group.members[name].bound["grpc"], _PATIENCE_SECONDS)
-            except grpc.aio.AioRpcError:
-                raise ConfigError(f"EXECUTOR: {name} does not answer now") from None
+            except grpc.aio.AioRpcError as error:
+                raise ConfigError(f"EXECUTOR: {name} does not answer now ({error.code().name})") from None
             await give_role(self._scheduler, found, role)
             planned = self.planned[name] = replace(self.planned[name], role=role)
             self._group.members[name].program = self._plan.executor(planned, scheduler=self._scheduler)

@@ -61,7 +61,7 @@ async def executor_id(address: str, seconds: float = _CALL_SECONDS) -> str:
     """
     async with connect(address) as channel:
         ask = executor_pb2_grpc.ExecutorServiceStub(channel).GetExecutor
-        answer = await ask(executor_pb2.GetExecutorRequest(), timeout=seconds)
+        answer = await ask(executor_pb2.GetExecutorRequest(), timeout=seconds, wait_for_ready=True)
         return answer.description.executor_id
 
 
@@ -75,7 +75,9 @@ async def give_role(scheduler: str, executor: str, role: Role) -> None:
     async with connect(scheduler) as channel:
         stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
         wanted = ROLE_MESSAGES[role]
-        await stub.SetRole(scheduler_pb2.SetRoleRequest(executor_id=executor, role=wanted), timeout=_ROLE_SECONDS)
+        await stub.SetRole(
+            scheduler_pb2.SetRoleRequest(executor_id=executor, role=wanted), timeout=_ROLE_SECONDS, wait_for_ready=True
+        )
         try:
             async with asyncio.timeout(_ROLE_SECONDS):
                 while True:
@@ -88,7 +90,7 @@ async def give_role(scheduler: str, executor: str, role: Role) -> None:
 
 async def _roles(stub: scheduler_pb2_grpc.SchedulerServiceAsyncStub, executor: str) -> set[int]:
     """The role of the executor of this id, where it is registered."""
-    answer = await stub.ListExecutors(scheduler_pb2.ListExecutorsRequest(), timeout=_ROLE_SECONDS)
+    answer = await stub.ListExecutors(scheduler_pb2.ListExecutorsRequest(), timeout=_ROLE_SECONDS, wait_for_ready=True)
     return {state.description.role for state in answer.executors if state.description.executor_id == executor}
 
 
