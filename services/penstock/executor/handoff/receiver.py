@@ -56,11 +56,16 @@ class Receiver:
         """Whether it waits for the other side."""
         return self.state in {State.RESERVED, State.RECEIVING}
 
+    @property
+    def committing(self) -> bool:
+        """Whether it waits for this side alone, if nothing is lost or wrong."""
+        return self.state is State.COMMITTING
+
     # What happens
 
     def heard(self, now: float) -> None:
         """The other side has said something about it."""
-        if self.leased:
+        if self.live:
             self.lease_ends = now + self.ticket.lease_seconds
 
     def reserve(self, source: Any) -> None:

@@ -223,12 +223,17 @@ class Receiving:
                 self.forget(receiver)
             elif receiver.leased:
                 receiver.lease_expired()
-        return min((r.lease_ends for r in self._receivers.values() if r.leased or not r.live), default=None)
+        return min((_look_again(receiver, now) for receiver in self._receivers.values()), default=None)
 
     def close(self) -> None:
         """Nothing is told any more."""
         self._alarm.stop()
         self._imports.close()
+
+
+def _look_again(receiver: Receiver, now: float) -> float:
+    """One that is COMMITTING may go back to where its lease counts."""
+    return max(receiver.lease_ends, now + receiver.ticket.lease_seconds / 3) if receiver.committing else receiver.lease_ends
 
 
 def _unowned(receiver: Receiver | None) -> tuple[Refusal, str]:

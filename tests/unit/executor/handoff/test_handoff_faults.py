@@ -2,7 +2,7 @@
 
 import asyncio
 
-from handoff_net import LATENCY, Net, run
+from handoff_net import LATENCY, Net, Stream, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -230,5 +230,33 @@ def test_a_stream_that_tells_nothing_is_given_up_for_another_before_the_lease_en
         check(net, receiver, sender)
         assert sender.ends[0][0] == "handed off"
         assert len(net.streams) == 2
+
+    run(work())
+
+
+def test_a_commit_whose_kv_is_lost_before_it_is_checked_ends_with_the_lease(monkeypatch):
+    """Also where the lease's alarm rang while nothing of the other side was awaited."""
+
+    async def open_slowly(stream, payload, expected):
+        await asyncio.sleep(0.5)
+        return memoryview(payload.data)
+
+    async def work():
+        monkeypatch.setattr(Stream, "open", open_slowly)
+        net, loop = Net(), asyncio.get_running_loop()
+        began = loop.time()
+        receiver, ticket = net.reserve(8)
+        await asyncio.sleep(0)
+        sender = net.begin(ticket)
+        await asyncio.sleep(LEASE - 0.1)
+        net.prefill.drawn(sender, 7)
+        await asyncio.sleep(began + LEASE + 0.01 - loop.time())
+        assert any(isinstance(word, Commit) for word in net.words)
+        assert not receiver.imported  # the commit waits for checks
+        net.reachable.clear()
+        net.streams[-1].broken.set()
+        await net.settle(receiver, sender, until=loop.time() + 2 * LEASE)
+        assert receiver.ends[0][:2] == ("failed", HandoffFailure.LEASE_EXPIRED)
+        await forgotten(net)
 
     run(work())

@@ -134,6 +134,14 @@ def test_an_aborted_receiver_answers_only_when_nothing_reads_the_payload_any_mor
     assert type(ports.asked[-1][1]).__name__ == "Aborted"
 
 
+def test_what_is_heard_while_committing_counts_if_it_goes_back():
+    receiver, chunk, _ = receiver_in(receiver_states.State.COMMITTING)
+    receiver.heard(2.0)
+    receiver.unreadable(chunk, (Refusal.WRONG_CHECKSUM, ""))
+    assert receiver.leased
+    assert receiver.lease_ends == 2.0 + TICKET.lease_seconds
+
+
 # The side that prefills
 
 
