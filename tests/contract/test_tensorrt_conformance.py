@@ -7,7 +7,7 @@ import torch
 from tensorrt_stand_in import HostDevice
 
 from penstock.backends.checkpoint import read_model
-from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, subjects
+from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, native, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import Available, DeviceConfig, DType, Registration
@@ -44,8 +44,11 @@ def conform(subject, check):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("family", CONFIGS)
+# Copies do not differ between families.
+CASES = [(family, check) for family in CONFIGS for check in CHECKS if family == "qwen3" or check not in native.__all__]
+
+
+@pytest.mark.parametrize(("family", "check"), CASES)
 def test_it_conforms(family, check, subject_of):
     conform(subject_of(family, DType.F32), check)
 

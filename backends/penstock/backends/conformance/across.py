@@ -113,7 +113,7 @@ def answers_are_the_same_apart(pair: Pair) -> None:
     with ExitStack() as stack:
         first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
         away, here = pair.source.driver(first), pair.target.driver(second)
-        for seed, length in enumerate((1, 16, 47, 100)):
+        for seed, length in enumerate((1, 47)):
             sequence, logits = away.prefill(pair.source.ids(length, seed))
             moved = _move((first, sequence), (second, here), (0, length))
             begin = int(logits[-1].argmax())
