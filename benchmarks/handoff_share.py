@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 
 from measuring import report, spread, suite
@@ -19,10 +20,10 @@ from penstock.client import Client
 PROMPT = 2000
 
 
-def one(client: Client, seed: int) -> dict[str, float | str | bool]:
+def one(client: Client, seed: int, tokens: int = PROMPT) -> dict[str, float | str | bool]:
     """Figures of one request whose prompt is no other's."""
     drawn = random.Random(seed)
-    prompt = [drawn.randrange(100, 700) for _ in range(PROMPT)]
+    prompt = [drawn.randrange(100, 700) for _ in range(tokens)]
     began, first = time.perf_counter(), 0.0
     with client.generate(prompt, max_tokens=4, ignore_eos=True) as stream:
         for _ in stream:
@@ -46,8 +47,11 @@ def measure(model: str, kv_cache_dtype: str, rounds: int, options: list[str]) ->
     """One suite."""
     pools = ["--prefill", "1", "--decode", "1", "--placement", "apart", "--kv-cache-dtype", kv_cache_dtype]
     with suite(model, *pools, *options) as running, Client(running.grpc) as client:
-        one(client, 0)
-        found = [one(client, seed) for seed in range(1, rounds + 1)]
+        one(client, 0, 100)  # the two connect
+        found = []
+        for seed in range(1, rounds + 1):
+            found.append(one(client, seed))
+            print(found[-1], file=sys.stderr, flush=True)
     figures: dict[str, object] = {
         key: spread([float(each[key]) for each in found]) for key in ("ttft_s", "transfer_s", "exposed_s", "share")
     }

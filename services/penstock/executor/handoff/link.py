@@ -95,9 +95,10 @@ class Links:
         async with connect(peer.address) as channel:
             call = open_stream(channel)
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._patience) as patience:
                     welcome = await self._introduce(call, line)
                     ends = self._transports.sending(read_offer(welcome))
+                    patience.reschedule(asyncio.get_running_loop().time() + self._patience + ends.patience)
                     await _attach(call, ends)
                 heard = True
                 line.opened(_agreed(ends, welcome))

@@ -166,6 +166,11 @@ class SendingEnds:
         self._closed = False
 
     @property
+    def patience(self) -> float:
+        """Seconds that settling may take beyond the other side's answers: NIXL's agents are slow to find each other."""
+        return 10.0 if Transport.NIXL in self._untried else 0.0
+
+    @property
     def transport(self) -> Transport:
         """What was settled on; gRPC before."""
         return self._end.transport if self._end else Transport.GRPC

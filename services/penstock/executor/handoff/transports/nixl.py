@@ -50,11 +50,15 @@ _RANGE = struct.Struct("!QQ")  # offset, bytes
 
 @functools.cache
 def missing() -> str | None:
-    """Why NIXL can not be used here; None: it can."""
+    """Why NIXL can not be used here; None: it can. The first agent of a process takes long to make, so one is made here."""
     try:
         importlib.import_module("nixl._api")
     except Exception as error:  # noqa: BLE001 - its wheels raise what the dynamic loader or CUDA's detection does
         return f"nixl can not be imported: {error}"
+    try:
+        _Registered(0).close()
+    except TransportFailed as error:
+        return str(error)
     return None
 
 
