@@ -45,6 +45,22 @@ async def test_peers_come_from_the_scheduler_and_stay_while_it_is_away():
         assert prefill.finished[2].reason == pb.SEQUENCE_FINISH_HANDED_OFF
 
 
+async def test_peers_stay_when_the_scheduler_comes_back_and_knows_nobody_yet():
+    async with asyncio.timeout(30), pool() as (scheduler, address, prefill, decode):
+        await asyncio.gather(knows(prefill, decode), knows(decode, prefill))
+        await scheduler.close()
+        decode.server._tasks[-1].cancel()  # it does not register again meanwhile
+        # It stays unsettled for as long as the test takes.
+        restarted = SchedulerServer(SchedulerConfig(listen=address, settle_seconds=60.0))
+        await restarted.start()
+        try:
+            await prefill.server._exchange.peers.change()
+            await hand_over(prefill, decode, 1, PROMPT, 4)
+            assert prefill.finished[1].reason == pb.SEQUENCE_FINISH_HANDED_OFF
+        finally:
+            await restarted.close()
+
+
 async def test_an_executor_that_leaves_is_nobodys_peer_any_more():
     async with asyncio.timeout(30), pool() as (_, address, prefill, decode):
         async with executor(scheduler=address, role="decode") as third:

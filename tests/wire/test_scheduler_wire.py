@@ -183,6 +183,19 @@ async def test_catalog_comes_first_and_follows_join_drain_and_leave():
         await gateway.catalog()
 
 
+async def test_a_scheduler_that_has_just_started_takes_no_peer_away_until_executors_have_had_time_to_register():
+    async with served(settle_seconds=2.0) as stub:
+        first = Executor(stub, model_fingerprint="v1")
+        told = (await first.read()).peers
+        assert (ids_of(told), told.more) == ([], True)
+        second = Executor(stub, "e2", model_fingerprint="v1")
+        assert (await second.read()).peers.more
+        while told.more or ids_of(told) != ["e2"]:
+            response = await first.read()
+            assert response is not grpc.aio.EOF
+            told = response.peers if response.HasField("peers") else told
+
+
 async def test_peers_are_the_live_executors_of_the_same_version_of_a_model():
     async with served() as stub:
         first = await Executor(stub, "e1", model_fingerprint="v1").ready()

@@ -133,7 +133,9 @@ class Registration:
     async def _listen(self, call: Any) -> None:
         async for response in call:
             if response.HasField("peers"):
-                self._exchange.peers.update(Peer(p.executor_id, p.address, p.model_fingerprint) for p in response.peers.peers)
+                told = response.peers
+                peers = (Peer(peer.executor_id, peer.address, peer.model_fingerprint) for peer in told.peers)
+                self._exchange.peers.update(peers, more=told.more)
             if response.role not in {scheduler_pb2.ROLE_UNSPECIFIED, self._description.role}:
                 self._take_on(response.role)
             if not self.registered.is_set():

@@ -138,6 +138,11 @@ class Scheduler:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
+    @property
+    def settles_at(self) -> float | None:
+        """Until when executors may still have to register since the start; None: that is over."""
+        return self._settled_at if self._clock() < self._settled_at else None
+
     def next_wake(self) -> float | None:
         """When `step` has something to do even if nothing comes in; None: never."""
         times = (self._deadlines.next_due(), self._patience.next_due(), self.executors.next_expiry())

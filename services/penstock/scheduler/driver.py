@@ -34,8 +34,9 @@ class Driver:
         self._core = core
         self._metrics = metrics
         self._outboxes: dict[int, Outbox[pb.PlaceResponse]] = {}
-        self.members = Members(core.executors)
+        self.members = Members(core.executors, lambda: core.settles_at is not None)
         self._told_version = 0
+        self._settling = True
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
@@ -85,6 +86,9 @@ class Driver:
             outbox.flush()
         if self._core.executors.version != self._told_version:
             self._tell_catalog()
+            self.members.tell_peers()
+        if self._settling and self._core.settles_at is None:
+            self._settling = False
             self.members.tell_peers()
         (self.emptied.clear if self._core.queued else self.emptied.set)()
         self._set_timer()
@@ -149,9 +153,9 @@ class Driver:
 
     def _set_timer(self) -> None:
         self.stop()
-        wake = self._core.next_wake()
-        if wake is not None:
-            self._timer = asyncio.get_running_loop().call_at(wake, self._step)
+        times = [time for time in (self._core.next_wake(), self._core.settles_at) if time is not None]
+        if times:
+            self._timer = asyncio.get_running_loop().call_at(min(times), self._step)
 
 
 def _trace(outcome: Grant | Refused) -> None:

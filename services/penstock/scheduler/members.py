@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from penstock.common.errors import UnknownExecutor
 from penstock.common.logs import logger
@@ -21,14 +21,19 @@ class _Member:
         self.description = description
         self.outbox = Outbox(pb.RegisterResponse)
         self.outbox.response.lease_ms = lease_ms
-        self.peers: list[Executor] | None = None
+        self.peers: tuple[list[Executor], bool] | None = None
 
 
 class Members:
-    """Executors of the registry that have a stream."""
+    """Executors of the registry that have a stream.
 
-    def __init__(self, executors: Registry) -> None:
+    Args:
+        settling: whether executors may still have to register since the scheduler's start.
+    """
+
+    def __init__(self, executors: Registry, settling: Callable[[], bool]) -> None:
         self._executors = executors
+        self._settling = settling
         self._members: dict[Executor, _Member] = {}
 
     def join(self, description: pb.ExecutorDescription, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
@@ -70,7 +75,7 @@ class Members:
         logger().info("role given", executor_id=executor_id, role=role.value)
 
     def tell_peers(self) -> None:
-        """Executors came or left: tell those whose peers are others now."""
+        """Executors came or left, or the scheduler has settled: tell those whose peers are others now."""
         for executor, member in self._members.items():
             self._tell_peers(executor, member)
 
@@ -83,8 +88,8 @@ class Members:
                 yield executor, member.description
 
     def _tell_peers(self, executor: Executor, member: _Member) -> None:
-        peers = self._executors.peers(executor)
-        if peers != member.peers:
-            member.peers = peers
-            member.outbox.response.peers.CopyFrom(messages.peers_message(peers))
+        peers, settling = self._executors.peers(executor), self._settling()
+        if (peers, settling) != member.peers:
+            member.peers = peers, settling
+            member.outbox.response.peers.CopyFrom(messages.peers_message(peers, more=settling))
             member.outbox.flush()

@@ -124,11 +124,12 @@ def role_message(role: Role) -> pb.Role.ValueType:
     return _ROLE_MESSAGES[role]
 
 
-def peers_message(peers: Iterable[Executor]) -> pb.Peers:
-    """Whom an executor may exchange KV with."""
+def peers_message(peers: Iterable[Executor], *, more: bool) -> pb.Peers:
+    """Whom an executor may exchange KV with; `more`: those that it knew before, too."""
     told = (peer.description for peer in peers)
     return pb.Peers(
-        peers=[pb.Peer(executor_id=d.executor_id, address=d.address, model_fingerprint=d.model_fingerprint) for d in told]
+        peers=[pb.Peer(executor_id=d.executor_id, address=d.address, model_fingerprint=d.model_fingerprint) for d in told],
+        more=more,
     )
 
 

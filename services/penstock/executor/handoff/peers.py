@@ -29,9 +29,9 @@ class Peers:
         self._peers: dict[str, Peer] = {}
         self._changed = asyncio.Event()
 
-    def update(self, peers: Iterable[Peer]) -> None:
-        """These and no others."""
-        self._peers = {peer.executor_id: peer for peer in peers}
+    def update(self, peers: Iterable[Peer], *, more: bool = False) -> None:
+        """These, and no others but where the scheduler says that there may be `more`: then those that were known stay."""
+        self._peers = (self._peers if more else {}) | {peer.executor_id: peer for peer in peers}
         self._changed.set()
         self._changed = asyncio.Event()
 

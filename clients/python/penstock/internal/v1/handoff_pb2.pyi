@@ -31,7 +31,7 @@ class _HandoffTransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Hand
     HANDOFF_TRANSPORT_SHARED_MEMORY: _HandoffTransport.ValueType  # 2
     """Memory that both processes have mapped."""
     HANDOFF_TRANSPORT_NIXL: _HandoffTransport.ValueType  # 3
-    """NVIDIA's NIXL, from device memory to device memory."""
+    """NVIDIA's NIXL, from host memory to host memory."""
 
 class HandoffTransport(_HandoffTransport, metaclass=_HandoffTransportEnumTypeWrapper): ...
 
@@ -41,7 +41,7 @@ HANDOFF_TRANSPORT_GRPC: HandoffTransport.ValueType  # 1
 HANDOFF_TRANSPORT_SHARED_MEMORY: HandoffTransport.ValueType  # 2
 """Memory that both processes have mapped."""
 HANDOFF_TRANSPORT_NIXL: HandoffTransport.ValueType  # 3
-"""NVIDIA's NIXL, from device memory to device memory."""
+"""NVIDIA's NIXL, from host memory to host memory."""
 Global___HandoffTransport: _TypeAlias = HandoffTransport  # noqa: Y015
 
 class _KvForm:
