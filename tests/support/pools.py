@@ -95,6 +95,19 @@ class Armed:
         return read(self.events_file.read_text().splitlines()) if self.events_file.exists() else []
 
 
+def configured(folder: Path, lease: float) -> Path:
+    """Settings under which even short prompts take several steps and pushes."""
+    settings = folder / "penstock.yaml"
+    settings.write_text(
+        f"scheduler:\n  placement: apart\n  lease_seconds: {lease}\n  metrics: 127.0.0.1:0\n"
+        "tokenizer:\n  metrics: 127.0.0.1:0\n"
+        f"executor:\n  metrics: 127.0.0.1:0\n  handoff_lease_seconds: {lease}\n  calibration_seconds: 0\n"
+        "  handoff_push_mib: 0.25\n  handoff_window_mib: 8\n"
+        "  max_batch_tokens: 160\n  max_batch_size: 32\n  prefill_chunk: 128\n  kv_cache_gib: 0.3\n"
+    )
+    return settings
+
+
 class Pools(Armed, Suite):
     """`penstock up` with pools apart, every process of it armed.
 
@@ -108,13 +121,7 @@ class Pools(Armed, Suite):
     ) -> None:
         Armed.__init__(self, folder)
         self._deaf: set[int] = set()
-        settings = folder / "penstock.yaml"
-        settings.write_text(
-            f"scheduler:\n  placement: apart\n  lease_seconds: {lease}\n  metrics: 127.0.0.1:0\n"
-            "tokenizer:\n  metrics: 127.0.0.1:0\n"
-            f"executor:\n  metrics: 127.0.0.1:0\n  handoff_lease_seconds: {lease}\n  handoff_push_mib: 0.25\n  handoff_window_mib: 8\n  calibration_seconds: 0\n"
-            "  max_batch_tokens: 160\n  max_batch_size: 32\n  prefill_chunk: 128\n  kv_cache_gib: 0.3\n"
-        )
+        settings = configured(folder, lease)
         pools = ("--prefill", str(prefill), "--decode", str(decode), "--threads", str(prefill + decode))
         flags = (*pools, "--config", str(settings), "--event-log", str(self.events_file), "--healthy-seconds", "0", *arguments)
         Suite.__init__(self, "builtin", "--dtype", "f32", *flags, environment={"PENSTOCK_FAULTS": str(folder)})
@@ -181,16 +188,17 @@ class Clients:
         self.expected = self.ask_all(len(prompts))
         assert all(answer.error is None for answer in self.expected), self.expected
 
-    def ask_all(self, count: int, told: Callable[[int], None] = lambda _: None) -> list[Answer]:
+    def ask_all(self, count: int, meanwhile: Callable[[], None] = lambda: None) -> list[Answer]:
         """So many requests at once; what came of each, once all have ended."""
         answers: list[Answer] = [Answer("", (), "", error="hangs")] * count
 
         def run(number: int) -> None:
-            answers[number] = self.ask(number % len(self._prompts), told)
+            answers[number] = self.ask(number % len(self._prompts))
 
         threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
         for thread in threads:
             thread.start()
+        meanwhile()
         for thread in threads:
             thread.join(timeout=120)
         return answers
@@ -207,7 +215,7 @@ class Clients:
             for thread in waiting:
                 thread.join(timeout=60)
 
-    def ask(self, which: int, told: Callable[[int], None] = lambda _: None) -> Answer:
+    def ask(self, which: int) -> Answer:
         """One request: what its client sees of it."""
         name, ids, text, finish = uuid.uuid4().hex, [], "", None
         expected = self.expected[which]
@@ -222,7 +230,6 @@ class Clients:
                     ids += event.token_ids
                     text += event.text
                     finish = event.finish.reason.value if event.finish else finish
-                    told(len(ids))
         except PenstockError as error:
             return replace(seen, ids=ids, text=text, error=type(error).__name__, ended=time.monotonic())
         return replace(seen, ids=ids, text=text, finish=finish, ended=time.monotonic())

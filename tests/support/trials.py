@@ -31,6 +31,7 @@ class Trial:
         self.whole()
         assert self.clients.ask(0).error is None  # streams between executors are there
         pools.assert_idle()  # and those by which this asks
+        assert wait_for(lambda: settled(pools))
         before, since = pools.held(), len(pools.events())
         rules = pools.arm(*faults)
         others = threading.Thread(target=self.clients.leave, args=(leaving,))
@@ -45,15 +46,15 @@ class Trial:
         )
         self.whole()
         pools.assert_back_to(before)
-        assert wait_for(lambda: settled(pools, since)), "the event log is not written"
+        assert wait_for(lambda: settled(pools)), "the event log is not written"
         wrong = check(pools.events()[since:], answers, [fault for fault in fired if fault], BOUND)
         assert wrong == [], "\n".join([*wrong, *pools.log[-40:]])
 
 
-def settled(pools: Pools, since: int) -> bool:
+def settled(pools: Pools) -> bool:
     """Whether the log has the end of every request that a living gateway has accepted."""
     living = {process.pid for process in pools.services("gateway")}
-    names: Sequence[str] = [e["event"] for e in pools.events()[since:] if e["pid"] in living]
+    names: Sequence[str] = [event["event"] for event in pools.events() if event["pid"] in living]
     return names.count("accepted") == names.count("ended")
 
 
