@@ -144,13 +144,14 @@ class Receiver:
             self.state = State.RECEIVING
 
     def _take(self, push: Push, source: Any, now: float, native_agreed: bool) -> None:
-        if push.epoch != self.epoch:
-            self._refuse_stale(push)
-            return
         known = self._accepted.get(push.tokens.start)
-        if known is not None and known.push.tokens == push.tokens:
+        # Also one of an earlier epoch that is being written: behind a refusal the other side would write over what is read.
+        if known is not None and known.push.tokens == push.tokens and push.epoch in {self.epoch, known.push.epoch}:
             if known.imported:
                 self._tell(Pushed(push.handoff_id, push.epoch, push.tokens.start))
+            return
+        if push.epoch != self.epoch:
+            self._refuse_stale(push)
             return
         fault = self._fault(push, native_agreed=native_agreed)
         if fault is not None:

@@ -5,6 +5,7 @@ from handoff_net import GEOMETRY
 
 from penstock.executor.handoff import receiver, receiver_states, sender, sender_states
 from penstock.executor.handoff.receiver import Receiver
+from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Cut
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
@@ -140,6 +141,29 @@ def test_what_is_heard_while_committing_counts_if_it_goes_back():
     receiver.unreadable(chunk, (Refusal.WRONG_CHECKSUM, ""))
     assert receiver.leased
     assert receiver.lease_ends == 2.0 + TICKET.lease_seconds
+
+
+def test_room_is_not_given_back_while_its_bytes_are_imported():
+    receiver, chunk, ports = receiver_in(receiver_states.State.RECEIVING)
+    free = []
+    rooms = Rooms(64, free.append)
+    rooms.take(64)
+    rooms.tell(chunk.push, 64)
+    receiver.checked(chunk, memoryview(bytes(GEOMETRY.size(4, native=False))))
+    receiver.reserve("stream")
+    receiver.push(chunk.push, "stream", 0.0, native_agreed=False)  # again, from before the Reserve
+    hear(rooms, ports)
+    assert not free  # the engine reads them still
+    receiver.imported(chunk, Transport.GRPC, 0.0)
+    hear(rooms, ports)
+    assert free == [chunk.push.parcel.payload]
+
+
+def hear(rooms, ports):
+    for name, *facts in ports.asked:
+        if name == "answer":
+            rooms.hear(facts[0])
+    ports.asked.clear()
 
 
 # The side that prefills
