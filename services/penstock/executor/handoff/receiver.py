@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from penstock.executor.handoff.geometry import Fault, Geometry
 from penstock.executor.handoff.progress import ArrivalClock
-from penstock.executor.handoff.receiver_states import Chunk, Event, ReceiverPorts, State
+from penstock.executor.handoff.receiver_states import Chunk, Event, ReceiverPorts, State, Taken
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
 from penstock.executor.handoff.words import Aborted, Ack, Answer, Commit, Push, Pushed, Refusal, Refused, Reserved
 
@@ -40,7 +40,9 @@ class Receiver:
         self._geometry = geometry
         self._ports = ports
         self._expected = ticket.cached_tokens
-        self._accepted: dict[int, Chunk] = {}  # by first token: those of this handoff that are not refused, imported ones included
+        # By first token, what is not refused: first on its way, then there.
+        self._accepted: dict[int, Chunk] = {}
+        self._taken: dict[int, Taken] = {}
         self._unchecked: deque[Chunk] = deque()
         self._writing: set[Chunk] = set()
         self._first_token: int | None = None
@@ -124,9 +126,9 @@ class Receiver:
             self.state = State.RECEIVING
         self._cut()
         self._tell(Reserved(self.ticket.handoff_id, self.epoch, self._expected, self.ticket.lease_seconds))
-        for chunk in self._accepted.values():
-            if chunk.imported and chunk.source is source:
-                self._tell(Pushed(chunk.push.handoff_id, chunk.push.epoch, chunk.push.tokens.start))
+        for taken in self._taken.values():
+            if taken.source is source:
+                self._tell(Pushed(self.ticket.handoff_id, taken.epoch, taken.tokens.start))
 
     def _cut(self) -> None:
         """Forget chunks that are not checked: their bytes may be gone with the stream."""
@@ -144,11 +146,7 @@ class Receiver:
             self.state = State.RECEIVING
 
     def _take(self, push: Push, source: Any, now: float, native_agreed: bool) -> None:
-        known = self._accepted.get(push.tokens.start)
-        # Also one of an earlier epoch that is being written: behind a refusal the other side would write over what is read.
-        if known is not None and known.push.tokens == push.tokens and push.epoch in {self.epoch, known.push.epoch}:
-            if known.imported:
-                self._tell(Pushed(push.handoff_id, push.epoch, push.tokens.start))
+        if self._has(push):
             return
         if push.epoch != self.epoch:
             self._refuse_stale(push)
@@ -164,6 +162,18 @@ class Receiver:
         self._unchecked.append(chunk)
         if len(self._unchecked) == 1:
             self._ports.check(self, chunk)
+
+    def _has(self, push: Push) -> bool:
+        """Whether it comes again; told that it is imported, if it is.
+
+        Also one of an earlier epoch that is being written: behind a refusal the other side would write over what is read.
+        """
+        first, epochs = push.tokens.start, {self.epoch}
+        taken, coming = self._taken.get(first), self._accepted.get(first)
+        if taken is not None and taken.tokens == push.tokens and push.epoch in epochs | {taken.epoch}:
+            self._tell(Pushed(push.handoff_id, push.epoch, first))
+            return True
+        return coming is not None and coming.push.tokens == push.tokens and push.epoch in epochs | {coming.push.epoch}
 
     def _fault(self, push: Push, *, native_agreed: bool) -> Fault | None:
         tokens, end = push.tokens, self.ticket.tokens
@@ -192,8 +202,9 @@ class Receiver:
 
     def _note_import(self, chunk: Chunk, transport: Transport, _now: float) -> None:
         self._writing.discard(chunk)
-        chunk.imported = True
         push = chunk.push
+        del self._accepted[push.tokens.start]
+        self._taken[push.tokens.start] = Taken(push.tokens, push.epoch, chunk.source)
         size = self._geometry.size(len(push.tokens), native=push.native, dtype=push.dtype)
         self._clock.imported(size, transport, native=push.native)
         self._tell(Pushed(push.handoff_id, push.epoch, push.tokens.start))
@@ -234,6 +245,7 @@ class Receiver:
         if self._unchecked or self._writing or self._first_token is None:
             return
         self.state = State.DONE
+        self._taken.clear()
         self._ports.begin_decode(self, self._first_token, self._clock.arrival(now))
         self._ack()
         self._ports.closed(self)
@@ -255,7 +267,8 @@ class Receiver:
 
     def _end(self) -> None:
         self.state = State.ENDED
-        self._unchecked.clear()
+        for kept in (self._unchecked, self._accepted, self._taken):
+            kept.clear()
         self._ports.closed(self)
         self._tell_aborted()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure
 from penstock.executor.handoff.words import Answer, Push
@@ -11,7 +11,7 @@ from penstock.executor.handoff.words import Answer, Push
 if TYPE_CHECKING:
     from penstock.executor.handoff.receiver import Receiver
 
-__all__ = ["Chunk", "Event", "ReceiverPorts", "State"]
+__all__ = ["Chunk", "Event", "ReceiverPorts", "State", "Taken"]
 
 
 class State(enum.Enum):
@@ -45,12 +45,19 @@ class Event(enum.Enum):
 class Chunk:
     """One push on its way into the blocks. Compared by identity."""
 
-    __slots__ = ("imported", "push", "source")
+    __slots__ = ("__weakref__", "push", "source")
 
     def __init__(self, push: Push, source: Any) -> None:
         self.push = push
         self.source = source
-        self.imported = False
+
+
+class Taken(NamedTuple):
+    """What is kept of a push that was imported: its bytes are not."""
+
+    tokens: range
+    epoch: int
+    source: Any
 
 
 class ReceiverPorts(Protocol):

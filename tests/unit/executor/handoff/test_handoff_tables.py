@@ -1,5 +1,7 @@
 """Every state and event of both sides of a handoff, and what an event makes of a state."""
 
+import weakref
+
 import pytest
 from handoff_net import GEOMETRY
 
@@ -164,6 +166,26 @@ def hear(rooms, ports):
         if name == "answer":
             rooms.hear(facts[0])
     ports.asked.clear()
+
+
+@pytest.mark.parametrize("state", [receiver_states.State.RECEIVING, receiver_states.State.DONE, receiver_states.State.ENDED])
+def test_no_payload_is_kept_once_it_is_imported_or_not_wanted(state):
+    receiver, chunk, ports = receiver_in(receiver_states.State.RECEIVING)
+    held = [weakref.ref(chunk)]
+    if state is receiver_states.State.ENDED:
+        receiver.sequence_ended()
+    else:
+        take(receiver, chunk)
+    if state is receiver_states.State.DONE:
+        receiver.push(push(4, 8), "stream", 0.0, native_agreed=False)
+        chunk = ports.asked[-1][1]
+        held.append(weakref.ref(chunk))
+        receiver.commit(Commit(ID, 1, 8, 5), 0.0)
+        take(receiver, chunk)
+    assert receiver.state is state
+    del chunk
+    ports.asked.clear()
+    assert [chunk() for chunk in held] == [None] * len(held)
 
 
 # The side that prefills
