@@ -150,6 +150,12 @@ class JoinedBenches:
         self.asked[sequence_id] = dict(sequence_id=sequence_id, prompt=prompt, max_tokens=max_tokens, **fields)
         self.decode.engine.submit(SequenceRequest(**self.asked[sequence_id], handoff=Receive(PREFILL)), self._decode_sink)
 
+    def submit_together(self, sequence_id, prompt, max_tokens, **fields):
+        """A sequence that the second engine runs alone, of the same sink as those that it receives."""
+        fields = {"sampling": GREEDY} | fields
+        request = SequenceRequest(sequence_id=sequence_id, prompt=prompt, max_tokens=max_tokens, **fields)
+        self.decode.engine.submit(request, self._decode_sink)
+
     def _decode_sink(self, frame):
         for sequence_id, ticket in frame.reserved:
             self.prefill.engine.submit(SequenceRequest(**self.asked[sequence_id], handoff=Send(ticket)), self.prefill.sink)

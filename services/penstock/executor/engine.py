@@ -150,7 +150,12 @@ class Engine:
     def import_kv(self, handle: Handle, tokens: range, data: NDArray[Any], *, native: bool, done: Imported) -> None:
         """Copy KV into the blocks that were reserved for a sequence; the same."""
         sequence = _sequence(handle)
-        if not self._command(lambda: self._moves.ask_import(sequence, tokens, data, done, native=native)):
+
+        def ask() -> None:
+            sequence.arriving = True
+            self._moves.ask_import(sequence, tokens, data, done, native=native)
+
+        if not self._command(ask):
             done(SequenceEnded("the engine has ended"))
 
     def begin_decode(self, handle: Handle, first_token: int, arrival: Arrival) -> None:

@@ -78,6 +78,7 @@ def read_start(start: pb.StartSequence, now: float) -> SequenceRequest:
         priority=start.priority,
         deadline=now + start.deadline_ms / 1000 if start.deadline_ms else None,
         handoff=_read_handoff(start),
+        request_id=start.request_id,
     )
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
 
 from penstock.executor.blocks import BlockManager
-from penstock.executor.sequence import Sequence, Status
+from penstock.executor.sequence import Sequence, Sink, Status
 
 __all__ = ["Limits", "Scheduler", "SchedulerCounts", "Step"]
 
@@ -33,6 +34,14 @@ WORTH_WAITING_FOR = 64
 RECEIVING_SHARE = 2
 
 _rank = attrgetter("rank")
+
+# Whose request, and which.
+_Request = tuple[Sink, str | int]
+
+
+def _request_of(sequence: Sequence) -> _Request:
+    request = sequence.request
+    return sequence.sink, request.request_id or request.sequence_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,12 +224,17 @@ class Scheduler:
         request arriving together, or would receive KV and enough others do.
         """
         coming = self._coming() if self.waiting and self.limits.caching else set()
+        awaited = self._awaited_by_choices() if self.waiting and self.limits.caching else {}
         place = 0
         while place < len(self.waiting) and (taken := len(self.running) + len(self.receiving)) < self.limits.max_batch_size:
             sequence = self.waiting[place]
             shared = self._find_cached(sequence)
             fresh = -(-len(sequence.ids) // self._block_size) - len(shared)
-            if self._enough_receive(fresh) if sequence.awaits_kv else self._should_wait(sequence, len(shared), coming):
+            if sequence.awaits_kv:
+                waits = self._enough_receive(fresh)
+            else:
+                waits = self._should_wait(sequence, len(shared), coming, awaited.get(_request_of(sequence), frozenset()))
+            if waits:
                 place += 1
                 continue
             cached = len(shared) * self._block_size
@@ -235,7 +249,7 @@ class Scheduler:
             self._count_cached(sequence, cached)
             self._begin(sequence, count, plan)
             if self.limits.caching:
-                coming.update(sequence.hashes[sequence.registered :])
+                (awaited.setdefault(_request_of(sequence), set()) if sequence.awaits_kv else coming).update(sequence.fresh_hashes)
 
     def _begin(self, sequence: Sequence, count: int, plan: _Plan) -> None:
         if sequence.awaits_kv:
@@ -257,17 +271,28 @@ class Scheduler:
         )
 
     def _coming(self) -> set[bytes]:
-        """Hashes of the blocks that running and receiving prompts will have filled when they are through."""
-        computing = (s for s in self.running if s.remaining > 1)
-        return {key for s in chain(computing, self.receiving) for key in s.hashes[s.registered :]}
+        """Hashes of the blocks that running prompts, and those whose KV has begun to come, will have filled when they are through.
 
-    def _should_wait(self, sequence: Sequence, found: int, coming: set[bytes]) -> bool:
-        """Whether so much of a prompt is being computed by others that sharing it is worth a few steps."""
+        One that only waits for KV may do so for long: its prompt may be the last of many where it is to be computed.
+        """
+        computing = (s for s in self.running if s.remaining > 1)
+        arriving = (s for s in self.receiving if s.arriving)
+        return {key for s in chain(computing, arriving) for key in s.fresh_hashes}
+
+    def _awaited_by_choices(self) -> dict[_Request, set[bytes]]:
+        """The same of all that receive, for the other choices of their requests: these would compute what is on its way."""
+        awaited: dict[_Request, set[bytes]] = {}
+        for sequence in self.receiving:
+            awaited.setdefault(_request_of(sequence), set()).update(sequence.fresh_hashes)
+        return awaited
+
+    def _should_wait(self, sequence: Sequence, found: int, coming: AbstractSet[bytes], awaited: AbstractSet[bytes]) -> bool:
+        """Whether so much of a prompt is being computed by others, or on its way to them, that sharing it is worth a wait."""
         least = -(-WORTH_WAITING_FOR // self._block_size)
         usable = (len(sequence.ids) - 1) // self._block_size
-        if not coming or sequence.wants_prompt_logprobs or usable - found < least:
+        if not (coming or awaited) or sequence.wants_prompt_logprobs or usable - found < least:
             return False
-        return all(key in coming for key in sequence.hashes[found : found + least])
+        return all(key in coming or key in awaited for key in sequence.hashes[found : found + least])
 
     def _chunk(self, sequence: Sequence, room: int, cached: int = 0) -> int:
         """How many tokens of a prompt come next; 0: none, there is no room."""

@@ -54,6 +54,7 @@ class SequenceRequest:
         priority: higher goes first.
         deadline: by `time.monotonic`; None: none.
         handoff: whether its KV comes from, or goes to, another executor; None: neither.
+        request_id: sequences of one sink that have the same are choices of one request; empty: of one of its own.
     """
 
     sequence_id: int
@@ -69,6 +70,7 @@ class SequenceRequest:
     priority: int = 0
     deadline: float | None = None
     handoff: Receive | Send | None = None
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +125,14 @@ class Sequence:
         ids: prompt and output. Those before `computed` stand in the KV cache, in the blocks `table[:blocks]`.
         rank: (-priority, number of arrival); the least goes first.
         awaits_kv: whether its KV is computed elsewhere, and has not come yet.
+        arriving: whether some of that has come.
         sends: whether it ends here with its first token, and is decoded elsewhere.
         handing: whether the handoff knows it, and is to be told of its end.
     """
 
     __slots__ = (
         "adjustment",
+        "arriving",
         "awaits_kv",
         "blocks",
         "cached_tokens",
@@ -173,6 +177,7 @@ class Sequence:
         )
         self.row = Row(request.sampling, 0, self.adjustment, (), request.logprobs)
         self.awaits_kv = isinstance(request.handoff, Receive)
+        self.arriving = False
         self.sends = isinstance(request.handoff, Send)
         self.handing = False
         # Of a prompt that is computed elsewhere they are told there.
@@ -189,6 +194,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that are still to be computed before the next one can be drawn: 1 while decoding."""
         return len(self.ids) - self.computed
+
+    @property
+    def fresh_hashes(self) -> list[bytes]:
+        """Of its full blocks that can not be shared yet."""
+        return self.hashes[self.registered :]
 
     @property
     def output_length(self) -> int:

@@ -111,10 +111,10 @@ def test_other_choices_wait_for_the_prefix_that_the_first_receives_and_share_it(
     joined = JoinedBenches(Bench(**SMALL))
     prompt = prompt_of(300)
     joined.handoff.hold = True
-    joined.submit(0, prompt, 9)
+    joined.submit(0, prompt, 9, request_id="r")
     joined.step()
     for i in (1, 2, 3):
-        joined.decode.submit(i, prompt, 9, sampling=SamplingParameters(temperature=2.0, seed=i))
+        joined.submit_together(i, prompt, 9, sampling=SamplingParameters(temperature=2.0, seed=i), request_id="r")
     for _ in range(20):
         joined.step()
     assert joined.decode.engine.meter.steps == 0
@@ -134,9 +134,9 @@ def test_choices_that_wait_for_a_prefix_go_on_when_its_kv_does_not_come():
     joined = JoinedBenches()
     prompt = prompt_of(300)
     joined.handoff.hold = True
-    joined.submit(0, prompt, 9)
+    joined.submit(0, prompt, 9, request_id="r")
     joined.step()
-    joined.decode.submit(1, prompt, 9)
+    joined.submit_together(1, prompt, 9, request_id="r")
     joined.step()
     assert not joined.decode.engine.scheduler.running
     (receiver,) = joined.handoff.receivers.values()
@@ -149,6 +149,34 @@ def test_choices_that_wait_for_a_prefix_go_on_when_its_kv_does_not_come():
         HandoffFailure.LEASE_EXPIRED,
         "nothing was heard",
     )
+
+
+@pytest.mark.parametrize("request_id", ["", "another"])
+def test_another_request_does_not_wait_for_kv_of_which_nothing_has_come(request_id):
+    joined = JoinedBenches(Bench(**SMALL))
+    prompt = prompt_of(300)
+    joined.handoff.hold = True  # as where many are before it in the queue of the engine that prefills
+    joined.submit(0, prompt, 9, request_id=request_id)
+    joined.step()
+    joined.submit_together(1, prompt, 9, request_id="this" if request_id else "")
+    joined.step()
+    assert joined.decode.started[1].cached_tokens == 0
+    joined.handoff.go_on()
+    joined.run()
+    assert joined.tokens == {0: expected(prompt, 9), 1: expected(prompt, 9)}
+    check_baseline(joined)
+
+
+def test_another_request_waits_for_kv_that_has_begun_to_come():
+    joined = JoinedBenches(Bench(**SMALL))
+    prompt = prompt_of(300)
+    joined.submit(0, prompt, 9, request_id="r")
+    for _ in range(3):
+        joined.step()
+    joined.submit_together(1, prompt, 9, request_id="another")
+    joined.run()
+    assert joined.decode.started[1].cached_tokens == 288
+    assert joined.tokens == {0: expected(prompt, 9), 1: expected(prompt, 9)}
 
 
 def test_a_prefix_can_be_found_only_once_all_of_its_kv_is_there():
