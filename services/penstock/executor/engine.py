@@ -125,10 +125,8 @@ class Engine:
         fault, refusal = fault_of(request, self._config.vocabulary_size), self._refusal(request)
         if not (fault or refusal):
             sequence = Sequence(request, sink, self.block_size, self._config.vocabulary_size, time.monotonic())
-            self._tell_begun(sequence)
-            if self._command(lambda: self._add(sequence)):
+            if self._begin(sequence):
                 return
-            self._tell_ended(sequence)
             refusal = self._refusal(request)
         sink(Frame(finished=[Finished(request.sequence_id, Finish.FAILED if fault else Finish.REFUSED, message=fault or refusal)]))
 
@@ -225,6 +223,19 @@ class Engine:
         if self._draining or self._stopping:
             return "the executor is draining"
         return refusal_of(request, self._config, self.context_length, hands_over=self.handoff is not None)
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Let the sequence come between two steps, but tell of it at once: a long step may take longer than the other side waits.
+
+        Both under one lock: who is told may give the sequence up from another thread, and that has to come behind its beginning.
+        """
+        with self._wake:
+            if self._over:
+                return False
+            if sequence.sends and self.handoff is not None:
+                sequence.handing = True
+                self.handoff.begun(sequence)
+            return self._command(lambda: self._add(sequence))
 
     def _command(self, command: Callable[[], None]) -> bool:
         """Have something done between two steps; False where no more steps come."""
@@ -329,12 +340,6 @@ class Engine:
             return
         mine[sequence.request.sequence_id] = sequence
         self.scheduler.add(sequence)
-
-    def _tell_begun(self, sequence: Sequence) -> None:
-        """At once, and not between two steps: a long one may take longer than the other side waits to hear of the sequence."""
-        if sequence.sends and self.handoff is not None:
-            sequence.handing = True
-            self.handoff.begun(sequence)
 
     def _tell_ended(self, sequence: Sequence) -> None:
         if sequence.handing and self.handoff is not None:

@@ -1,5 +1,7 @@
 """Two engines that share the work on each sequence answer as one does."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 from fake_engine import GREEDY, Bench, expected
@@ -353,6 +355,30 @@ def test_a_first_token_that_is_none_fails_the_handoff():
     joined.decode.engine.begin_decode(receiver, 97, Arrival(0, 0, 0, 0, Transport.GRPC, native=False, pushes=0))
     joined.decode.run()
     assert joined.decode.finished[1].handoff_failure is HandoffFailure.REFUSED
+
+
+def test_a_sequence_can_be_given_up_as_soon_as_it_has_begun():
+    bench = Bench()
+    threads = []
+
+    class GivingUp(Handoff):
+        """As where the ticket is refused in the event loop, while another thread submits."""
+
+        def begun(self, handle):
+            give_up = Thread(target=bench.engine.fail, args=(handle, HandoffFailure.REFUSED, "the ticket is in use"))
+            give_up.start()
+            give_up.join(0.1)  # it may have to wait for this call's end
+            threads.append(give_up)
+
+    GivingUp(bench.engine, Bench().engine)
+    ticket = Ticket(bytes(16), DECODE, "prefill", 0, 20, 3.0)
+    bench.submit(1, [1] * 20, 3, handoff=Send(ticket))
+    for thread in threads:
+        thread.join()
+    bench.run()
+    assert bench.finished[1].reason is Finish.HANDOFF_FAILED
+    bench.submit(2, [1], 3)
+    assert bench.run()[2] == expected([1], 3)
 
 
 def test_without_somebody_who_moves_kv_a_handoff_is_refused():
