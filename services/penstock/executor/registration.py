@@ -150,5 +150,5 @@ class Registration:
 
     def _load(self) -> scheduler_pb2.Load:
         load = load_of(self._engine)
-        load.handoff_bytes_per_second = self._exchange.handoffs.counts.bytes_per_second
+        load.handoff_bytes_per_second = self._exchange.handoffs.counts.bytes_per_second(asyncio.get_running_loop().time())
         return load

@@ -126,7 +126,7 @@ class _Pairs:
             sender = self._sender_for(executor) if executor.has_room_to_receive(self._request.tokens) else None
             if sender is None:
                 continue
-            split = apart(self._needs.prompt_tokens, sender[0], self._decoding(executor), self._link(sender[-1], executor))
+            split = apart(self._needs.prompt_tokens, sender[0], self._decoding(executor), self._link(sender[-1]))
             key = (split.cost, executor.hold.tokens)
             if found is None or key < best:
                 best, found = key, (executor, sender[-1], split)
@@ -172,11 +172,10 @@ class _Pairs:
     def _pace(self, executor: Executor) -> Pace:
         return executor.pace if self._team.calibrated else COUNTED
 
-    def _link(self, sender: Executor, receiver: Executor) -> float:
+    def _link(self, sender: Executor) -> float:
         if not self._team.calibrated:
             return COUNTED_LINK
-        measured = sender.load.handoff_bytes_per_second or receiver.load.handoff_bytes_per_second
-        return link_seconds(sender.description.kv_bytes_per_token, measured)
+        return link_seconds(sender.description.kv_bytes_per_token, sender.load.handoff_bytes_per_second)
 
     def _cached(self, executor: Executor) -> int:
         return cached_tokens(executor, self._depths, self._needs.prompt_tokens) if self._depths else 0

@@ -10,9 +10,9 @@ from penstock.executor.handoff.words import Refusal
 
 __all__ = ["HandoffCounts", "Moved", "outcome"]
 
-# Less KV tells how long a message takes on its way, and not how much goes through.
-_LEAST_BYTES = 1 << 20
-_KEPT = 0.75  # of the measured speed, for every handoff that is measured behind it
+_KEPT = 0.75  # of the measured speed, for every measurement behind it
+# What was measured longer ago is told no more: a link that was slow once is tried again.
+_REMEMBERED_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -47,7 +47,8 @@ class HandoffCounts:
     resumptions: int = 0
     receiving: int = 0
     sending: int = 0
-    bytes_per_second: float = 0.0
+    _bytes_per_second: float = 0.0
+    _measured_at: float = 0.0
 
     def arrived(self, arrival: Arrival) -> None:
         """A sequence's KV is here."""
@@ -56,12 +57,16 @@ class HandoffCounts:
         moved.bytes += arrival.kv_bytes
         moved.seconds += arrival.transfer
         self.resumptions += arrival.resumptions
-        if arrival.kv_bytes >= _LEAST_BYTES and arrival.exposed > 0:
-            self._measure(arrival.kv_bytes / max(arrival.exposed, 1e-6))
 
-    def _measure(self, speed: float) -> None:
-        """What prefill hides costs nothing, so it is the exposed time that counts."""
-        self.bytes_per_second = speed if not self.bytes_per_second else _KEPT * self.bytes_per_second + (1 - _KEPT) * speed
+    def measured(self, speed: float, now: float) -> None:
+        """KV has gone out with so many bytes per second."""
+        before = self.bytes_per_second(now)
+        self._bytes_per_second = _KEPT * before + (1 - _KEPT) * speed if before else speed
+        self._measured_at = now
+
+    def bytes_per_second(self, now: float) -> float:
+        """Of KV that goes out from here; 0 where nothing has for some time. `now` by the event loop's clock."""
+        return self._bytes_per_second if now < self._measured_at + _REMEMBERED_SECONDS else 0.0
 
 
 def outcome(failure: HandoffFailure | None) -> str:

@@ -13,6 +13,7 @@ from penstock.executor.handoff.ports import KvEngine
 from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Chunk, Cut, State
+from penstock.executor.handoff.speed import LinkSpeed
 from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.port import Outgoing
 from penstock.executor.handoff.words import (
@@ -70,7 +71,7 @@ class Line:
         self._asked_at: float | None = None  # the first thing since something was heard
         self._agreed: Agreed | None = None
         self._cut: Cut | None = None
-        self._rooms = Rooms(0, _nowhere)
+        self._rooms = Rooms(0, _nowhere, LinkSpeed(self._measured))
         self._waiting: OrderedDict[bytes, Sender] = OrderedDict()
         self._turning = False
         self._tasks: dict[Chunk, tuple[asyncio.Task[None], int]] = {}
@@ -117,7 +118,7 @@ class Line:
         self._agreed = agreed
         self.why = (HandoffFailure.LEASE_EXPIRED, "nothing was heard of the decode executor for a lease")
         cut = self._cut = self._cut_of(agreed)
-        self._rooms = Rooms(agreed.window_bytes, agreed.outgoing.taken)
+        self._rooms = Rooms(agreed.window_bytes, agreed.outgoing.taken, LinkSpeed(self._measured))
         self._out.clear()
         now = self._loop.time()
         self._asked_at = None
@@ -161,7 +162,7 @@ class Line:
         if sender is not None:
             sender.heard(now)
             _tell(sender, answer, now)
-        if self._rooms.hear(answer):
+        if self._rooms.hear(answer, now):
             self._turn()
 
     def renew(self, now: float) -> None:
@@ -191,7 +192,7 @@ class Line:
         if self._agreed is None:
             return
         _, size = self._tasks.pop(chunk)
-        self._rooms.tell(message, size)
+        self._rooms.tell(message, size, self._loop.time())
         self._counts.exported[self._agreed.outgoing.transport] += size
         self._queue(message)
 
@@ -252,6 +253,9 @@ class Line:
                 sender.room()
         finally:
             self._turning = False
+
+    def _measured(self, speed: float) -> None:
+        self._counts.measured(speed, self._loop.time())
 
     def _most_bytes(self, cut: Cut) -> int:
         return self._size(cut.most_tokens, native=cut.native)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from penstock.executor.handoff.speed import LinkSpeed
 from penstock.executor.handoff.transports.port import Payload
 from penstock.executor.handoff.words import Aborted, Ack, Answer, Push, Pushed, Refusal, Refused, Reserved
 
@@ -21,12 +22,14 @@ class Rooms:
     Args:
         window_bytes: of all handoffs together.
         taken: told of payload that the other side has done with.
+        speed: measures what goes and comes back.
     """
 
-    def __init__(self, window_bytes: int, taken: Callable[[Payload], None]) -> None:
+    def __init__(self, window_bytes: int, taken: Callable[[Payload], None], speed: LinkSpeed) -> None:
         self._free = window_bytes
         self._window = window_bytes
         self._taken = taken
+        self._speed = speed
         self._told: dict[_Key, tuple[Payload, int]] = {}
 
     def has(self, size: int) -> bool:
@@ -41,16 +44,18 @@ class Rooms:
         """They will not be told of."""
         self._free += size
 
-    def tell(self, push: Push, size: int) -> None:
+    def tell(self, push: Push, size: int, now: float) -> None:
         """They have been."""
+        self._speed.pushed(size, now)
         self._told[push.handoff_id, push.epoch, push.tokens.start] = (push.parcel.payload, size)
 
-    def hear(self, answer: Answer) -> bool:
+    def hear(self, answer: Answer, now: float) -> bool:
         """Whether room has come back by an answer."""
         keys = self._done_by(answer)
         for key in keys:
             payload, size = self._told.pop(key)
             self._free += size
+            self._speed.answered(size, now, arrived=isinstance(answer, Pushed))
             self._taken(payload)
         return bool(keys)
 

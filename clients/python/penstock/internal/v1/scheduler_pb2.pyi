@@ -722,7 +722,7 @@ class Load(_message.Message):
     """Sequences that wait for KV, and those whose KV is on its way out."""
     sending: _builtins.int
     handoff_bytes_per_second: _builtins.float
-    """Measured over the last handoffs, 0 where unknown."""
+    """Measured while KV was on its way out from here, at the last handoffs; 0 where unknown."""
     def __init__(
         self,
         *,
