@@ -558,7 +558,8 @@ async def test_restarted_scheduler_takes_both_halves_of_a_lease_over():
 async def test_load_of_handoffs_is_heard_and_told():
     async with served() as stub:
         executor = await Executor(stub).ready()
-        load = pb.Load(running=1, receiving=2, sending=3, handoff_bytes_per_second=1e9)
+        failing = [pb.FailingPeer(executor_id="e2", sends=True, failures=3)]
+        load = pb.Load(running=1, receiving=2, sending=3, handoff_bytes_per_second=1e9, failing=failing)
         executor.send(pb.RegisterRequest(load=load))
 
         async def told():

@@ -150,5 +150,10 @@ class Registration:
 
     def _load(self) -> scheduler_pb2.Load:
         load = load_of(self._engine)
-        load.handoff_bytes_per_second = self._exchange.handoffs.counts.bytes_per_second(asyncio.get_running_loop().time())
+        counts, now = self._exchange.handoffs.counts, asyncio.get_running_loop().time()
+        load.handoff_bytes_per_second = counts.bytes_per_second(now)
+        load.failing.extend(
+            scheduler_pb2.FailingPeer(executor_id=peer.executor_id, sends=peer.sends, failures=peer.failures)
+            for peer in counts.failing.lately(now)
+        )
         return load

@@ -72,6 +72,7 @@ class PlacementReason(enum.Enum):
     CACHED = "cached"
     INCOMPATIBLE = "incompatible"
     REPLACED = "replaced"
+    UNREACHABLE = "unreachable"
 
 
 class Fallback(enum.Enum):

@@ -224,6 +224,8 @@ class Scheduler:
     def _grant(self, request: Request, choice: Choice, now: float) -> None:
         needs, description = request.needs, choice.executor.description
         prefill = self._leases.grant(request, choice)
+        if prefill is not None:
+            choice.executor.unreached.tries(prefill.executor_id, now)
         self._outcomes.append(
             Grant(
                 request.gateway,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.scheduler.model import Description, Load, Role
+from penstock.scheduler.reach import Unreached
 from penstock.scheduler.splitting import COUNTED, Pace
 
 __all__ = ["Executor", "Hold"]
@@ -95,6 +96,7 @@ class Executor:
         decode_slowness: the same for a step of decoding.
         pace: how quick it is by its own measurement; where it has made none, tokens are counted.
         role: what it is given to do now, as it has confirmed.
+        unreached: those from which it could not receive KV.
         step_seconds: of a step of decoding that is the same on all executors; 0 where it has not measured its steps.
     """
 
@@ -117,6 +119,7 @@ class Executor:
         "role",
         "sequence_tokens",
         "step_seconds",
+        "unreached",
     )
 
     def __init__(self, description: Description, hold: Hold, *, bit: int, look_ahead: int, expires: float) -> None:
@@ -138,6 +141,7 @@ class Executor:
         self.pace = COUNTED if times is None else Pace.of(times, description.prefill_chunk)
         self.step_seconds = 0.0 if times is None else times.step_seconds(*_COMMON_STEP)
         self.kv_sequence: int | None = None
+        self.unreached = Unreached()
 
     @property
     def prefill_tokens_per_second(self) -> float:

@@ -9,7 +9,7 @@ from penstock.common.step_times import Curve, StepTimes
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Description, Grant, Load, Needs, PlacementReason, Prefill, Reason, Refused, Role
+from penstock.scheduler.model import Description, Failing, Grant, Load, Needs, PlacementReason, Prefill, Reason, Refused, Role
 from penstock.scheduler.prefixes import unpack_hashes
 
 __all__ = [
@@ -41,6 +41,7 @@ _PLACEMENT_REASONS = {
     PlacementReason.CACHED: pb.PLACEMENT_REASON_CACHED,
     PlacementReason.INCOMPATIBLE: pb.PLACEMENT_REASON_INCOMPATIBLE,
     PlacementReason.REPLACED: pb.PLACEMENT_REASON_REPLACED,
+    PlacementReason.UNREACHABLE: pb.PLACEMENT_REASON_UNREACHABLE,
 }
 _ROLES: dict[int, Role] = {pb.ROLE_BOTH: Role.BOTH, pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE}
 _ROLE_MESSAGES = {Role.BOTH: pb.ROLE_BOTH, Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
@@ -185,6 +186,7 @@ def _read_load(message: pb.Load) -> Load:
         receiving=message.receiving,
         sending=message.sending,
         handoff_bytes_per_second=message.handoff_bytes_per_second,
+        failing=tuple(Failing(f.executor_id, f.sends, f.failures) for f in message.failing),
     )
 
 
@@ -236,4 +238,5 @@ def load_message(executor: Executor) -> pb.Load:
         receiving=load.receiving,
         sending=load.sending,
         handoff_bytes_per_second=load.handoff_bytes_per_second,
+        failing=[pb.FailingPeer(executor_id=f.executor_id, sends=f.sends, failures=f.failures) for f in load.failing],
     )

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 
 from penstock.common.step_times import StepTimes
 
-__all__ = ["Description", "Grant", "Load", "Lost", "Needs", "Outcome", "PlacementReason", "Prefill", "Reason", "Refused", "Role"]
+__all__ = [
+    "Description",
+    "Failing",
+    "Grant",
+    "Load",
+    "Lost",
+    "Needs",
+    "Outcome",
+    "PlacementReason",
+    "Prefill",
+    "Reason",
+    "Refused",
+    "Role",
+]
 
 
 class Role(enum.Enum):
@@ -81,6 +94,15 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True)
+class Failing:
+    """Another executor, with which an executor's last handoffs failed; `sends`: of KV to there, rather than from there."""
+
+    executor_id: str
+    sends: bool
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """An executor's own report."""
 
@@ -93,6 +115,7 @@ class Load:
     receiving: int = 0
     sending: int = 0
     handoff_bytes_per_second: float = 0.0
+    failing: tuple[Failing, ...] = ()
 
 
 class Reason(enum.Enum):
@@ -117,6 +140,7 @@ class PlacementReason(enum.Enum):
     CACHED = "cached"
     INCOMPATIBLE = "incompatible"
     REPLACED = "replaced"
+    UNREACHABLE = "unreachable"
 
 
 @dataclass(slots=True)

@@ -66,8 +66,8 @@ def place(request: Request, team: Team, index: PrefixIndex, mask: int, rules: Ru
         reason = PlacementReason.REPLACED
     if reason is not None:
         return _whole(needs, room, depths, rules, reason)
-    pairs = _Pairs(request, team, depths, rules)
-    return pairs.wherever_cheaper(room, now) if rules.policy == "auto" else pairs.apart(room)
+    pairs = _Pairs(request, team, depths, rules, now)
+    return pairs.wherever_cheaper(room) if rules.policy == "auto" else pairs.apart(room)
 
 
 def _whole(needs: Needs, room: Sequence[Executor], depths: Depths, rules: Rules, reason: PlacementReason) -> Choice:
@@ -78,12 +78,13 @@ def _whole(needs: Needs, room: Sequence[Executor], depths: Depths, rules: Rules,
 class _Pairs:
     """One request among the executors that can exchange KV."""
 
-    def __init__(self, request: Request, team: Team, depths: Depths, rules: Rules) -> None:
+    def __init__(self, request: Request, team: Team, depths: Depths, rules: Rules, now: float) -> None:
         self._request = request
         self._needs = request.needs
         self._team = team
         self._depths = depths
         self._rules = rules
+        self._now = now
         self._output = min(self._needs.max_tokens, rules.expected_output_tokens)
         self._senders: dict[str, list[_Timed]] = {}
         self._decodings: dict[Executor, Decoding] = {}
@@ -99,10 +100,12 @@ class _Pairs:
         found = self._best(receivers)
         if found is not None:
             return found[0]
+        if not self._any_reachable(receivers):
+            return _whole(self._needs, room, self._depths, self._rules, PlacementReason.UNREACHABLE)
         prefill_is_full = any(e.has_room_to_receive(self._request.tokens) for e in receivers)
         return self._team.sender_role if prefill_is_full else self._team.home_role
 
-    def wherever_cheaper(self, room: Sequence[Executor], now: float) -> Choice:
+    def wherever_cheaper(self, room: Sequence[Executor]) -> Choice:
         """On one executor or on a pair, whichever costs less."""
         needs = self._needs
         otherwise = PlacementReason.REPLACED if needs.replacing else PlacementReason.COST
@@ -110,13 +113,16 @@ class _Pairs:
         if self._all_cached(whole.executor):
             whole.reason = PlacementReason.CACHED
             return whole
-        found = self._best([e for e in room if e in self._team.receivers])
+        receivers = [e for e in room if e in self._team.receivers]
+        found = self._best(receivers)
         if found is None:
+            if receivers and not needs.replacing and not self._any_reachable(receivers):
+                whole.reason = PlacementReason.UNREACHABLE
             return whole
         pair, split = found
         decoding = self._decoding(whole.executor)
         deadline = self._request.deadline if self._team.calibrated else None
-        left = None if deadline is None else deadline - now
+        left = None if deadline is None else deadline - self._now
         return pair if splits(together(needs.prompt_tokens, decoding), split, left) else whole
 
     def _best(self, receivers: Sequence[Executor]) -> tuple[Choice, Estimate] | None:
@@ -144,9 +150,19 @@ class _Pairs:
             senders = self._senders[version] = self._timed(self._team.senders[version])
         for sender in senders:
             executor = sender[-1]
-            if executor is not receiver and executor.has_room(1, self._needs.prompt_tokens - self._cached(executor)):
+            if not self._reaches(executor, receiver):
+                continue
+            if executor.has_room(1, self._needs.prompt_tokens - self._cached(executor)):
                 return sender
         return None
+
+    def _any_reachable(self, receivers: Sequence[Executor]) -> bool:
+        """Whether one of them can receive at all now, whoever has room."""
+        senders = self._team.senders
+        return any(self._reaches(s, e) for e in receivers for s in senders[e.description.model_fingerprint])
+
+    def _reaches(self, sender: Executor, receiver: Executor) -> bool:
+        return sender is not receiver and not receiver.unreached.avoids(sender.description.executor_id, self._now)
 
     def _timed(self, senders: Sequence[Executor]) -> list[_Timed]:
         """Prefill on each of these, the quickest first."""

@@ -113,6 +113,8 @@ class Registry:
             return False
         del self._executors[executor_id]
         self.prefixes.leave(executor.bit)
+        for other in self._executors.values():
+            other.unreached.forget(executor_id)
         if not executor.hold.leases:
             self._holds.pop(executor_id, None)
         self._change(executor.description.model)
@@ -128,6 +130,7 @@ class Registry:
             return
         before = executor.prefill_tokens_per_second
         executor.report(load)
+        self._hear_of_pairs(executor)
         if executor.prefill_tokens_per_second != before:
             self._weigh(executor.description.model)
         self._on_freed(executor)
@@ -177,6 +180,16 @@ class Registry:
     def next_expiry(self) -> float | None:
         """When `expire` may have something to do."""
         return self._expiries.next_due()
+
+    def _hear_of_pairs(self, executor: Executor) -> None:
+        """Whatever it does not tell of works, as far as it knows."""
+        own, now = executor.description.executor_id, self._clock()
+        sent = {f.executor_id: f.failures for f in executor.load.failing if f.sends}
+        received = {f.executor_id: f.failures for f in executor.load.failing if not f.sends}
+        for other in self.of_model(executor.description.model):
+            executor_id = other.description.executor_id
+            other.unreached.hear(own, own, sent.get(executor_id, 0), now)
+            executor.unreached.hear(executor_id, own, received.get(executor_id, 0), now)
 
     def _weigh(self, model: str) -> None:
         peers = self.of_model(model)

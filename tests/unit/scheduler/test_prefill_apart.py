@@ -1,9 +1,11 @@
 """Roles, pairs, and why a request runs apart or together; what its halves hold."""
 
+import itertools
+
 import pytest
 from scheduling import World, step_times
 
-from penstock.scheduler.model import Load, PlacementReason, Role
+from penstock.scheduler.model import Failing, Load, PlacementReason, Role
 
 HANDS_OVER = frozenset({"export_kv", "import_kv"})
 BLOCKS = tuple(range(1, 7))
@@ -384,3 +386,66 @@ def test_role_that_is_told_again_changes_nothing():
     version = world.core.executors.version
     world.core.executors.take_role(executor, Role.PREFILL)
     assert world.core.executors.version == version
+
+
+def failed(world, executor_id, *failing):
+    """An executor reports with which others its last handoffs failed, and nothing else."""
+    told = tuple(Failing(*told) for told in failing)
+    world.core.executors.report(world.core.executors.get(executor_id), Load(failing=told))
+
+
+@pytest.mark.parametrize(("told_by", "failing"), [("p", ("d", True, 1)), ("d", ("p", False, 1))])
+@pytest.mark.parametrize("policy", ["apart", "auto"])
+def test_pair_that_failed_is_left_alone_and_tried_again_by_itself(policy, told_by, failing):
+    world = Pools(placement=policy)
+    world.prefill(), world.decode()
+    world.pair(prompt_tokens=1000)  # `auto` splits what would wait for this
+    assert world.pair()[0] == "p"
+    failed(world, told_by, failing)
+    assert world.pair() == (None, "d", PlacementReason.UNREACHABLE)
+    world.at(0.6)
+    assert world.pair()[0] == "p"
+    assert world.pair() == (None, "d", PlacementReason.UNREACHABLE), "one request tries"
+    failed(world, told_by)
+    assert world.pair()[0] == "p"
+
+
+def test_pair_that_fails_again_and_again_is_tried_less_and_less():
+    world = apart()
+    world.prefill(), world.decode()
+    trials = []
+    for tenth in range(3000):
+        world.at(tenth / 10)
+        told = len(trials)
+        if told:
+            failed(world, "p", ("d", True, told))
+            failed(world, "d", ("p", False, told))
+        grant = world.outcome()
+        if grant.prefill is not None:
+            trials.append(tenth / 10)
+        world.core.release(world.gateway, grant.request_id)
+    pauses = [round(after - before, 1) for before, after in itertools.pairwise(trials)]
+    assert pauses[:4] == pytest.approx([0.5, 1, 2, 4], abs=0.11)
+    assert pauses == sorted(pauses)
+    assert len(trials) < 20
+    assert pauses[-1] == pytest.approx(30, abs=0.5)
+
+
+def test_others_are_paired_while_one_pair_is_left_alone():
+    world = apart()
+    world.prefill("p1"), world.prefill("p2"), world.decode("d1"), world.decode("d2")
+    failed(world, "p1", ("d1", True, 1))
+    assert ("p1", "d1") not in {world.pair()[:2] for _ in range(8)}
+    failed(world, "d1", ("p2", False, 3))
+    assert {world.pair()[1] for _ in range(3)} == {"d2"}
+
+
+def test_executor_that_registers_anew_is_paired_at_once():
+    world = apart()
+    prefill = world.prefill()
+    world.decode()
+    failed(world, "p", ("d", True, 9))
+    assert world.pair()[0] is None
+    world.core.executors.leave(prefill)
+    world.prefill()
+    assert world.pair()[0] == "p"

@@ -123,6 +123,7 @@ class PlacementReason(StrEnum):
     CACHED = "cached"
     INCOMPATIBLE = "incompatible"
     REPLACED = "replaced"
+    UNREACHABLE = "unreachable"
 
 
 class Fallback(StrEnum):

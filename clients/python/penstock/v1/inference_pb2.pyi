@@ -81,6 +81,8 @@ class _PlacementReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Place
     """No pair of executors can exchange KV."""
     PLACEMENT_REASON_REPLACED: _PlacementReason.ValueType  # 8
     """It was lost before."""
+    PLACEMENT_REASON_UNREACHABLE: _PlacementReason.ValueType  # 9
+    """Executors that could exchange KV failed to do so a moment ago."""
 
 class PlacementReason(_PlacementReason, metaclass=_PlacementReasonEnumTypeWrapper):
     """Why a request ran together or apart."""
@@ -102,6 +104,8 @@ PLACEMENT_REASON_INCOMPATIBLE: PlacementReason.ValueType  # 7
 """No pair of executors can exchange KV."""
 PLACEMENT_REASON_REPLACED: PlacementReason.ValueType  # 8
 """It was lost before."""
+PLACEMENT_REASON_UNREACHABLE: PlacementReason.ValueType  # 9
+"""Executors that could exchange KV failed to do so a moment ago."""
 Global___PlacementReason: _TypeAlias = PlacementReason  # noqa: Y015
 
 class _Fallback:

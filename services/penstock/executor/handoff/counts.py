@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from penstock.executor.handoff.failing import FailingPeers
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Transport
 from penstock.executor.handoff.words import Refusal
 
@@ -37,6 +38,7 @@ class HandoffCounts:
         resumptions: handoffs that were gone on with after a loss, each time.
         receiving: live ones, as the side that decodes.
         sending: and that prefills.
+        failing: executors with which the last handoff failed.
     """
 
     received: Counter[str] = field(default_factory=Counter)
@@ -47,6 +49,7 @@ class HandoffCounts:
     resumptions: int = 0
     receiving: int = 0
     sending: int = 0
+    failing: FailingPeers = field(default_factory=FailingPeers)
     _bytes_per_second: float = 0.0
     _measured_at: float = 0.0
 

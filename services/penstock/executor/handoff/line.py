@@ -234,6 +234,10 @@ class Line:
         """Nothing is awaited for it any more."""
         if self._senders.pop(sender.ticket.handoff_id, None) is not None:
             self._counts.sending -= 1
+            if sender.state is State.DONE:
+                self._counts.failing.done(self.executor_id, sends=True)
+            else:
+                self._counts.failing.failed(self.executor_id, sender.failure, self._loop.time(), sends=True)
             self._counts.sent["done" if sender.state is State.DONE else outcome(sender.failure)] += 1
         self._waiting.pop(sender.ticket.handoff_id, None)
 

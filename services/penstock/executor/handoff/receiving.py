@@ -206,7 +206,12 @@ class Receiving:
         """Remembered for a lease, so that late messages get the same answer."""
         if self._by_handle.pop(id(receiver.handle), None) is not None:
             self._counts.receiving -= 1
-            self._counts.received["done" if receiver.state is State.DONE else outcome(receiver.failure)] += 1
+            peer, done = receiver.ticket.prefill_executor_id, receiver.state is State.DONE
+            if done:
+                self._counts.failing.done(peer, sends=False)
+            else:
+                self._counts.failing.failed(peer, receiver.failure, self._loop.time(), sends=False)
+            self._counts.received["done" if done else outcome(receiver.failure)] += 1
             receiver.lease_ends = self._loop.time() + receiver.ticket.lease_seconds
             self._alarm.by(receiver.lease_ends)
 

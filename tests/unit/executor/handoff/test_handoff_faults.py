@@ -2,7 +2,7 @@
 
 import asyncio
 
-from handoff_net import LATENCY, Net, Stream, run
+from handoff_net import DECODE, LATENCY, PREFILL, Net, Stream, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +145,45 @@ def test_a_peer_that_never_comes_costs_a_lease():
         await net.settle(receiver, sender, until=began + LEASE + 0.1)
         assert receiver.ends[0][:2] == ("failed", HandoffFailure.LEASE_EXPIRED)
         assert sender.ends[0][:2] == ("failed", HandoffFailure.UNKNOWN_PEER)
+        assert failing(net.prefill) == [(DECODE, True, 1)]
+        assert failing(net.decode) == [(PREFILL, False, 1)]
+        net.reachable.set()
+        await forgotten(net)
+        receiver, ticket = net.reserve(8)
+        sender = net.begin(ticket)
+        await net.compute(sender, 1, 7)
+        await net.settle(receiver, sender, until=asyncio.get_running_loop().time() + 1)
+        assert failing(net.prefill) == failing(net.decode) == []
+
+    run(work())
+
+
+def failing(side):
+    """What the scheduler is told of other executors."""
+    peers = side.counts.failing.lately(asyncio.get_running_loop().time())
+    return [(peer.executor_id, peer.sends, peer.failures) for peer in peers]
+
+
+def test_a_failure_of_a_sequence_alone_tells_nothing_of_the_pair():
+    async def work():
+        net = Net()
+        net.engines.decode.fails["import"] = RuntimeError("no memory")
+        receiver, _ = await hand_over(net, 8, 0, 1)
+        assert receiver.ends[0][:2] == ("failed", HandoffFailure.BACKEND)
+        assert failing(net.prefill) == failing(net.decode) == []
+
+    run(work())
+
+
+def test_an_old_failure_is_told_no_more():
+    async def work():
+        net = Net()
+        net.reachable.clear()
+        receiver, _ = net.reserve(8)
+        await net.settle(receiver, until=asyncio.get_running_loop().time() + LEASE + 0.1)
+        assert failing(net.decode)
+        await asyncio.sleep(120)
+        assert not failing(net.decode)
 
     run(work())
 

@@ -42,6 +42,8 @@ class _PlacementReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Place
     """No pair of executors can exchange KV: model versions, layouts or features differ."""
     PLACEMENT_REASON_REPLACED: _PlacementReason.ValueType  # 8
     """It was lost before, and goes on where it can."""
+    PLACEMENT_REASON_UNREACHABLE: _PlacementReason.ValueType  # 9
+    """Executors that could exchange KV failed to do so a moment ago."""
 
 class PlacementReason(_PlacementReason, metaclass=_PlacementReasonEnumTypeWrapper):
     """Why a request runs together or apart."""
@@ -63,6 +65,8 @@ PLACEMENT_REASON_INCOMPATIBLE: PlacementReason.ValueType  # 7
 """No pair of executors can exchange KV: model versions, layouts or features differ."""
 PLACEMENT_REASON_REPLACED: PlacementReason.ValueType  # 8
 """It was lost before, and goes on where it can."""
+PLACEMENT_REASON_UNREACHABLE: PlacementReason.ValueType  # 9
+"""Executors that could exchange KV failed to do so a moment ago."""
 Global___PlacementReason: _TypeAlias = PlacementReason  # noqa: Y015
 
 class _Role:
@@ -710,6 +714,7 @@ class Load(_message.Message):
     RECEIVING_FIELD_NUMBER: _builtins.int
     SENDING_FIELD_NUMBER: _builtins.int
     HANDOFF_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    FAILING_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_blocks_free: _builtins.int
@@ -723,6 +728,10 @@ class Load(_message.Message):
     sending: _builtins.int
     handoff_bytes_per_second: _builtins.float
     """Measured while KV was on its way out from here, at the last handoffs; 0 where unknown."""
+    @_builtins.property
+    def failing(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailingPeer]:
+        """Executors with which the last handoff failed, until one succeeds. The scheduler pairs them with this one less and less often."""
+
     def __init__(
         self,
         *,
@@ -735,14 +744,42 @@ class Load(_message.Message):
         receiving: _builtins.int = ...,
         sending: _builtins.int = ...,
         handoff_bytes_per_second: _builtins.float = ...,
+        failing: _abc.Iterable[Global___FailingPeer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff_bytes_per_second", b"handoff_bytes_per_second", "kv_blocks_free", b"kv_blocks_free", "prefill_tokens_per_second", b"prefill_tokens_per_second", "receiving", b"receiving", "running", b"running", "sending", b"sending", "steps_per_second", b"steps_per_second", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failing", b"failing", "handoff_bytes_per_second", b"handoff_bytes_per_second", "kv_blocks_free", b"kv_blocks_free", "prefill_tokens_per_second", b"prefill_tokens_per_second", "receiving", b"receiving", "running", b"running", "sending", b"sending", "steps_per_second", b"steps_per_second", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class FailingPeer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    SENDS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    sends: _builtins.bool
+    """Whether KV was to go there; else it was to come from there."""
+    failures: _builtins.int
+    """In a row."""
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        sends: _builtins.bool = ...,
+        failures: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "failures", b"failures", "sends", b"sends"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailingPeer: _TypeAlias = FailingPeer  # noqa: Y015
 
 @_typing.final
 class KvEvents(_message.Message):
