@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
 
+from penstock.common.receiving import RECEIVING_SHARE
 from penstock.executor.blocks import BlockManager
 from penstock.executor.sequence import Sequence, Sink, Status
 
@@ -28,10 +29,6 @@ PROMPT_LOGITS_CHUNK = 128
 
 # Tokens of a prefix that others compute now for which a prompt waits.
 WORTH_WAITING_FOR = 64
-
-# One in so many places and blocks is for sequences that wait for KV. Two executors that hand over to each other would otherwise be
-# full of such sequences some day, each waiting for a prompt that the other has no room to compute.
-RECEIVING_SHARE = 2
 
 _rank = attrgetter("rank")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from penstock.common.receiving import RECEIVING_SHARE
 from penstock.scheduler.model import Description, Load, Role
 from penstock.scheduler.reach import Unreached
 from penstock.scheduler.splitting import COUNTED, Pace
@@ -10,9 +11,6 @@ __all__ = ["Executor", "Hold"]
 
 # Sequences and tokens of each. Executors are compared by one step, since what they report depends on how many run on each.
 _COMMON_STEP = (8, 1024)
-
-# An executor lets so large a part of its places and blocks, one in so many, wait for KV.
-_RECEIVING_SHARE = 2
 
 
 class Hold:
@@ -188,6 +186,6 @@ class Executor:
         """Whether one more may wait for KV here. What is larger than that part of the executor waits alone."""
         hold = self.hold
         return hold.receiving == 0 or (
-            (hold.receiving + 1) * _RECEIVING_SHARE <= self.limit
-            and (hold.receiving_tokens + tokens) * _RECEIVING_SHARE <= self.kv_tokens
+            (hold.receiving + 1) * RECEIVING_SHARE <= self.limit
+            and (hold.receiving_tokens + tokens) * RECEIVING_SHARE <= self.kv_tokens
         )
