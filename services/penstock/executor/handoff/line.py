@@ -137,7 +137,7 @@ class Line:
         self._waiting.clear()
         self._out.clear()
         for sender in self.senders:
-            sender.stream_lost()
+            sender.stream_lost(self._loop.time())
 
     def unreachable(self, failure: HandoffFailure, message: str) -> None:
         """The other side will never take anything of this executor."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from penstock.executor.handoff.headway import Headway
 from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut, Event, SenderPorts, State
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket
 from penstock.executor.handoff.words import (
@@ -28,8 +29,6 @@ from penstock.executor.handoff.words import (
 
 __all__ = ["TABLE", "Sender"]
 
-# A step back is taken when an answer is a third of a lease late, or a push was refused: so often at most without headway between.
-_MOST_STEPS_BACK = 6
 _RETRIED = frozenset({Refusal.STALE_EPOCH, Refusal.OUT_OF_RANGE, Refusal.WRONG_CHECKSUM, Refusal.INCOMPLETE, Refusal.UNPROVEN})
 
 
@@ -38,6 +37,8 @@ _Row = tuple[Callable[..., None], ...]
 
 class Sender:
     """One handoff. Every public method is an event, or a fact; `now` is in monotonic seconds.
+
+    It fails when nothing is heard for a lease, or there was no `Headway` for one.
 
     Attributes:
         lease_ends: unless something is heard before.
@@ -62,10 +63,8 @@ class Sender:
         self._coming: deque[Chunk] = deque()
         self._unanswered: set[int] = set()  # first tokens of pushes of this epoch
         self._committed = False
-        self._furthest = 0
         self._pushed = 0  # tokens before this one have been pushed, in whichever epoch
-        self._steps_back = 0
-        self._waits = False  # whether the last step back was for an answer that was late
+        self._headway = Headway(ticket.lease_seconds)
 
     @property
     def live(self) -> bool:
@@ -96,8 +95,8 @@ class Sender:
     def stream_up(self, cut: Cut, now: float) -> None:
         self._apply(Event.STREAM_UP, cut, now)
 
-    def stream_lost(self) -> None:
-        self._apply(Event.STREAM_LOST)
+    def stream_lost(self, now: float) -> None:
+        self._apply(Event.STREAM_LOST, now)
 
     def reserved(self, reserved: Reserved, now: float) -> None:
         self._apply(Event.RESERVED, reserved, now)
@@ -200,15 +199,20 @@ class Sender:
         self._go_back()
         self._reserve(cut, now)
 
+    def _change_stream(self, cut: Cut, now: float) -> None:
+        self._lose_stream(now)
+        self._reserve(cut, now)
+
     def _go_back(self) -> None:
         """To before the Reserved."""
         self.state = State.OPENING
         self._drop_all()
         self.answer_due = None
 
-    def _lose_stream(self) -> None:
+    def _lose_stream(self, now: float) -> None:
         self._go_back()
         self._cut = NO_STREAM
+        self._headway.waits(now)
 
     def _drop_all(self) -> None:
         while self._coming:
@@ -228,22 +232,21 @@ class Sender:
         self.epoch = reserved.epoch
         self.state = State.PUSHING
         self._asked = first
-        # That nothing was lost is headway as well: the other engine may be amid a long step.
-        if first > self._furthest or (self._waits and first >= self._pushed):
-            self._furthest = max(first, self._furthest)
-            self._steps_back = 0
-        self._advance(now)
+        self._headway.told(first, self._pushed)
+        if not self._give_up(now):
+            self._advance(now)
 
     def _note_pushed(self, pushed: Pushed, now: float) -> None:
         if pushed.epoch == self.epoch:
-            self._steps_back = 0
+            self._headway.made()
             self._unanswered.discard(pushed.first_token)
             awaited = self._unanswered or self.state is State.COMMITTING
             self.answer_due = now + self._patience if awaited else None
 
     def _finish(self, ack: Ack) -> None:
         if not self._committed:
-            return  # of what is not known here
+            self._be_failed(HandoffFailure.REFUSED, "the ticket is used: its sequence decodes already")
+            return
         self._close(State.DONE)
         self._ports.ask(self, Release(self.ticket.handoff_id, ack.epoch))
         self._ports.handed_off(self)
@@ -252,20 +255,23 @@ class Sender:
         if refused.reason not in _RETRIED:
             self._be_failed(HandoffFailure.REFUSED, refused.message)
         elif refused.epoch == self.epoch and self.state is not State.OPENING:
-            self._step_back(now, waits=False)
+            self._headway.refused(now)
+            self._step_back(now)
 
     def _be_late(self, now: float) -> None:
-        self._step_back(now, waits=True)
+        self._headway.waits(now - self._patience)
+        self._step_back(now)
 
-    def _step_back(self, now: float, *, waits: bool) -> None:
+    def _step_back(self, now: float) -> None:
         """Ask again from where to go on."""
-        self._waits = waits
-        self._steps_back += 1
-        if self._steps_back > _MOST_STEPS_BACK:
-            failure = HandoffFailure.LEASE_EXPIRED if waits else HandoffFailure.REFUSED
-            self._fail(failure, "the other side answers, but takes nothing")
-        elif self._cut is not NO_STREAM:
+        if not self._give_up(now) and self._cut is not NO_STREAM:
             self._reserve_anew(self._cut, now)
+
+    def _give_up(self, now: float) -> bool:
+        why = self._headway.out(now)
+        if why is not None:
+            self._fail(*why)
+        return why is not None
 
     def _fail_export(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:
         if chunk in self._coming:
@@ -335,7 +341,7 @@ class Sender:
         Event.ROOM: (_ignore, _export, _ignore, _ignore, _ignore),
         Event.EXPORTED: (_drop_export, _push, _drop_export, _drop_export, _drop_export),
         Event.EXPORT_FAILED: (_drop_export, _fail_export, _drop_export, _drop_export, _drop_export),
-        Event.STREAM_UP: (_reserve, _reserve_anew, _reserve_anew, _ignore, _ignore),
+        Event.STREAM_UP: (_reserve, _change_stream, _change_stream, _ignore, _ignore),
         Event.STREAM_LOST: (_lose_stream, _lose_stream, _lose_stream, _ignore, _ignore),
         # A Reserve that came twice has begun two epochs; the later one is right, whatever was done under the first.
         Event.RESERVED: (_begin, _begin, _begin, _ignore, _ignore),

@@ -229,7 +229,7 @@ SENDER_EVENTS = {
     S.EXPORTED: lambda s, c: s.exported(c, 1.0),
     S.EXPORT_FAILED: lambda s, c: s.export_failed(c, HandoffFailure.BACKEND, ""),
     S.STREAM_UP: lambda s, _: s.stream_up(CUT, 1.0),
-    S.STREAM_LOST: lambda s, _: s.stream_lost(),
+    S.STREAM_LOST: lambda s, _: s.stream_lost(1.0),
     S.RESERVED: lambda s, _: s.reserved(Reserved(ID, 2, 0, 3.0), 1.0),
     S.PUSHED: lambda s, _: s.pushed(Pushed(ID, 1, 0), 1.0),
     S.ACK: lambda s, _: s.ack(Ack(ID, 1)),
@@ -251,7 +251,7 @@ SENDER_STATES = {
     S.STREAM_LOST: "OPE OPE OPE DON FAI",
     S.RESERVED: "OPE PUS PUS DON FAI",  # while OPENING there is no stream here: an answer of an older one
     S.PUSHED: "OPE PUS COM DON FAI",
-    S.ACK: "OPE PUS DON DON FAI",  # nothing was committed before
+    S.ACK: "FAI FAI DON DON FAI",  # nothing was committed before: another has used the ticket
     S.REFUSED: "FAI FAI FAI DON FAI",
     S.ABORTED: "FAI FAI FAI DON FAI",
     S.OVERDUE: "OPE OPE OPE DON FAI",
@@ -284,6 +284,30 @@ def test_a_commit_that_gets_no_answer_is_said_again_in_a_new_epoch():
         sender.reserved(Reserved(ID, epoch, 8, 3.0), float(epoch))
         assert sender.state is sender_states.State.COMMITTING
         assert ports.asked[-1] == ("ask", Commit(ID, epoch, 8, 5))
+
+
+@pytest.mark.parametrize("fault", ["late", "cut"])
+def test_what_is_lost_again_and_again_ends_the_handoff_when_a_lease_has_passed(fault):
+    """However fast or slowly the other side answers, and though it answers."""
+    sender, _, ports = sender_in(sender_states.State.COMMITTING)
+    asked, now, epoch = 0.0, 0.0, 1
+    while sender.live:
+        if fault == "late":
+            now = sender.answer_due
+            sender.overdue(now)
+        else:
+            now += 0.7
+            sender.stream_lost(now)
+            asked = asked or now
+            now += 0.1
+            sender.stream_up(CUT, now)
+        epoch += 1
+        sender.reserved(Reserved(ID, epoch, 0, 3.0), now)  # it has nothing
+        if sender.live:
+            sender.exported(export(sender, ports), now)
+        assert now <= asked + 4 / 3 * TICKET.lease_seconds
+    assert now >= asked + TICKET.lease_seconds
+    assert sender.failure is HandoffFailure.LEASE_EXPIRED
 
 
 @pytest.mark.parametrize("reason", [Refusal.WRONG_CHECKSUM, Refusal.OUT_OF_RANGE, Refusal.INCOMPLETE])
