@@ -37,27 +37,27 @@ FROM base AS scheduler
 COPY --from=services /opt/penstock /opt/penstock
 ENV PENSTOCK_SCHEDULER_LISTEN=0.0.0.0:8012 PENSTOCK_SCHEDULER_METRICS=0.0.0.0:9012
 EXPOSE 8012 9012
-HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8012"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=20s CMD ["python", "-m", "penstock.cli.health", "127.0.0.1:8012"]
 ENTRYPOINT ["penstock", "scheduler"]
 
 FROM base AS tokenizer
 COPY --from=services /opt/penstock /opt/penstock
 ENV PENSTOCK_TOKENIZER_LISTEN=0.0.0.0:8011 PENSTOCK_TOKENIZER_METRICS=0.0.0.0:9011
 EXPOSE 8011 9011
-HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8011"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=20s CMD ["python", "-m", "penstock.cli.health", "127.0.0.1:8011"]
 ENTRYPOINT ["penstock", "tokenizer"]
 
 FROM base AS gateway
 COPY --from=services /opt/penstock /opt/penstock
 ENV PENSTOCK_GATEWAY_HTTP=0.0.0.0:8000 PENSTOCK_GATEWAY_GRPC=0.0.0.0:8001
 EXPOSE 8000 8001
-HEALTHCHECK --interval=5s --timeout=5s --start-period=20s CMD ["penstock", "health", "127.0.0.1:8001"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=20s CMD ["python", "-m", "penstock.cli.health", "127.0.0.1:8001"]
 ENTRYPOINT ["penstock", "gateway"]
 
 FROM base AS executor-base
 ENV PENSTOCK_EXECUTOR_LISTEN=0.0.0.0:8013 PENSTOCK_EXECUTOR_METRICS=0.0.0.0:9013
 EXPOSE 8013 9013
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s CMD ["penstock", "health", "127.0.0.1:8013"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s CMD ["python", "-m", "penstock.cli.health", "127.0.0.1:8013"]
 ENTRYPOINT ["penstock", "executor"]
 
 FROM executor-base AS executor
