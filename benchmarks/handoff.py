@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=64, help="KV of the sequence, rounded up to whole blocks")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--window-mib", type=int, default=32)
+    parser.add_argument("--window-mib", type=int, default=48)
     parser.add_argument("--push-mib", type=float, help="size of one push, instead of the transport's own")
     parser.add_argument("--transports", nargs="*", default=["shared_memory", "grpc"], choices=[each.value for each in Transport])
     parser.add_argument("--receive", nargs="*", help=argparse.SUPPRESS)

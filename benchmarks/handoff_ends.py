@@ -121,8 +121,9 @@ class End:
 
 
 async def receive(blocks: int, prefill_executor_ids: Sequence[str], window_bytes: int, push_bytes: int) -> None:
-    """The decode executor's process: a ticket for each line that names a prefill executor."""
-    end = End(DECODE, blocks, tuple(Transport), window_bytes, push_bytes)
+    """The decode executor's process: a ticket for each line that names a prefill executor, ``prefill-`` and its transport."""
+    transports = [Transport(executor_id.removeprefix("prefill-")) for executor_id in prefill_executor_ids]
+    end = End(DECODE, blocks, transports, window_bytes, push_bytes)
     end.exchange.peers.update(Peer(executor_id, "127.0.0.1:1", _MODEL) for executor_id in prefill_executor_ids)
     server, servicer = GrpcServer(), HandoffServicer()
     servicer.serve(end.exchange.door)

@@ -13,6 +13,8 @@ import asyncio
 import functools
 import hmac
 import importlib
+import logging
+import os
 import secrets
 import struct
 import time
@@ -55,6 +57,8 @@ def missing() -> str | None:
         importlib.import_module("nixl._api")
     except Exception as error:  # noqa: BLE001 - its wheels raise what the dynamic loader or CUDA's detection does
         return f"nixl can not be imported: {error}"
+    if "NIXL_LOG_LEVEL" not in os.environ:
+        logging.getLogger("nixl").setLevel(logging.WARNING)  # it tells of every agent, on stdout
     try:
         _Registered(0).close()
     except TransportFailed as error:
