@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import itertools
 from collections import deque
 
 import grpc
@@ -639,6 +640,26 @@ async def test_queue_time_is_a_span_of_the_request():
     assert f"{granted.parent.span_id:016x}" == theirs.split("-")[2]
     assert granted.attributes["executor_id"] == "e1"
     assert refused.status.description == "unsupported"
+
+
+async def test_queue_span_tells_what_is_expected_in_the_cache_of_the_executor_that_prefills():
+    exporter, hashes = InMemorySpanExporter(), bytes(range(64))
+    async with served(placement="apart") as stub:
+        tracing.configure("scheduler", exporter=exporter)
+        prefill, _ = await pools(stub)
+        prefill.send(pb.RegisterRequest(kv_events=pb.KvEvents(sequence=1, stored=hashes)))
+        gateway, ids = Gateway(stub), itertools.count(1)
+
+        async def known():
+            gateway.place(next(ids), prompt_tokens=200, block_hashes=hashes)
+            lease = await gateway.grant()
+            gateway.send(pb.PlaceRequest(released=[lease.request_id]))
+            return lease.prefill.tokens == 200 - 128
+
+        await eventually(known)
+    tracing.shutdown()
+    last = exporter.get_finished_spans()[-1]
+    assert (last.attributes["prefill_executor_id"], last.attributes["expected_cached_tokens"]) == ("p", 128)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ class PrefillLease:
     executor_id: str
     address: str
     tokens: int = 0
-    expected_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

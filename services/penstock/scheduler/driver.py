@@ -167,7 +167,7 @@ def _trace(outcome: Grant | Refused) -> None:
             "executor_id": outcome.executor_id,
             "prefill_executor_id": (outcome.prefill or outcome).executor_id,
             "placement_reason": outcome.reason.value,
-            "expected_cached_tokens": outcome.cached_tokens,
+            "expected_cached_tokens": (outcome.prefill or outcome).cached_tokens,
         }
     span = tracing.start("queue", outcome.traceparent, facts, at_ns=now - int(outcome.queued_seconds * 1e9))
     span.end(error=outcome.reason.value if isinstance(outcome, Refused) else None, at_ns=now)

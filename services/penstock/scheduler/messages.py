@@ -206,12 +206,7 @@ def lease_message(grant: Grant) -> pb.Lease:
 
 
 def _prefill_message(prefill: Prefill) -> pb.PrefillLease:
-    return pb.PrefillLease(
-        executor_id=prefill.executor_id,
-        address=prefill.address,
-        tokens=prefill.tokens,
-        expected_cached_tokens=prefill.cached_tokens,
-    )
+    return pb.PrefillLease(executor_id=prefill.executor_id, address=prefill.address, tokens=prefill.tokens)
 
 
 def refusal_message(refused: Refused) -> pb.Refusal:

@@ -61,9 +61,7 @@ def lease(told: scheduler_pb2.Lease) -> Lease:
     """Leave to run."""
     prefill = None
     if told.HasField("prefill"):
-        prefill = PrefillLease(
-            told.prefill.executor_id, told.prefill.address, told.prefill.tokens, told.prefill.expected_cached_tokens
-        )
+        prefill = PrefillLease(told.prefill.executor_id, told.prefill.address, told.prefill.tokens)
     return Lease(
         told.executor_id,
         told.address,
@@ -77,12 +75,7 @@ def lease(told: scheduler_pb2.Lease) -> Lease:
 def _prefill_message(prefill: PrefillLease | None) -> scheduler_pb2.PrefillLease | None:
     if prefill is None:
         return None
-    return scheduler_pb2.PrefillLease(
-        executor_id=prefill.executor_id,
-        address=prefill.address,
-        tokens=prefill.tokens,
-        expected_cached_tokens=prefill.expected_cached_tokens,
-    )
+    return scheduler_pb2.PrefillLease(executor_id=prefill.executor_id, address=prefill.address, tokens=prefill.tokens)
 
 
 def error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - one line for each reason

@@ -337,23 +337,20 @@ class PrefillLease(_message.Message):
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
-    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     address: _builtins.str
     tokens: _builtins.int
     """Held against the prefill executor's load until `prefilled` or `released`."""
-    expected_cached_tokens: _builtins.int
     def __init__(
         self,
         *,
         executor_id: _builtins.str = ...,
         address: _builtins.str = ...,
         tokens: _builtins.int = ...,
-        expected_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "expected_cached_tokens", b"expected_cached_tokens", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
