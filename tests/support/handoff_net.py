@@ -206,7 +206,7 @@ class Net:
         self.streams = []
         self.reachable = asyncio.Event()
         self.reachable.set()
-        settings = Settings(lease, push_bytes, window_bytes)
+        settings = Settings(lease, push_bytes, window_bytes, (Transport.GRPC,))
         self.engines = SimpleNamespace(prefill=Engine(lag), decode=Engine(lag))
         self.prefill = Handoffs(PREFILL, self.engines.prefill, GEOMETRY, settings, self._dial)
         self.decode = Handoffs(DECODE, self.engines.decode, GEOMETRY, settings, self._dial)

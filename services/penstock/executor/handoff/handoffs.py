@@ -30,10 +30,10 @@ class Settings:
         transports: that it may go by.
     """
 
-    lease_seconds: float = 3.0
-    push_bytes: int = 4 << 20
-    window_bytes: int = 64 << 20
-    transports: tuple[Transport, ...] = (Transport.SHARED_MEMORY, Transport.GRPC)
+    lease_seconds: float
+    push_bytes: int
+    window_bytes: int
+    transports: tuple[Transport, ...]
 
 
 class Handoffs:
