@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock.executor.handoff.counts import HandoffCounts, outcome
@@ -24,6 +25,7 @@ from penstock.executor.handoff.words import (
     Ask,
     Push,
     Pushed,
+    Refusal,
     Refused,
     Release,
     Renew,
@@ -52,13 +54,18 @@ class Agreed:
 class Line:
     """Senders, and the stream that they share while there is one. Of one event loop.
 
+    Args:
+        left: told when a stream has ended that nobody needed any more.
+
     Attributes:
         why: the reason for which nothing is heard, as a failure and in words.
         wanted: set when there is something to send.
         stuck: set when the stream tells nothing any more, though it has not ended.
     """
 
-    def __init__(self, executor_id: str, engine: KvEngine, geometry: Geometry, counts: HandoffCounts) -> None:
+    def __init__(
+        self, executor_id: str, engine: KvEngine, geometry: Geometry, counts: HandoffCounts, left: Callable[[], None]
+    ) -> None:
         self.executor_id = executor_id
         self.why: tuple[HandoffFailure, str] = (HandoffFailure.UNKNOWN_PEER, "the scheduler does not name the decode executor")
         self.wanted = asyncio.Event()
@@ -66,6 +73,7 @@ class Line:
         self._engine = engine
         self._geometry = geometry
         self._counts = counts
+        self._left = left
         self._loop = asyncio.get_running_loop()
         self._senders: dict[bytes, Sender] = {}
         self._asked_at: float | None = None  # the first thing since something was heard
@@ -138,6 +146,8 @@ class Line:
         self._out.clear()
         for sender in self.senders:
             sender.stream_lost(self._loop.time())
+        if self.done:
+            self._left()
 
     def unreachable(self, failure: HandoffFailure, message: str) -> None:
         """The other side will never take anything of this executor."""
@@ -156,7 +166,7 @@ class Line:
             for held in filter(None, map(self._senders.get, answer.handoff_ids)):
                 held.heard(now)
             return
-        if isinstance(answer, Aborted | Ack | Refused):
+        if _parts(answer):
             self._partings.pop(answer.handoff_id, None)
         sender = self._senders.get(answer.handoff_id)
         if sender is not None:
@@ -281,6 +291,13 @@ class Line:
         if self._asked_at is None and not isinstance(message, Release):
             self._asked_at = self._loop.time()
         self.wanted.set()
+
+
+def _parts(answer: Answer) -> bool:
+    """Whether the other side has heard of an end, or knows of none: other refusals answer what was said before."""
+    return isinstance(answer, Aborted | Ack) or (
+        isinstance(answer, Refused) and answer.reason in {Refusal.UNKNOWN, Refusal.NOT_YOURS}
+    )
 
 
 def _tell(sender: Sender, answer: Reserved | Pushed | Ack | Aborted | Refused, now: float) -> None:

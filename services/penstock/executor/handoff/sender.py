@@ -227,8 +227,7 @@ class Sender:
         if not self.ticket.cached_tokens <= first <= self.ticket.tokens:
             self._fail(HandoffFailure.REFUSED, f"token {first} is wanted of {self.ticket.tokens}")
             return
-        self._drop_all()
-        self.answer_due = None
+        self._go_back()  # a room that a dropped chunk leaves is not this epoch's yet
         self.epoch = reserved.epoch
         self.state = State.PUSHING
         self._asked = first
@@ -302,9 +301,9 @@ class Sender:
         self._ports.fail(self, failure, message)
 
     def _close(self, state: State) -> None:
+        self.state = state  # before: a room that a dropped chunk leaves is for others
         self._drop_all()
         self.answer_due = None
-        self.state = state
         self._ports.closed(self)
 
     def _say(self, message: Ask, now: float) -> None:

@@ -43,7 +43,7 @@ class Sending:
         line = self._lines.get(ticket.decode_executor_id)
         if line is None:
             line = self._lines[ticket.decode_executor_id] = Line(
-                ticket.decode_executor_id, self._engine, self._geometry, self._counts
+                ticket.decode_executor_id, self._engine, self._geometry, self._counts, self._forget
             )
         sender = Sender(ticket, handle, line, self._loop.time())
         fault = "the ticket was minted for another executor" if ticket.prefill_executor_id != self._executor_id else None

@@ -51,7 +51,7 @@ async def forgotten(net):
     assert not net.decode.receiving._receivers
     assert not net.decode.receiving._by_handle
     assert not net.prefill.sending._by_handle
-    assert not any(line.senders or line._tasks for line in net.prefill.sending._lines.values())
+    assert not net.prefill.sending._lines
     assert net.engines.prefill.copies == net.engines.decode.copies == 0
     assert net.prefill.counts.sending == net.decode.counts.receiving == 0
     assert sum(net.prefill.counts.sent.values()) == sum(net.decode.counts.received.values()) == 1

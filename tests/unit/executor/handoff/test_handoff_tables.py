@@ -1,18 +1,21 @@
 """Every state and event of both sides of a handoff, and what an event makes of a state."""
 
+import asyncio
 import weakref
 
 import pytest
-from handoff_net import GEOMETRY
+from handoff_net import GEOMETRY, Engine, Handle, Outgoing, run
 
 from penstock.executor.handoff import receiver, receiver_states, sender, sender_states
+from penstock.executor.handoff.counts import HandoffCounts
+from penstock.executor.handoff.line import Agreed, Line
 from penstock.executor.handoff.receiver import Receiver
 from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Cut
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
 from penstock.executor.handoff.transports.port import InlinePayload, Parcel
-from penstock.executor.handoff.words import Ack, Commit, Push, Pushed, Refusal, Refused, Reserved
+from penstock.executor.handoff.words import Abort, Aborted, Ack, Commit, Push, Pushed, Refusal, Refused, Reserved
 
 ID = b"0123456789abcdef"
 TICKET = Ticket(ID, "decode", "prefill", 0, 8, 3.0)
@@ -274,6 +277,36 @@ def test_each_event_moves_a_sender_as_decided(state, event):
     assert ("fail" in told) == (failed and event is not S.SEQUENCE_ENDED)
     assert ("handed_off" in told) == done
     assert ("closed" in told) == (failed or done)
+
+
+@pytest.mark.parametrize("event", [S.RESERVED, S.SEQUENCE_ENDED, S.ABORTED])
+def test_nothing_is_copied_out_for_room_that_a_dropped_chunk_leaves(event):
+    sender, chunk, ports = sender_in(sender_states.State.PUSHING)
+    sender.computed(8)
+    exports = []
+    ports.export = lambda _, chunk: exports.append(chunk)
+    ports.drop = lambda sender, _: sender.room()  # at once, as the link does for whoever waits
+    SENDER_EVENTS[event](sender, chunk)
+    assert not exports
+
+
+def test_an_end_is_said_again_until_it_is_answered():
+    async def work():
+        line = Line("decode", Engine(), GEOMETRY, HandoffCounts(), lambda: None)
+        sender = Sender(TICKET, Handle(None, 8), line, asyncio.get_running_loop().time())
+        assert line.join(sender)
+        agreed = Agreed(Outgoing(), native=False, most_push_bytes=64, window_bytes=256)
+        line.opened(agreed)
+        sender.sequence_ended()
+        line.hear(Refused(ID, 1, Refusal.WRONG_CHECKSUM, ""))  # of a push before
+        line.lost(HandoffFailure.LEASE_EXPIRED, "the stream was cut")
+        assert line.busy
+        line.opened(agreed)
+        assert isinstance(line.next_message(), Abort)
+        line.hear(Aborted(ID, 0))
+        assert not line.busy
+
+    run(work())
 
 
 def test_a_commit_that_gets_no_answer_is_said_again_in_a_new_epoch():
