@@ -67,7 +67,7 @@ class _Engine:
     def _blocks(self, tokens: range) -> slice:
         return slice(tokens.start // self.kv.block_size, -(-tokens.stop // self.kv.block_size))
 
-    def export_kv(self, handle: Handle, tokens: range, *, native: bool, done: Any) -> None:  # noqa: ARG002 - there is one form
+    def export_kv(self, handle: Handle, tokens: range, *, native: bool, done: Any, wanted: Any = None) -> None:  # noqa: ARG002 - there is one form, and all of it goes
         self._thread.submit(done, self.memory[self._blocks(tokens)])
 
     def import_kv(self, handle: Handle, tokens: range, data: Any, *, native: bool, done: Any) -> None:  # noqa: ARG002 - the same

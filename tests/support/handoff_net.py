@@ -73,6 +73,7 @@ class Engine:
     def __init__(self, lag=0.001):
         self.lag = lag
         self.copies = 0  # that were asked for and not made yet
+        self.exported = Counter()  # tokens that were copied out
         self.fails = {}  # "export" or "import" to an exception
 
     def _later(self, handle, make, done):
@@ -84,11 +85,18 @@ class Engine:
 
         asyncio.get_running_loop().call_later(self.lag, copy)
 
-    def export_kv(self, handle, tokens, *, native, done):
+    def export_kv(self, handle, tokens, *, native, done, wanted):
         assert not native
+
+        def copy():
+            if not wanted():
+                return SequenceEnded("it is not wanted any more")
+            self.exported.update(tokens)
+            return self.fails.get("export", data)
+
         data = np.empty(KV.canonical_shape(len(tokens)), np.float32)
         data[:] = np.arange(tokens.start, tokens.stop)[:, None, None]
-        self._later(handle, lambda: self.fails.get("export", data), done)
+        self._later(handle, copy, done)
 
     def import_kv(self, handle, tokens, data, *, native, done):
         assert not native

@@ -41,7 +41,7 @@ from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
 from penstock.executor.engine_config import EngineConfig
 from penstock.executor.frames import Frames
-from penstock.executor.handoff.ports import Exported, Handle, HandoffEvents, Imported, SequenceEnded
+from penstock.executor.handoff.ports import Exported, Handle, HandoffEvents, Imported, SequenceEnded, always
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure
 from penstock.executor.kv_moves import KvMoves
 from penstock.executor.meter import Meter, StepFacts
@@ -139,10 +139,12 @@ class Engine:
         """End all that was submitted with this sink."""
         self._command(lambda: self._abort(list(self._sequences.get(sink, ())), sink))
 
-    def export_kv(self, handle: Handle, tokens: range, *, native: bool, done: Exported) -> None:
+    def export_kv(
+        self, handle: Handle, tokens: range, *, native: bool, done: Exported, wanted: Callable[[], bool] = always
+    ) -> None:
         """Copy KV out of a sequence's blocks, as `KvEngine` says. What can not be done is an exception that `done` gets."""
         sequence = _sequence(handle)
-        if not self._command(lambda: self._moves.ask_export(sequence, tokens, done, native=native)):
+        if not self._command(lambda: self._moves.ask_export(sequence, tokens, done, wanted, native=native)):
             done(SequenceEnded("the engine has ended"))
 
     def import_kv(self, handle: Handle, tokens: range, data: NDArray[Any], *, native: bool, done: Imported) -> None:

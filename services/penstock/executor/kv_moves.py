@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import GenerativeModel, KvChunk, ModelLost, NativeKv
-from penstock.executor.handoff.ports import Exported, Imported, SequenceEnded
+from penstock.executor.handoff.ports import Exported, Imported, SequenceEnded, always
 from penstock.executor.sequence import Sequence, Status
 
 __all__ = ["KvMoves"]
@@ -24,6 +24,7 @@ class _Move:
     sequence: Sequence
     make: Callable[[], NDArray[Any] | None]
     done: Callable[[Any], None]
+    wanted: Callable[[], bool] = always
 
 
 class KvMoves:
@@ -42,10 +43,10 @@ class KvMoves:
         """Whether any wait."""
         return bool(self._waiting)
 
-    def ask_export(self, sequence: Sequence, tokens: range, done: Exported, *, native: bool) -> None:
-        """Copy KV out of a sequence's blocks, and tell `done`."""
+    def ask_export(self, sequence: Sequence, tokens: range, done: Exported, wanted: Callable[[], bool], *, native: bool) -> None:
+        """Copy KV out of a sequence's blocks, unless it is not wanted any more by then, and tell `done`."""
         export = self._export_native if native else self._export
-        self._waiting.append(_Move(sequence, partial(export, sequence, tokens), done))
+        self._waiting.append(_Move(sequence, partial(export, sequence, tokens), done, wanted))
 
     def ask_import(self, sequence: Sequence, tokens: range, data: NDArray[Any], done: Imported, *, native: bool) -> None:
         """Copy KV into a sequence's blocks, and tell `done`."""
@@ -59,8 +60,12 @@ class KvMoves:
             ModelLost: there is no more model.
         """
         while self._waiting:
+            move = self._waiting.popleft()
+            if not move.wanted():
+                move.done(SequenceEnded("it is not wanted any more"))
+                continue
             before_each()
-            self._make(self._waiting.popleft())
+            self._make(move)
             if time.monotonic() >= until:
                 return
 

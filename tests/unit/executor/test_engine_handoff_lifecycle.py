@@ -282,3 +282,16 @@ def test_a_sequence_that_has_only_to_leave_is_answered_within_its_share_of_a_ste
     bench.engine.export_kv(handle, range(5), native=False, done=ask_again)
     bench.engine.step()
     assert len(answers) == copies
+
+
+def test_a_copy_that_is_not_wanted_any_more_costs_nothing(parked):
+    bench, handle = parked.prefill, halves(parked)[0][1]
+    copies, export = [], bench.model.export_kv
+    bench.model.export_kv = lambda blocks, tokens: copies.append(tokens) or export(blocks, tokens)
+    answers = []
+    bench.engine.export_kv(handle, range(4), native=False, done=answers.append, wanted=lambda: False)
+    bench.engine.export_kv(handle, range(5), native=False, done=answers.append)
+    bench.engine.step()
+    assert copies == [range(5)]
+    assert isinstance(answers[0], SequenceEnded)
+    assert isinstance(answers[1], np.ndarray)

@@ -46,7 +46,7 @@ def _exported(engine: KvEngine, sender: Sender, chunk: Chunk) -> asyncio.Future[
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, data)
 
-    engine.export_kv(sender.handle, chunk.tokens, native=chunk.native, done=done)
+    engine.export_kv(sender.handle, chunk.tokens, native=chunk.native, done=done, wanted=lambda: not answer.cancelled())
     return answer
 
 

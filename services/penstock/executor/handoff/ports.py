@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Ticket
 from penstock.executor.sequence import SequenceRequest
 
-__all__ = ["Exported", "Handle", "HandoffEvents", "Imported", "KvEngine", "SequenceEnded"]
+__all__ = ["Exported", "Handle", "HandoffEvents", "Imported", "KvEngine", "SequenceEnded", "always"]
 
 
 class SequenceEnded(RuntimeError):
@@ -31,6 +31,11 @@ class Handle(Protocol):
     @property
     def request(self) -> SequenceRequest:
         """What was asked."""
+
+
+def always() -> bool:
+    """Whatever is asked for is wanted."""
+    return True
 
 
 Exported = Callable[[NDArray[Any] | Exception], None]
@@ -65,11 +70,14 @@ class HandoffEvents(Protocol):
 class KvEngine(Protocol):
     """What the handoff asks of the engine, from any thread. Answers come in the engine's thread, between steps."""
 
-    def export_kv(self, handle: Handle, tokens: range, *, native: bool, done: Exported) -> None:
+    def export_kv(
+        self, handle: Handle, tokens: range, *, native: bool, done: Exported, wanted: Callable[[], bool] = always
+    ) -> None:
         """Copy KV out of the sequence's blocks.
 
         Canonical: [layer, 2, token, kv head, head dim]. Native: whole blocks as the cache holds them, uint8 [block, bytes], where
-        `tokens` begin at a block's begin.
+        `tokens` begin at a block's begin. A copy that is not `wanted` any more when its turn comes is not made, and answered with
+        `SequenceEnded`.
         """
 
     def import_kv(self, handle: Handle, tokens: range, data: NDArray[Any], *, native: bool, done: Imported) -> None:

@@ -299,3 +299,22 @@ def test_a_commit_whose_kv_is_lost_before_it_is_checked_ends_with_the_lease(monk
         await forgotten(net)
 
     run(work())
+
+
+def test_a_copy_that_is_dropped_before_its_turn_is_not_made():
+    async def work():
+        net = Net()
+        net.engines.prefill.lag = 1.0
+        receiver, ticket = net.reserve(8)
+        await asyncio.sleep(0)
+        sender = net.begin(ticket)
+        await asyncio.sleep(0.2)
+        net.prefill.drawn(sender, 7)
+        await asyncio.sleep(0.1)
+        assert net.engines.prefill.copies
+        net.streams[-1].broken.set()
+        await net.settle(receiver, sender, until=asyncio.get_running_loop().time() + 2 * LEASE)
+        assert sender.ends[0][0] == "handed off"
+        assert net.engines.prefill.exported == dict.fromkeys(range(8), 1)
+
+    run(work())
