@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import grpc.aio
+import pytest
 from executor_pair import executor, executor_pair, hand_over
 from handoff_peer import HandPeer, payload
 
@@ -197,6 +198,22 @@ async def test_commits_that_are_wrong_are_refused_and_the_right_one_counts():
         assert isinstance(await peer.push(ticket, PROMPT, 0, 64), handoff_pb2.Pushed)
         await finish(peer, decode, ticket, first=64)
         assert decode.arrived[1].kv_bytes == len(PROMPT) * decode.description.kv_bytes_per_token
+
+
+async def test_a_stream_whose_answers_nobody_reads_is_ended():
+    async with hand_peer() as (flood, decode, channel):
+        ticket = await receiving(decode)
+        await flood.introduce()
+        # Each of these is answered with a refusal; the first of them fill what the connection buffers.
+        unknown = handoff_pb2.HandoffRequest(renew=handoff_pb2.Renew(handoff_ids=[bytes(16)] * 100))
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+            for _ in range(400):
+                await flood.call.write(unknown)
+        # It goes on over another stream.
+        again = HandPeer(decode, channel)
+        await again.introduce()
+        assert (await again.reserve(ticket)).epoch == 1
+        await finish(again, decode, ticket)
 
 
 async def test_a_handoff_goes_on_over_another_stream_where_it_was():

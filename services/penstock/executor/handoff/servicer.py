@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from penstock.common import faults
-from penstock.common.errors import Unavailable
+from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.logs import logger
 from penstock.executor.handoff.framing import Request
 from penstock.executor.handoff.geometry import Geometry
@@ -23,6 +23,9 @@ from penstock.executor.handoff.words import Answer, Refusal, Refused
 from penstock.internal.v1 import handoff_pb2 as pb
 
 __all__ = ["Door", "HandoffServicer"]
+
+# Answers that may wait for a sender which does not read: several for each piece of KV that can be under way.
+_MOST_WAITING = 4096
 
 _Context = grpc.aio.ServicerContext[Request, pb.HandoffResponse]
 
@@ -80,17 +83,21 @@ class HandoffServicer:
 
 
 class _Stream:
-    """A `PeerStream`."""
+    """A `PeerStream`. When more answers wait than the bound allows, `overflowed` is set, and no more are kept."""
 
     def __init__(self, executor_id: str, incoming: ReceivingEnds, *, native: bool) -> None:
         self.executor_id = executor_id
         self.incoming = incoming
         self.native = native
-        self.answers: asyncio.Queue[Answer | pb.HandoffResponse] = asyncio.Queue()
+        self.answers: asyncio.Queue[Answer | pb.HandoffResponse] = asyncio.Queue(_MOST_WAITING)
+        self.overflowed = asyncio.Event()
 
-    def send(self, answer: Answer) -> None:
+    def send(self, answer: Answer | pb.HandoffResponse) -> None:
         """Queue it."""
-        self.answers.put_nowait(answer)
+        try:
+            self.answers.put_nowait(answer)
+        except asyncio.QueueFull:
+            self.overflowed.set()
 
 
 def _fault(door: Door, first: pb.HandoffRequest) -> tuple[Refusal, str] | None:
@@ -122,7 +129,8 @@ def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResp
 
 
 async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[Request], context: _Context) -> None:
-    tasks = [asyncio.create_task(work) for work in (_write(stream, context), _read(door, stream, requests))]
+    works = (_write(stream, context), _read(door, stream, requests), _overflow(stream))
+    tasks = [asyncio.create_task(work) for work in works]
     done: set[asyncio.Task[None]] = set()
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -142,10 +150,16 @@ async def _read(door: Door, stream: _Stream, requests: AsyncIterator[Request]) -
             attachment = read_attach(attach)
             accepted = attachment is not None and stream.incoming.attach(attachment)
             attached = pb.Attached(transport=attach.transport, accepted=accepted)
-            stream.answers.put_nowait(pb.HandoffResponse(attached=attached))
+            stream.send(pb.HandoffResponse(attached=attached))
         elif (word := read_ask(request)) is not None:
             for passing in passed(word, "received", stream.executor_id):
                 door.handoffs.receiving.hear(stream, passing)
+
+
+async def _overflow(stream: _Stream) -> None:
+    await stream.overflowed.wait()
+    logger().warning("an executor reads too slowly; its handoff stream is ended", executor_id=stream.executor_id)
+    raise Overloaded("the executor reads too slowly", retry_after=1.0)
 
 
 async def _write(stream: _Stream, context: _Context) -> None:
