@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from handoff_ends import DECODE, End, kv_spec, receive
+from handoff_ends import DECODE, SECRET, End, kv_spec, receive
 from measuring import report
+from penstock.common.proofs import proof
 from penstock.executor.handoff.peers import Peer
 from penstock.executor.handoff.ticket import Ticket, Transport
 from penstock.executor.handoff.transports import sizes
@@ -44,7 +45,7 @@ async def measure(asked: argparse.Namespace) -> dict[str, Any]:
     with _receiver(asked, [f"prefill-{each.value}" for each in transports]) as other:
         assert other.stdin is not None  # noqa: S101 - pipes were asked for
         assert other.stdout is not None  # noqa: S101 - the same
-        peer = Peer(DECODE, other.stdout.readline().strip(), "a fingerprint")
+        address = other.stdout.readline().strip()
         seconds: dict[str, list[float]] = {"memcpy": [], **{each.value: [] for each in transports}}
         cpu: dict[str, list[tuple[float, float]]] = {name: [] for name in seconds}
         receiver = psutil.Process(other.pid)
@@ -55,10 +56,11 @@ async def measure(asked: argparse.Namespace) -> dict[str, Any]:
             seconds["memcpy"].append(_memcpy(copy, first))
             cpu["memcpy"].append(_since(before, receiver))
             for transport, end in prefill.items():
-                end.exchange.peers.update([peer])
-                print(f"prefill-{transport.value}", file=other.stdin, flush=True)
+                executor_id = f"prefill-{transport.value}"
+                end.exchange.peers.update([Peer(DECODE, address, "a fingerprint", proof(SECRET, executor_id))])
+                print(executor_id, file=other.stdin, flush=True)
                 told = json.loads(other.stdout.readline())
-                ticket = Ticket(bytes.fromhex(told["handoff_id"]), DECODE, f"prefill-{transport.value}", 0, told["tokens"], 30.0)
+                ticket = Ticket(bytes.fromhex(told["handoff_id"]), DECODE, executor_id, 0, told["tokens"], 30.0)
                 before, began = _cpu(receiver), time.perf_counter()
                 how = await end.hand_over(ticket)
                 seconds[transport.value].append(time.perf_counter() - began)

@@ -23,9 +23,10 @@ from penstock.executor.handoff.servicer import HandoffServicer
 from penstock.executor.handoff.ticket import Receive, Send, Ticket, Transport
 from penstock.executor.sequence import SequenceRequest
 
-__all__ = ["DECODE", "End", "Handle", "kv_spec", "receive"]
+__all__ = ["DECODE", "SECRET", "End", "Handle", "kv_spec", "receive"]
 
 DECODE = "decode"
+SECRET = bytes(32)  # both processes know it: there is no scheduler between them
 _MODEL = "a fingerprint"
 # Qwen3-0.6B's KV in bfloat16: 112 KiB a token.
 _LAYERS, _HEADS, _DIM, _BLOCK = 28, 8, 128, 32
@@ -100,7 +101,7 @@ class End:
     def __init__(self, executor_id: str, blocks: int, transports: Sequence[Transport], window_bytes: int, push_bytes: int) -> None:
         kv = kv_spec(blocks)
         self.engine = _Engine(kv)
-        identity = Identity(executor_id, _MODEL, kv.native_layout)
+        identity = Identity(executor_id, _MODEL, kv.native_layout, SECRET)
         settings = Settings(30.0, push_bytes, window_bytes, tuple(transports))
         self.exchange = Exchange(identity, self.engine, kv, 1000, settings)  # type: ignore[arg-type] # what it uses of one
         self._tokens = blocks * kv.block_size

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc.aio
 
 from penstock.common.channel import connect
+from penstock.common.proofs import proof
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.handoff.peers import Peer
 from penstock.executor.server import ExecutorServer
@@ -25,8 +26,12 @@ class Side:
         return self.description.executor_id
 
     @property
-    def peer(self):
-        return Peer(self.id, self.description.address, self.description.model_fingerprint)
+    def secret(self):
+        return self.server._exchange.door.identity.secret
+
+    def as_peer_of(self, other):
+        """What the scheduler tells the other of it."""
+        return Peer(self.id, self.description.address, self.description.model_fingerprint, proof(self.secret, other.id))
 
     @property
     def handoffs(self):
@@ -34,7 +39,7 @@ class Side:
 
     def know(self, *others):
         """The scheduler's word."""
-        self.server._exchange.peers.update(other.peer for other in others)
+        self.server._exchange.peers.update(other.as_peer_of(self) for other in others)
 
     async def start(self, sequence_id, prompt, max_tokens, **fields):
         fields = {"sequence_id": sequence_id, "prompt_ids": prompt, "max_tokens": max_tokens} | fields

@@ -4,6 +4,7 @@ import grpc.aio
 import numpy as np
 import xxhash
 
+from penstock.common.proofs import proof
 from penstock.executor.handoff.peers import Peer
 from penstock.internal.v1 import handoff_pb2 as pb
 from penstock.internal.v1 import handoff_pb2_grpc
@@ -43,6 +44,7 @@ class HandPeer:
             "decode_executor_id": described.executor_id,
             "model_fingerprint": described.model_fingerprint,
             "transports": [pb.HANDOFF_TRANSPORT_GRPC],
+            "proof": proof(self.decode.secret, fields.get("executor_id", self.executor_id)),
         }
         await self.say(introduce=pb.Introduce(**introduce | fields))
         return await self.hear()

@@ -4,6 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import grpc
 import grpc.aio
 import pytest
 from executor_pair import executor, executor_pair, hand_over
@@ -11,7 +12,9 @@ from handoff_peer import HandPeer, payload
 
 from penstock.backends.fake import next_token
 from penstock.common.channel import connect
-from penstock.executor.handoff import link
+from penstock.common.proofs import proof
+from penstock.executor.handoff import link, seats
+from penstock.executor.handoff.transports import segments
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import executor_pb2 as pb
 from penstock.internal.v1 import handoff_pb2
@@ -127,6 +130,42 @@ async def test_streams_that_should_not_be_are_refused():
         await finish(peer, decode, ticket)
 
 
+async def test_a_stream_in_another_executors_name_is_refused_and_its_own_goes_on():
+    async with hand_peer() as (peer, decode, channel):
+        ticket = await receiving(decode)
+        await peer.introduce()
+        await peer.reserve(ticket)
+        peer.register("thief")
+        # What it has for itself, what it knows of others, and nothing.
+        for shown in (proof(decode.secret, "thief"), proof(bytes(32), "hand"), decode.id.encode(), b""):
+            stranger = HandPeer(decode, channel)
+            refused = await stranger.introduce(proof=shown, transports=[handoff_pb2.HANDOFF_TRANSPORT_SHARED_MEMORY])
+            assert refused.reason == handoff_pb2.HANDOFF_REFUSAL_UNREGISTERED
+            assert await stranger.call.read() is grpc.aio.EOF
+        await finish(peer, decode, ticket)
+
+
+async def test_an_executor_has_one_stream_and_one_segment():
+    async with hand_peer() as (peer, decode, channel):
+        shared = {"transports": [handoff_pb2.HANDOFF_TRANSPORT_SHARED_MEMORY]}
+        first = (await peer.introduce(**shared)).shared_memory
+        assert (segments.FOLDER / first.name).exists()
+        again = HandPeer(decode, channel)
+        second = (await again.introduce(**shared)).shared_memory
+        assert not (segments.FOLDER / first.name).exists()
+        assert (segments.FOLDER / second.name).exists()
+        assert await peer.call.read() is grpc.aio.EOF
+
+
+async def test_streams_that_do_not_say_whose_they_are_are_few_and_end(monkeypatch):
+    monkeypatch.setattr(seats, "_MOST_STRANGERS", 1)
+    monkeypatch.setattr(seats, "_PATIENCE_SECONDS", 2.0)
+    async with hand_peer() as (peer, decode, channel):
+        codes = {await silent.call.code() for silent in (peer, HandPeer(decode, channel))}
+        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED}
+        await HandPeer(decode, channel).introduce()
+
+
 async def test_tickets_are_refused_that_were_forged_changed_minted_for_another_or_used():
     async with hand_peer() as (peer, decode, channel):
         ticket = await receiving(decode)
@@ -200,15 +239,18 @@ async def test_commits_that_are_wrong_are_refused_and_the_right_one_counts():
         assert decode.arrived[1].kv_bytes == len(PROMPT) * decode.description.kv_bytes_per_token
 
 
+async def write_only(peer, renew, times):
+    for _ in range(times):
+        await peer.say(renew=renew)
+
+
 async def test_a_stream_whose_answers_nobody_reads_is_ended():
     async with hand_peer() as (flood, decode, channel):
         ticket = await receiving(decode)
         await flood.introduce()
         # Each of these is answered with a refusal; the first of them fill what the connection buffers.
-        unknown = handoff_pb2.HandoffRequest(renew=handoff_pb2.Renew(handoff_ids=[bytes(16)] * 100))
         with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
-            for _ in range(400):
-                await flood.call.write(unknown)
+            await write_only(flood, handoff_pb2.Renew(handoff_ids=[bytes(16)] * 100), 400)
         # It goes on over another stream.
         again = HandPeer(decode, channel)
         await again.introduce()

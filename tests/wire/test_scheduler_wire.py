@@ -1,6 +1,8 @@
 import asyncio
 import contextlib
+import hmac
 import itertools
+import secrets
 from collections import deque
 
 import grpc
@@ -95,7 +97,8 @@ def description(executor_id="e1", **fields):
 class Executor(Stream):
     def __init__(self, stub, executor_id="e1", **fields):
         super().__init__(stub.Register)
-        self.send(pb.RegisterRequest(description=description(executor_id, **fields)))
+        self.secret = secrets.token_bytes(32)
+        self.send(pb.RegisterRequest(description=description(executor_id, **fields), secret=self.secret))
 
     async def ready(self):
         response = await self.read()
@@ -182,6 +185,22 @@ async def test_catalog_comes_first_and_follows_join_drain_and_leave():
         assert found["e2"].draining
         await first.end()
         await gateway.catalog()
+
+
+async def test_an_executors_secret_stays_with_the_scheduler_and_peers_get_what_is_made_for_each():
+    async with served() as stub:
+        first = await Executor(stub, "e1", model_fingerprint="v1").ready()
+        second = await Executor(stub, "e2", model_fingerprint="v1").ready()
+        third = await Executor(stub, "e3", model_fingerprint="v1").ready()
+        told = {peer.executor_id: peer.proof for peer in await first.peers("e2", "e3")}
+        assert told == {"e2": hmac.digest(second.secret, b"e1", "sha256"), "e3": hmac.digest(third.secret, b"e1", "sha256")}
+        assert {peer.executor_id: peer.proof for peer in await second.peers("e1", "e3")} == {
+            "e1": hmac.digest(first.secret, b"e2", "sha256"),
+            "e3": hmac.digest(third.secret, b"e2", "sha256"),
+        }
+        said = [await stub.ListExecutors(pb.ListExecutorsRequest()), await Gateway(stub).read()]
+        for hidden in (first.secret, second.secret, third.secret, *told.values()):
+            assert not any(hidden in message.SerializeToString() for message in said)
 
 
 async def test_a_scheduler_that_has_just_started_takes_no_peer_away_until_executors_have_had_time_to_register():

@@ -92,7 +92,11 @@ class Registration:
             last = self._load()
             draining, role = self._engine.draining, self._description.role
             first = scheduler_pb2.RegisterRequest(
-                description=self._description, load=last, kv_events=kv_events(log.snapshot()), draining=draining
+                description=self._description,
+                load=last,
+                kv_events=kv_events(log.snapshot()),
+                draining=draining,
+                secret=self._exchange.door.identity.secret,
             )
             await call.write(first)
             silent = 0
@@ -134,7 +138,7 @@ class Registration:
         async for response in call:
             if response.HasField("peers"):
                 told = response.peers
-                peers = (Peer(peer.executor_id, peer.address, peer.model_fingerprint) for peer in told.peers)
+                peers = (Peer(peer.executor_id, peer.address, peer.model_fingerprint, peer.proof) for peer in told.peers)
                 self._exchange.peers.update(peers, more=told.more)
             if response.role not in {scheduler_pb2.ROLE_UNSPECIFIED, self._description.role}:
                 self._take_on(response.role)

@@ -10,7 +10,7 @@ from typing import Any
 
 from penstock.backends.ranking import Standing
 from penstock.common import metrics as endpoint
-from penstock.common import tracing
+from penstock.common import proofs, tracing
 from penstock.common.addresses import reachable
 from penstock.common.fingerprint import tokenizer_fingerprint
 from penstock.common.logs import logger
@@ -220,7 +220,7 @@ class ExecutorServer:
 
 
 def _exchange(loaded: Loaded, description: scheduler_pb2.ExecutorDescription, settings: Settings) -> Exchange:
-    identity = Identity(description.executor_id, description.model_fingerprint, description.native_layout)
+    identity = Identity(description.executor_id, description.model_fingerprint, description.native_layout, proofs.mint())
     return Exchange(identity, loaded.engine, loaded.model.kv, description.vocabulary_size, settings)
 
 

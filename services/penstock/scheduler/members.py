@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from penstock.common.errors import UnknownExecutor
 from penstock.common.logs import logger
+from penstock.common.proofs import proof
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler import messages
 from penstock.scheduler.executors import Executor
@@ -17,8 +18,9 @@ __all__ = ["Members"]
 
 
 class _Member:
-    def __init__(self, description: pb.ExecutorDescription, lease_ms: int) -> None:
+    def __init__(self, description: pb.ExecutorDescription, secret: bytes, lease_ms: int) -> None:
         self.description = description
+        self.secret = secret
         self.outbox = Outbox(pb.RegisterResponse)
         self.outbox.response.lease_ms = lease_ms
         self.peers: tuple[list[Executor], bool] | None = None
@@ -36,9 +38,10 @@ class Members:
         self._settling = settling
         self._members: dict[Executor, _Member] = {}
 
-    def join(self, description: pb.ExecutorDescription, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
+    def join(self, first: pb.RegisterRequest, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
         """An executor's stream begins, with its lease and its peers; it is closed when the executor is taken for lost."""
-        member = self._members[executor] = _Member(description, lease_ms)
+        description = first.description
+        member = self._members[executor] = _Member(description, first.secret, lease_ms)
         self._tell_peers(executor, member)
         member.outbox.flush()
         logger().info(
@@ -91,5 +94,11 @@ class Members:
         peers, settling = self._executors.peers(executor), self._settling()
         if (peers, settling) != member.peers:
             member.peers = peers, settling
-            member.outbox.response.peers.CopyFrom(messages.peers_message(peers, more=settling))
+            own_id = executor.description.executor_id
+            told = ((peer, self._proof(peer, own_id)) for peer in peers)
+            member.outbox.response.peers.CopyFrom(messages.peers_message(told, more=settling))
             member.outbox.flush()
+
+    def _proof(self, peer: Executor, own_id: str) -> bytes:
+        member = self._members.get(peer)
+        return proof(member.secret, own_id) if member is not None and member.secret else b""

@@ -125,11 +125,14 @@ def role_message(role: Role) -> pb.Role.ValueType:
     return _ROLE_MESSAGES[role]
 
 
-def peers_message(peers: Iterable[Executor], *, more: bool) -> pb.Peers:
-    """Whom an executor may exchange KV with; `more`: those that it knew before, too."""
-    told = (peer.description for peer in peers)
+def peers_message(peers: Iterable[tuple[Executor, bytes]], *, more: bool) -> pb.Peers:
+    """Whom an executor may exchange KV with, and what it has to show each; `more`: those that it knew before, too."""
+    told = ((peer.description, proof) for peer, proof in peers)
     return pb.Peers(
-        peers=[pb.Peer(executor_id=d.executor_id, address=d.address, model_fingerprint=d.model_fingerprint) for d in told],
+        peers=[
+            pb.Peer(executor_id=d.executor_id, address=d.address, model_fingerprint=d.model_fingerprint, proof=proof)
+            for d, proof in told
+        ],
         more=more,
     )
 

@@ -65,7 +65,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         if first is None:
             return
         executor = self._core.executors.join(messages.read_description(first.description))
-        outbox = self._driver.members.join(first.description, executor, self._lease_ms)
+        outbox = self._driver.members.join(first, executor, self._lease_ms)
         reading = asyncio.create_task(self._read_reports(executor, first, request_iterator, outbox.close))
         try:
             async for response in outbox:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Identity"]
 
@@ -13,8 +13,10 @@ class Identity:
 
     Attributes:
         model_fingerprint: of another model, or version, no KV is taken.
+        secret: see `penstock.common.proofs`.
     """
 
     executor_id: str
     model_fingerprint: str
     native_layout: str
+    secret: bytes = field(repr=False)

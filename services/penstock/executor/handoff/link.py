@@ -96,7 +96,7 @@ class Links:
             call = open_stream(channel)
             try:
                 async with asyncio.timeout(self._patience) as patience:
-                    welcome = await self._introduce(call, line)
+                    welcome = await self._introduce(call, line, peer)
                     ends = self._transports.sending(read_offer(welcome))
                     patience.reschedule(asyncio.get_running_loop().time() + self._patience + ends.patience)
                     await _attach(call, ends)
@@ -124,7 +124,7 @@ class Links:
                     ends.close()
         return failure, why, heard
 
-    async def _introduce(self, call: Any, line: Line) -> pb.Welcome:
+    async def _introduce(self, call: Any, line: Line, peer: Peer) -> pb.Welcome:
         own = self._identity
         introduce = pb.Introduce(
             executor_id=own.executor_id,
@@ -132,6 +132,7 @@ class Links:
             model_fingerprint=own.model_fingerprint,
             native_layout=own.native_layout,
             transports=tell_transports(self._transports.names),
+            proof=peer.proof,
         )
         faults.reach("handoff.introduce")
         await call.write(Request(pb.HandoffRequest(introduce=introduce)))

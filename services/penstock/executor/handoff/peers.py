@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Peer", "Peers"]
 
@@ -15,11 +15,13 @@ class Peer:
 
     Attributes:
         address: HOST:PORT of its services.
+        proof: what this executor has to show it; empty where it only takes streams from it.
     """
 
     executor_id: str
     address: str
     model_fingerprint: str
+    proof: bytes = field(default=b"", repr=False)
 
 
 class Peers:

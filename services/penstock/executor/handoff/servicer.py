@@ -11,6 +11,7 @@ import grpc.aio
 from penstock.common import faults
 from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.logs import logger
+from penstock.common.proofs import proves
 from penstock.executor.handoff.framing import Request
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.handoffs import Handoffs
@@ -18,6 +19,7 @@ from penstock.executor.handoff.identity import Identity
 from penstock.executor.handoff.messages import read_ask, read_attach, read_transports, tell_answer, tell_segment, tell_transports
 from penstock.executor.handoff.peers import Peers
 from penstock.executor.handoff.points import passed
+from penstock.executor.handoff.seats import Seats
 from penstock.executor.handoff.transports.choice import ReceivingEnds, Transports
 from penstock.executor.handoff.words import Answer, Refusal, Refused
 from penstock.internal.v1 import handoff_pb2 as pb
@@ -46,6 +48,7 @@ class HandoffServicer:
 
     def __init__(self) -> None:
         self._door: Door | None = None
+        self._seats = Seats()
 
     def serve(self, door: Door) -> None:
         """Take streams from now on."""
@@ -56,7 +59,8 @@ class HandoffServicer:
     ) -> None:
         """One prefill executor's stream."""
         door = self._door
-        request = await anext(request_iterator, None)
+        async with self._seats.stranger():
+            request = await anext(request_iterator, None)
         if door is None:
             raise Unavailable("no model is loaded yet")
         if request is None:
@@ -68,26 +72,34 @@ class HandoffServicer:
             logger().warning("a handoff stream was refused", peer=context.peer(), reason=fault[0].value, message=fault[1])
             await context.write(tell_answer(Refused(b"", 0, *fault)))
             return
-        native = door.geometry.agrees(first.introduce.native_layout)
-        window = door.handoffs.settings.window_bytes
-        ends = await door.transports.receiving(window, read_transports(first.introduce.transports))
-        stream = _Stream(first.introduce.executor_id, ends, native=native)
-        try:
-            faults.reach("handoff.welcome")
-            await context.write(_welcome(door, ends, native=native))
-            door.handoffs.receiving.stream_up(stream)
-            await _converse(door, stream, request_iterator, context)
-        finally:
-            door.handoffs.receiving.stream_lost(stream)
-            ends.close()
+        async with self._seats.of(first.introduce.executor_id) as newer:
+            if not newer.is_set():
+                await _serve(door, first.introduce, newer, request_iterator, context)
+
+
+async def _serve(door: Door, told: pb.Introduce, newer: asyncio.Event, requests: AsyncIterator[Request], context: _Context) -> None:
+    """A stream that was taken, to its end."""
+    native = door.geometry.agrees(told.native_layout)
+    window = door.handoffs.settings.window_bytes
+    ends = await door.transports.receiving(window, read_transports(told.transports))
+    stream = _Stream(told.executor_id, ends, newer, native=native)
+    try:
+        faults.reach("handoff.welcome")
+        await context.write(_welcome(door, ends, native=native))
+        door.handoffs.receiving.stream_up(stream)
+        await _converse(door, stream, requests, context)
+    finally:
+        door.handoffs.receiving.stream_lost(stream)
+        ends.close()
 
 
 class _Stream:
     """A `PeerStream`. When more answers wait than the bound allows, `overflowed` is set, and no more are kept."""
 
-    def __init__(self, executor_id: str, incoming: ReceivingEnds, *, native: bool) -> None:
+    def __init__(self, executor_id: str, incoming: ReceivingEnds, newer: asyncio.Event, *, native: bool) -> None:
         self.executor_id = executor_id
         self.incoming = incoming
+        self.newer = newer
         self.native = native
         self.answers: asyncio.Queue[Answer | pb.HandoffResponse] = asyncio.Queue(_MOST_WAITING)
         self.overflowed = asyncio.Event()
@@ -109,6 +121,8 @@ def _fault(door: Door, first: pb.HandoffRequest) -> tuple[Refusal, str] | None:
         return Refusal.NOT_YOURS, f"this is executor {own.executor_id}"
     if door.peers.get(told.executor_id) is None:
         return Refusal.UNREGISTERED, "the scheduler does not name the executor"
+    if not proves(told.proof, own.secret, told.executor_id):
+        return Refusal.UNREGISTERED, "it does not show what the scheduler gave that executor"
     if told.model_fingerprint != own.model_fingerprint:
         return Refusal.WRONG_MODEL, "the two executors serve different models, or versions of one"
     return None
@@ -129,7 +143,7 @@ def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResp
 
 
 async def _converse(door: Door, stream: _Stream, requests: AsyncIterator[Request], context: _Context) -> None:
-    works = (_write(stream, context), _read(door, stream, requests), _overflow(stream))
+    works = (_write(stream, context), _read(door, stream, requests), _overflow(stream), _replaced(stream))
     tasks = [asyncio.create_task(work) for work in works]
     done: set[asyncio.Task[None]] = set()
     try:
@@ -154,6 +168,10 @@ async def _read(door: Door, stream: _Stream, requests: AsyncIterator[Request]) -
         elif (word := read_ask(request)) is not None:
             for passing in passed(word, "received", stream.executor_id):
                 door.handoffs.receiving.hear(stream, passing)
+
+
+async def _replaced(stream: _Stream) -> None:
+    await stream.newer.wait()
 
 
 async def _overflow(stream: _Stream) -> None:

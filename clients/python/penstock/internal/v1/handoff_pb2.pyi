@@ -269,12 +269,15 @@ class Introduce(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     NATIVE_LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     decode_executor_id: _builtins.str
     """Whom it means; another executor behind the same address refuses."""
     model_fingerprint: _builtins.str
     native_layout: _builtins.str
     """How its KV cache lies, byte for byte; the same on both sides lets blocks go over as they are."""
+    proof: _builtins.bytes
+    """As the scheduler told it with the peer: without it, the stream is refused."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___HandoffTransport.ValueType]:
         """Transports that the prefill side has, the best first."""
@@ -287,10 +290,11 @@ class Introduce(_message.Message):
         model_fingerprint: _builtins.str = ...,
         native_layout: _builtins.str = ...,
         transports: _abc.Iterable[Global___HandoffTransport.ValueType] | None = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_executor_id", b"decode_executor_id", "executor_id", b"executor_id", "model_fingerprint", b"model_fingerprint", "native_layout", b"native_layout", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_executor_id", b"decode_executor_id", "executor_id", b"executor_id", "model_fingerprint", b"model_fingerprint", "native_layout", b"native_layout", "proof", b"proof", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

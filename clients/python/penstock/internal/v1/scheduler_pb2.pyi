@@ -664,6 +664,7 @@ class RegisterRequest(_message.Message):
     STALLED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     stalled: _builtins.bool
     """The engine has stopped: the executor is to be taken for lost. Last on the stream."""
@@ -671,6 +672,8 @@ class RegisterRequest(_message.Message):
     """With `stalled`: why, in one sentence for the log."""
     role: Global___Role.ValueType
     """Whenever it has changed."""
+    secret: _builtins.bytes
+    """First on the stream: 32 random bytes of this start, which the scheduler tells nobody."""
     @_builtins.property
     def description(self) -> Global___ExecutorDescription:
         """First on the stream."""
@@ -689,10 +692,11 @@ class RegisterRequest(_message.Message):
         stalled: _builtins.bool = ...,
         failure: _builtins.str = ...,
         role: Global___Role.ValueType = ...,
+        secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "kv_events", b"kv_events", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "failure", b"failure", "kv_events", b"kv_events", "load", b"load", "role", b"role", "stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "draining", b"draining", "failure", b"failure", "kv_events", b"kv_events", "load", b"load", "role", b"role", "secret", b"secret", "stalled", b"stalled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -875,19 +879,23 @@ class Peer(_message.Message):
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     address: _builtins.str
     model_fingerprint: _builtins.str
+    proof: _builtins.bytes
+    """What the executor that is told has to show this one: HMAC-SHA-256 of its own executor_id under this one's secret."""
     def __init__(
         self,
         *,
         executor_id: _builtins.str = ...,
         address: _builtins.str = ...,
         model_fingerprint: _builtins.str = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "executor_id", b"executor_id", "model_fingerprint", b"model_fingerprint", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
