@@ -22,14 +22,14 @@ async def knows(side, *others):
 
 
 @asynccontextmanager
-async def pool():
+async def pool(**settings):
     """A scheduler, its address, and two executors of different roles."""
     scheduler = SchedulerServer(SchedulerConfig(listen="127.0.0.1:0"))
     try:
         address = (await scheduler.start())["grpc"]
         async with AsyncExitStack() as stack:
-            prefill = await stack.enter_async_context(executor(scheduler=address, role="prefill"))
-            decode = await stack.enter_async_context(executor(scheduler=address, role="decode"))
+            prefill = await stack.enter_async_context(executor(scheduler=address, role="prefill", **settings))
+            decode = await stack.enter_async_context(executor(scheduler=address, role="decode", **settings))
             yield scheduler, address, prefill, decode
     finally:
         await scheduler.close()
@@ -66,6 +66,26 @@ async def test_an_executor_that_leaves_is_nobodys_peer_any_more():
         async with executor(scheduler=address, role="decode") as third:
             await asyncio.gather(knows(prefill, decode, third), knows(third, prefill, decode))
         await asyncio.gather(knows(prefill, decode), knows(decode, prefill))
+
+
+async def test_scheduler_hears_between_whom_handoffs_fail_until_one_succeeds():
+    async with asyncio.timeout(30), pool(handoff_lease_seconds=1) as (_, address, prefill, decode), connect(address) as channel:
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+
+        async def told(wanted):
+            failing = None
+            while failing != wanted:
+                executors = (await stub.ListExecutors(scheduler_pb2.ListExecutorsRequest())).executors
+                peers = ((e.description.executor_id, peer) for e in executors for peer in e.load.failing)
+                failing = [(own, peer.executor_id, peer.sends, peer.failures) for own, peer in peers]
+
+        await asyncio.gather(knows(prefill, decode), knows(decode, prefill))
+        await decode.start(1, PROMPT, 4, receive=pb.ReceiveKv(prefill_executor_id=prefill.id))
+        await decode.until(lambda: 1 in decode.finished)
+        assert decode.finished[1].handoff_failure == pb.HANDOFF_FAILURE_LEASE_EXPIRED
+        await told([(decode.id, prefill.id, False, 1)])
+        await hand_over(prefill, decode, 2, PROMPT, 4)
+        await told([])
 
 
 async def test_a_role_that_is_given_to_a_live_executor_is_its_own_from_then_on():
