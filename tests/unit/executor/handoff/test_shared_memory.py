@@ -114,7 +114,7 @@ async def test_nothing_is_opened_before_the_proof_or_behind_a_wrong_one():
 
 async def test_a_view_outlives_the_link_and_memory_goes_with_it():
     gc.collect()  # what other tests' exceptions hold
-    before = psutil.Process().num_fds()
+    before, held = psutil.Process().num_fds(), set(mapped())
     incoming = SharedIncoming(WINDOW)
     outgoing = SharedOutgoing(segments.attach(incoming.offer))
     incoming.prove(outgoing.answer)
@@ -124,10 +124,10 @@ async def test_a_view_outlives_the_link_and_memory_goes_with_it():
         end.close()
         end.close()
     assert view.tobytes() == b"kv"
-    assert len(mapped()) == 1
+    assert len(set(mapped()) - held) == 1
     del view
-    assert mapped() == []
-    assert psutil.Process().num_fds() == before
+    assert set(mapped()) <= held
+    assert psutil.Process().num_fds() <= before
     with pytest.raises(LinkClosed):
         await outgoing.put(memoryview(b"kv"))
     with pytest.raises(LinkClosed):
@@ -217,8 +217,7 @@ class TestSegments:
         segment.close()
 
     def test_one_that_is_larger_than_the_file_system_is_refused_and_leaves_nothing(self):
-        gc.collect()  # what other tests' exceptions hold
-        whole = os.statvfs(segments.FOLDER)
+        whole, held = os.statvfs(segments.FOLDER), set(mapped())
         with pytest.raises(OSError, match="No space"):
             segments.create((whole.f_blocks + 1) * whole.f_frsize)
-        assert mapped() == []
+        assert set(mapped()) <= held
