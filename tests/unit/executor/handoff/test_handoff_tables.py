@@ -13,6 +13,7 @@ from penstock.executor.handoff.receiver import Receiver
 from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Cut
+from penstock.executor.handoff.speed import LinkSpeed
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
 from penstock.executor.handoff.transports.port import InlinePayload, Parcel
 from penstock.executor.handoff.words import Abort, Aborted, Ack, Commit, Push, Pushed, Refusal, Refused, Reserved
@@ -151,9 +152,9 @@ def test_what_is_heard_while_committing_counts_if_it_goes_back():
 def test_room_is_not_given_back_while_its_bytes_are_imported():
     receiver, chunk, ports = receiver_in(receiver_states.State.RECEIVING)
     free = []
-    rooms = Rooms(64, free.append)
+    rooms = Rooms(64, free.append, LinkSpeed(lambda _: None))
     rooms.take(64)
-    rooms.tell(chunk.push, 64)
+    rooms.tell(chunk.push, 64, 0.0)
     receiver.checked(chunk, memoryview(bytes(GEOMETRY.size(4, native=False))))
     receiver.reserve("stream")
     receiver.push(chunk.push, "stream", 0.0, native_agreed=False)  # again, from before the Reserve
@@ -167,7 +168,7 @@ def test_room_is_not_given_back_while_its_bytes_are_imported():
 def hear(rooms, ports):
     for name, *facts in ports.asked:
         if name == "answer":
-            rooms.hear(facts[0])
+            rooms.hear(facts[0], 1.0)
     ports.asked.clear()
 
 
