@@ -147,12 +147,7 @@ def tell_answer(word: Answer) -> pb.HandoffResponse:
     """What the decode side says."""
     match word:
         case Reserved():
-            reserved = pb.Reserved(
-                handoff_id=word.handoff_id,
-                epoch=word.epoch,
-                first_token=word.first_token,
-                lease_ms=round(word.lease_seconds * 1000),
-            )
+            reserved = pb.Reserved(handoff_id=word.handoff_id, epoch=word.epoch, first_token=word.first_token)
             return pb.HandoffResponse(reserved=reserved)
         case Pushed():
             pushed = pb.Pushed(handoff_id=word.handoff_id, epoch=word.epoch, first_token=word.first_token)
@@ -179,7 +174,7 @@ def read_answer(message: pb.HandoffResponse) -> Answer | None:  # noqa: PLR0911 
     match message.WhichOneof("message"):
         case "reserved":
             reserved = message.reserved
-            return Reserved(reserved.handoff_id, reserved.epoch, reserved.first_token, reserved.lease_ms / 1000)
+            return Reserved(reserved.handoff_id, reserved.epoch, reserved.first_token)
         case "pushed":
             return Pushed(message.pushed.handoff_id, message.pushed.epoch, message.pushed.first_token)
         case "ack":

@@ -125,7 +125,7 @@ class Receiver:
         if self.state is State.RESERVED:
             self.state = State.RECEIVING
         self._cut()
-        self._tell(Reserved(self.ticket.handoff_id, self.epoch, self._expected, self.ticket.lease_seconds))
+        self._tell(Reserved(self.ticket.handoff_id, self.epoch, self._expected))
         for taken in self._taken.values():
             if taken.source is source:
                 self._tell(Pushed(self.ticket.handoff_id, taken.epoch, taken.tokens.start))

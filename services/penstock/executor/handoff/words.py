@@ -112,7 +112,6 @@ class Reserved:
     handoff_id: bytes
     epoch: int
     first_token: int
-    lease_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

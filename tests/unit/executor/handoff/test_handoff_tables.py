@@ -203,7 +203,7 @@ def sender_in(state):
         sender.sequence_ended()
     elif state is not sender_states.State.OPENING:
         sender.stream_up(CUT, 0.0)
-        sender.reserved(Reserved(ID, 1, 0, 3.0), 0.0)
+        sender.reserved(Reserved(ID, 1, 0), 0.0)
         sender.computed(4)
         chunk = export(sender, ports)
         if state is not sender_states.State.PUSHING:
@@ -234,7 +234,7 @@ SENDER_EVENTS = {
     S.EXPORT_FAILED: lambda s, c: s.export_failed(c, HandoffFailure.BACKEND, ""),
     S.STREAM_UP: lambda s, _: s.stream_up(CUT, 1.0),
     S.STREAM_LOST: lambda s, _: s.stream_lost(1.0),
-    S.RESERVED: lambda s, _: s.reserved(Reserved(ID, 2, 0, 3.0), 1.0),
+    S.RESERVED: lambda s, _: s.reserved(Reserved(ID, 2, 0), 1.0),
     S.PUSHED: lambda s, _: s.pushed(Pushed(ID, 1, 0), 1.0),
     S.ACK: lambda s, _: s.ack(Ack(ID, 1)),
     S.REFUSED: lambda s, _: s.refused(Refused(ID, 1, Refusal.UNKNOWN, ""), 1.0),
@@ -315,7 +315,7 @@ def test_a_commit_that_gets_no_answer_is_said_again_in_a_new_epoch():
     for epoch in range(2, 20):  # the other engine is amid a long step: it has all, and imports none
         assert sender.answer_due is not None
         sender.overdue(float(epoch))
-        sender.reserved(Reserved(ID, epoch, 8, 3.0), float(epoch))
+        sender.reserved(Reserved(ID, epoch, 8), float(epoch))
         assert sender.state is sender_states.State.COMMITTING
         assert ports.asked[-1] == ("ask", Commit(ID, epoch, 8, 5))
 
@@ -336,7 +336,7 @@ def test_what_is_lost_again_and_again_ends_the_handoff_when_a_lease_has_passed(f
             now += 0.1
             sender.stream_up(CUT, now)
         epoch += 1
-        sender.reserved(Reserved(ID, epoch, 0, 3.0), now)  # it has nothing
+        sender.reserved(Reserved(ID, epoch, 0), now)  # it has nothing
         if sender.live:
             sender.exported(export(sender, ports), now)
         assert now <= asked + 4 / 3 * TICKET.lease_seconds
@@ -351,7 +351,7 @@ def test_what_is_refused_again_and_again_ends_the_handoff(reason):
         sender.refused(Refused(ID, epoch, reason, ""), 0.0)
         if not sender.live:
             break
-        sender.reserved(Reserved(ID, epoch + 1, 8, 3.0), 0.0)
+        sender.reserved(Reserved(ID, epoch + 1, 8), 0.0)
     assert sender.failure is HandoffFailure.REFUSED
     assert "handed_off" not in ports.names()
 
@@ -360,7 +360,7 @@ def test_chunks_go_in_order_whichever_was_copied_first():
     ports = Ports()
     sender = Sender(TICKET, object(), ports, 0.0)
     sender.stream_up(CUT, 0.0)
-    sender.reserved(Reserved(ID, 1, 0, 3.0), 0.0)
+    sender.reserved(Reserved(ID, 1, 0), 0.0)
     sender.computed(8)
     first, second = export(sender, ports), export(sender, ports)
     parcel, first.parcel = first.parcel, None

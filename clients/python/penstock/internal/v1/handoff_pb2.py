@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"penstock/internal/v1/handoff.proto\x12\x14penstock.internal.v1\"\x95\x01\n\rHandoffTicket\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\x1a\n\x12\x64\x65\x63ode_executor_id\x18\x02 \x01(\t\x12\x1b\n\x13prefill_executor_id\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x10\n\x08lease_ms\x18\x06 \x01(\x04\"\x9d\x03\n\x0eHandoffRequest\x12\x34\n\tintroduce\x18\x01 \x01(\x0b\x32\x1f.penstock.internal.v1.IntroduceH\x00\x12.\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1c.penstock.internal.v1.AttachH\x00\x12\x30\n\x07reserve\x18\x03 \x01(\x0b\x32\x1d.penstock.internal.v1.ReserveH\x00\x12*\n\x04push\x18\x04 \x01(\x0b\x32\x1a.penstock.internal.v1.PushH\x00\x12.\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1c.penstock.internal.v1.CommitH\x00\x12,\n\x05renew\x18\x06 \x01(\x0b\x32\x1b.penstock.internal.v1.RenewH\x00\x12,\n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x1b.penstock.internal.v1.AbortH\x00\x12\x30\n\x07release\x18\x08 \x01(\x0b\x32\x1d.penstock.internal.v1.ReleaseH\x00\x42\t\n\x07message\"\xa6\x03\n\x0fHandoffResponse\x12\x30\n\x07welcome\x18\x01 \x01(\x0b\x32\x1d.penstock.internal.v1.WelcomeH\x00\x12\x32\n\x08\x61ttached\x18\x02 \x01(\x0b\x32\x1e.penstock.internal.v1.AttachedH\x00\x12\x32\n\x08reserved\x18\x03 \x01(\x0b\x32\x1e.penstock.internal.v1.ReservedH\x00\x12.\n\x06pushed\x18\x04 \x01(\x0b\x32\x1c.penstock.internal.v1.PushedH\x00\x12(\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x19.penstock.internal.v1.AckH\x00\x12\x30\n\x07renewed\x18\x06 \x01(\x0b\x32\x1d.penstock.internal.v1.RenewedH\x00\x12\x30\n\x07\x61\x62orted\x18\x07 \x01(\x0b\x32\x1d.penstock.internal.v1.AbortedH\x00\x12\x30\n\x07refused\x18\x08 \x01(\x0b\x32\x1d.penstock.internal.v1.RefusedH\x00\x42\t\n\x07message\"\xb9\x01\n\tIntroduce\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_executor_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x15\n\rnative_layout\x18\x04 \x01(\t\x12:\n\ntransports\x18\x05 \x03(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\r\n\x05proof\x18\x06 \x01(\x0c\"\xe8\x01\n\x07Welcome\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0e\n\x06native\x18\x02 \x01(\x08\x12\x16\n\x0emax_push_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cwindow_bytes\x18\x04 \x01(\x04\x12:\n\rshared_memory\x18\x05 \x01(\x0b\x32#.penstock.internal.v1.SharedSegment\x12\x12\n\nnixl_agent\x18\x06 \x01(\x0c\x12:\n\ntransports\x18\x07 \x03(\x0e\x32&.penstock.internal.v1.HandoffTransport\";\n\rSharedSegment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\r\n\x05proof\x18\x03 \x01(\x0c\"R\n\x06\x41ttach\x12\x39\n\ttransport\x18\x01 \x01(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\r\n\x05proof\x18\x02 \x01(\x0c\"W\n\x08\x41ttached\x12\x39\n\ttransport\x18\x01 \x01(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\">\n\x07Reserve\x12\x33\n\x06ticket\x18\x01 \x01(\x0b\x32#.penstock.internal.v1.HandoffTicket\"T\n\x08Reserved\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x10\n\x08lease_ms\x18\x04 \x01(\x04\"\xff\x01\n\x04Push\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12*\n\x04\x66orm\x18\x05 \x01(\x0e\x32\x1c.penstock.internal.v1.KvForm\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12\x10\n\x06inline\x18\x08 \x01(\x0cH\x00\x12\x33\n\x06shared\x18\t \x01(\x0b\x32!.penstock.internal.v1.SharedRangeH\x00\x12\x10\n\x06\x64\x65vice\x18\n \x01(\x0cH\x00\x42\t\n\x07payload\",\n\x0bSharedRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"@\n\x06Pushed\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\"S\n\x06\x43ommit\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\"(\n\x03\x41\x63k\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x1c\n\x05Renew\x12\x13\n\x0bhandoff_ids\x18\x01 \x03(\x0c\"\x1e\n\x07Renewed\x12\x13\n\x0bhandoff_ids\x18\x01 \x03(\x0c\"*\n\x05\x41\x62ort\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\",\n\x07\x41\x62orted\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\",\n\x07Release\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x88\x01\n\x07Refused\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x34\n\x06reason\x18\x03 \x01(\x0e\x32$.penstock.internal.v1.HandoffRefusal\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r*\x92\x01\n\x10HandoffTransport\x12!\n\x1dHANDOFF_TRANSPORT_UNSPECIFIED\x10\x00\x12\x1a\n\x16HANDOFF_TRANSPORT_GRPC\x10\x01\x12#\n\x1fHANDOFF_TRANSPORT_SHARED_MEMORY\x10\x02\x12\x1a\n\x16HANDOFF_TRANSPORT_NIXL\x10\x03*L\n\x06KvForm\x12\x17\n\x13KV_FORM_UNSPECIFIED\x10\x00\x12\x15\n\x11KV_FORM_CANONICAL\x10\x01\x12\x12\n\x0eKV_FORM_NATIVE\x10\x02*\x96\x03\n\x0eHandoffRefusal\x12\x1f\n\x1bHANDOFF_REFUSAL_UNSPECIFIED\x10\x00\x12\x1b\n\x17HANDOFF_REFUSAL_UNKNOWN\x10\x01\x12\x1d\n\x19HANDOFF_REFUSAL_NOT_YOURS\x10\x02\x12 \n\x1cHANDOFF_REFUSAL_UNREGISTERED\x10\x03\x12\x1f\n\x1bHANDOFF_REFUSAL_STALE_EPOCH\x10\x04\x12\x1f\n\x1bHANDOFF_REFUSAL_WRONG_MODEL\x10\x05\x12 \n\x1cHANDOFF_REFUSAL_OUT_OF_RANGE\x10\x06\x12\x1e\n\x1aHANDOFF_REFUSAL_WRONG_SIZE\x10\x07\x12\x1f\n\x1bHANDOFF_REFUSAL_WRONG_DTYPE\x10\x08\x12\"\n\x1eHANDOFF_REFUSAL_WRONG_CHECKSUM\x10\t\x12\x1e\n\x1aHANDOFF_REFUSAL_INCOMPLETE\x10\n\x12\x1c\n\x18HANDOFF_REFUSAL_UNPROVEN\x10\x0b\x32l\n\x0eHandoffService\x12Z\n\x07Handoff\x12$.penstock.internal.v1.HandoffRequest\x1a%.penstock.internal.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"penstock/internal/v1/handoff.proto\x12\x14penstock.internal.v1\"\x95\x01\n\rHandoffTicket\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\x1a\n\x12\x64\x65\x63ode_executor_id\x18\x02 \x01(\t\x12\x1b\n\x13prefill_executor_id\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x10\n\x08lease_ms\x18\x06 \x01(\x04\"\x9d\x03\n\x0eHandoffRequest\x12\x34\n\tintroduce\x18\x01 \x01(\x0b\x32\x1f.penstock.internal.v1.IntroduceH\x00\x12.\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1c.penstock.internal.v1.AttachH\x00\x12\x30\n\x07reserve\x18\x03 \x01(\x0b\x32\x1d.penstock.internal.v1.ReserveH\x00\x12*\n\x04push\x18\x04 \x01(\x0b\x32\x1a.penstock.internal.v1.PushH\x00\x12.\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1c.penstock.internal.v1.CommitH\x00\x12,\n\x05renew\x18\x06 \x01(\x0b\x32\x1b.penstock.internal.v1.RenewH\x00\x12,\n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x1b.penstock.internal.v1.AbortH\x00\x12\x30\n\x07release\x18\x08 \x01(\x0b\x32\x1d.penstock.internal.v1.ReleaseH\x00\x42\t\n\x07message\"\xa6\x03\n\x0fHandoffResponse\x12\x30\n\x07welcome\x18\x01 \x01(\x0b\x32\x1d.penstock.internal.v1.WelcomeH\x00\x12\x32\n\x08\x61ttached\x18\x02 \x01(\x0b\x32\x1e.penstock.internal.v1.AttachedH\x00\x12\x32\n\x08reserved\x18\x03 \x01(\x0b\x32\x1e.penstock.internal.v1.ReservedH\x00\x12.\n\x06pushed\x18\x04 \x01(\x0b\x32\x1c.penstock.internal.v1.PushedH\x00\x12(\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x19.penstock.internal.v1.AckH\x00\x12\x30\n\x07renewed\x18\x06 \x01(\x0b\x32\x1d.penstock.internal.v1.RenewedH\x00\x12\x30\n\x07\x61\x62orted\x18\x07 \x01(\x0b\x32\x1d.penstock.internal.v1.AbortedH\x00\x12\x30\n\x07refused\x18\x08 \x01(\x0b\x32\x1d.penstock.internal.v1.RefusedH\x00\x42\t\n\x07message\"\xb9\x01\n\tIntroduce\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_executor_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x15\n\rnative_layout\x18\x04 \x01(\t\x12:\n\ntransports\x18\x05 \x03(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\r\n\x05proof\x18\x06 \x01(\x0c\"\xe8\x01\n\x07Welcome\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0e\n\x06native\x18\x02 \x01(\x08\x12\x16\n\x0emax_push_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cwindow_bytes\x18\x04 \x01(\x04\x12:\n\rshared_memory\x18\x05 \x01(\x0b\x32#.penstock.internal.v1.SharedSegment\x12\x12\n\nnixl_agent\x18\x06 \x01(\x0c\x12:\n\ntransports\x18\x07 \x03(\x0e\x32&.penstock.internal.v1.HandoffTransport\";\n\rSharedSegment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\r\n\x05proof\x18\x03 \x01(\x0c\"R\n\x06\x41ttach\x12\x39\n\ttransport\x18\x01 \x01(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\r\n\x05proof\x18\x02 \x01(\x0c\"W\n\x08\x41ttached\x12\x39\n\ttransport\x18\x01 \x01(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\">\n\x07Reserve\x12\x33\n\x06ticket\x18\x01 \x01(\x0b\x32#.penstock.internal.v1.HandoffTicket\"R\n\x08Reserved\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\rJ\x04\x08\x04\x10\x05R\x08lease_ms\"\xff\x01\n\x04Push\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12*\n\x04\x66orm\x18\x05 \x01(\x0e\x32\x1c.penstock.internal.v1.KvForm\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12\x10\n\x06inline\x18\x08 \x01(\x0cH\x00\x12\x33\n\x06shared\x18\t \x01(\x0b\x32!.penstock.internal.v1.SharedRangeH\x00\x12\x10\n\x06\x64\x65vice\x18\n \x01(\x0cH\x00\x42\t\n\x07payload\",\n\x0bSharedRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"@\n\x06Pushed\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\"S\n\x06\x43ommit\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\"(\n\x03\x41\x63k\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x1c\n\x05Renew\x12\x13\n\x0bhandoff_ids\x18\x01 \x03(\x0c\"\x1e\n\x07Renewed\x12\x13\n\x0bhandoff_ids\x18\x01 \x03(\x0c\"*\n\x05\x41\x62ort\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\",\n\x07\x41\x62orted\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\",\n\x07Release\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x88\x01\n\x07Refused\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x34\n\x06reason\x18\x03 \x01(\x0e\x32$.penstock.internal.v1.HandoffRefusal\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r*\x92\x01\n\x10HandoffTransport\x12!\n\x1dHANDOFF_TRANSPORT_UNSPECIFIED\x10\x00\x12\x1a\n\x16HANDOFF_TRANSPORT_GRPC\x10\x01\x12#\n\x1fHANDOFF_TRANSPORT_SHARED_MEMORY\x10\x02\x12\x1a\n\x16HANDOFF_TRANSPORT_NIXL\x10\x03*L\n\x06KvForm\x12\x17\n\x13KV_FORM_UNSPECIFIED\x10\x00\x12\x15\n\x11KV_FORM_CANONICAL\x10\x01\x12\x12\n\x0eKV_FORM_NATIVE\x10\x02*\x96\x03\n\x0eHandoffRefusal\x12\x1f\n\x1bHANDOFF_REFUSAL_UNSPECIFIED\x10\x00\x12\x1b\n\x17HANDOFF_REFUSAL_UNKNOWN\x10\x01\x12\x1d\n\x19HANDOFF_REFUSAL_NOT_YOURS\x10\x02\x12 \n\x1cHANDOFF_REFUSAL_UNREGISTERED\x10\x03\x12\x1f\n\x1bHANDOFF_REFUSAL_STALE_EPOCH\x10\x04\x12\x1f\n\x1bHANDOFF_REFUSAL_WRONG_MODEL\x10\x05\x12 \n\x1cHANDOFF_REFUSAL_OUT_OF_RANGE\x10\x06\x12\x1e\n\x1aHANDOFF_REFUSAL_WRONG_SIZE\x10\x07\x12\x1f\n\x1bHANDOFF_REFUSAL_WRONG_DTYPE\x10\x08\x12\"\n\x1eHANDOFF_REFUSAL_WRONG_CHECKSUM\x10\t\x12\x1e\n\x1aHANDOFF_REFUSAL_INCOMPLETE\x10\n\x12\x1c\n\x18HANDOFF_REFUSAL_UNPROVEN\x10\x0b\x32l\n\x0eHandoffService\x12Z\n\x07Handoff\x12$.penstock.internal.v1.HandoffRequest\x1a%.penstock.internal.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.internal.v1.handoff_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HANDOFFTRANSPORT']._serialized_start=2695
-  _globals['_HANDOFFTRANSPORT']._serialized_end=2841
-  _globals['_KVFORM']._serialized_start=2843
-  _globals['_KVFORM']._serialized_end=2919
-  _globals['_HANDOFFREFUSAL']._serialized_start=2922
-  _globals['_HANDOFFREFUSAL']._serialized_end=3328
+  _globals['_HANDOFFTRANSPORT']._serialized_start=2693
+  _globals['_HANDOFFTRANSPORT']._serialized_end=2839
+  _globals['_KVFORM']._serialized_start=2841
+  _globals['_KVFORM']._serialized_end=2917
+  _globals['_HANDOFFREFUSAL']._serialized_start=2920
+  _globals['_HANDOFFREFUSAL']._serialized_end=3326
   _globals['_HANDOFFTICKET']._serialized_start=61
   _globals['_HANDOFFTICKET']._serialized_end=210
   _globals['_HANDOFFREQUEST']._serialized_start=213
@@ -56,29 +56,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVE']._serialized_start=1710
   _globals['_RESERVE']._serialized_end=1772
   _globals['_RESERVED']._serialized_start=1774
-  _globals['_RESERVED']._serialized_end=1858
-  _globals['_PUSH']._serialized_start=1861
-  _globals['_PUSH']._serialized_end=2116
-  _globals['_SHAREDRANGE']._serialized_start=2118
-  _globals['_SHAREDRANGE']._serialized_end=2162
-  _globals['_PUSHED']._serialized_start=2164
-  _globals['_PUSHED']._serialized_end=2228
-  _globals['_COMMIT']._serialized_start=2230
-  _globals['_COMMIT']._serialized_end=2313
-  _globals['_ACK']._serialized_start=2315
-  _globals['_ACK']._serialized_end=2355
-  _globals['_RENEW']._serialized_start=2357
-  _globals['_RENEW']._serialized_end=2385
-  _globals['_RENEWED']._serialized_start=2387
-  _globals['_RENEWED']._serialized_end=2417
-  _globals['_ABORT']._serialized_start=2419
-  _globals['_ABORT']._serialized_end=2461
-  _globals['_ABORTED']._serialized_start=2463
-  _globals['_ABORTED']._serialized_end=2507
-  _globals['_RELEASE']._serialized_start=2509
-  _globals['_RELEASE']._serialized_end=2553
-  _globals['_REFUSED']._serialized_start=2556
-  _globals['_REFUSED']._serialized_end=2692
-  _globals['_HANDOFFSERVICE']._serialized_start=3330
-  _globals['_HANDOFFSERVICE']._serialized_end=3438
+  _globals['_RESERVED']._serialized_end=1856
+  _globals['_PUSH']._serialized_start=1859
+  _globals['_PUSH']._serialized_end=2114
+  _globals['_SHAREDRANGE']._serialized_start=2116
+  _globals['_SHAREDRANGE']._serialized_end=2160
+  _globals['_PUSHED']._serialized_start=2162
+  _globals['_PUSHED']._serialized_end=2226
+  _globals['_COMMIT']._serialized_start=2228
+  _globals['_COMMIT']._serialized_end=2311
+  _globals['_ACK']._serialized_start=2313
+  _globals['_ACK']._serialized_end=2353
+  _globals['_RENEW']._serialized_start=2355
+  _globals['_RENEW']._serialized_end=2383
+  _globals['_RENEWED']._serialized_start=2385
+  _globals['_RENEWED']._serialized_end=2415
+  _globals['_ABORT']._serialized_start=2417
+  _globals['_ABORT']._serialized_end=2459
+  _globals['_ABORTED']._serialized_start=2461
+  _globals['_ABORTED']._serialized_end=2505
+  _globals['_RELEASE']._serialized_start=2507
+  _globals['_RELEASE']._serialized_end=2551
+  _globals['_REFUSED']._serialized_start=2554
+  _globals['_REFUSED']._serialized_end=2690
+  _globals['_HANDOFFSERVICE']._serialized_start=3328
+  _globals['_HANDOFFSERVICE']._serialized_end=3436
 # @@protoc_insertion_point(module_scope)

@@ -452,23 +452,20 @@ class Reserved(_message.Message):
     HANDOFF_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
-    LEASE_MS_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.bytes
     epoch: _builtins.int
     first_token: _builtins.int
     """KV is wanted from this token on: what stood in the cache or came under an earlier epoch is here."""
-    lease_ms: _builtins.int
     def __init__(
         self,
         *,
         handoff_id: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
         first_token: _builtins.int = ...,
-        lease_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_token", b"first_token", "handoff_id", b"handoff_id", "lease_ms", b"lease_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_token", b"first_token", "handoff_id", b"handoff_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
