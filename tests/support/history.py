@@ -6,8 +6,9 @@ Pure: it is given lines and records, and gives back what is wrong with them, one
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, takewhile
 from typing import Any
@@ -70,7 +71,7 @@ def check(events: Sequence[Event], answers: Sequence[Answer], faults: Sequence[F
         faults: everything that was done.
         bound: seconds in which whatever a fault has hit must be decided.
     """
-    dead = {fault.pid for fault in faults if fault.pid}
+    dead = deaths(faults).keys()
     wrong = [f"{event['count']} events were dropped" for event in events if event["event"] == "dropped"]
     requests = by_request(events)
     for key, history in requests.items():
@@ -184,26 +185,37 @@ def _fallbacks(history: Sequence[Event]) -> Iterable[str]:
         yield f"ended with fallback {end['fallback']}, and the last one was {last}"
 
 
-def _decided(history: Sequence[Event], faults: Sequence[Fault], bound: float) -> Iterable[str]:
-    """Each choice that ran when something failed has moved on, or ended with the request, within the bound.
+def reactions(history: Sequence[Event], fault: Fault) -> Iterator[tuple[int, float]]:
+    """Each choice that ran when something failed, and the seconds until it moved on, or ended with the request; infinite: it never has.
 
     What waits for a place has been decided already: it was placed nowhere yet, or is to be placed again.
     """
     end = history[-1]
+    before = [event for event in history if event["time"] <= fault.time]
+    names = [event["fallback"] if event["event"] == "fallback" else event["event"] for event in before]
+    state = next((name for name in reversed(names) if name in {"placed", "replaced", "ended"}), None)
+    if state != "placed" or fault.pid == history[0]["pid"]:
+        return
+    for choice in sorted({event["choice"] for event in before if event["event"] == "started"}):
+        told = [event["first"] + event["tokens"] for event in before if event["event"] == "told" and event["choice"] == choice]
+        if end["event"] == "ended" and told[-1:] == end["told"][choice : choice + 1]:
+            continue  # it was complete, and others were not
+        mine = (event["time"] for event in history if event["time"] > fault.time and event.get("choice", choice) == choice)
+        yield choice, next(mine, math.inf) - fault.time
+
+
+def deaths(faults: Sequence[Fault]) -> dict[int, float]:
+    """When processes died of faults."""
+    return {fault.pid: fault.time for fault in faults if fault.pid}
+
+
+def _decided(history: Sequence[Event], faults: Sequence[Fault], bound: float) -> Iterable[str]:
+    """Each choice that a fault has hit was decided within the bound, unless its gateway died first."""
+    died = deaths(faults).get(history[0]["pid"], math.inf)
     for fault in faults:
-        before = [event for event in history if event["time"] <= fault.time]
-        names = [event["fallback"] if event["event"] == "fallback" else event["event"] for event in before]
-        state = next((name for name in reversed(names) if name in {"placed", "replaced", "ended"}), None)
-        if state != "placed" or fault.pid == history[0]["pid"]:
-            continue
-        for choice in sorted({event["choice"] for event in before if event["event"] == "started"}):
-            told = [event["first"] + event["tokens"] for event in before if event["event"] == "told" and event["choice"] == choice]
-            if end["event"] == "ended" and told[-1:] == end["told"][choice : choice + 1]:
-                continue  # it was complete, and others were not
-            mine = (event["time"] for event in history if event["time"] > fault.time and event.get("choice", choice) == choice)
-            after = next(mine, None)
-            if after is None or after > fault.time + bound:
-                late = "never" if after is None else f"after {after - fault.time:.2f} s"
+        for choice, seconds in reactions(history, fault):
+            if seconds > bound and died > fault.time + bound:
+                late = "never" if seconds == math.inf else f"after {seconds:.2f} s"
                 yield f"choice {choice} moved on {late} when this happened: {fault.what}"
 
 
@@ -218,19 +230,20 @@ def _answered(answer: Answer, histories: Sequence[Sequence[Event]], faults: Sequ
     if list(answer.ids) != list(answer.expected_ids[: len(answer.ids)]):
         at = next(i for i, (got, due) in enumerate(zip([*answer.ids, None], answer.expected_ids, strict=False)) if got != due)
         yield f"its tokens differ from the undisturbed run's from {at} on"
-    if answer.ids and not any(drawn(history)[: len(answer.ids)] == list(answer.ids) for history in histories):
+    died = any(history[0]["pid"] in deaths(faults) for history in histories)  # and has not written all of its log
+    if not died and answer.ids and not any(drawn(history)[: len(answer.ids)] == list(answer.ids) for history in histories):
         yield "no request of the log drew these tokens"
-    yield from _served(answer, histories) if answer.error is None else _failed(answer, histories, faults, bound)
+    yield from _served(answer, histories, died=died) if answer.error is None else _failed(answer, histories, faults, bound)
 
 
-def _served(answer: Answer, histories: Sequence[Sequence[Event]]) -> Iterable[str]:
+def _served(answer: Answer, histories: Sequence[Sequence[Event]], *, died: bool) -> Iterable[str]:
     if answer.text != answer.expected_text or len(answer.ids) != len(answer.expected_ids):
         yield f"its text differs from the undisturbed run's, or ends after {len(answer.ids)} of {len(answer.expected_ids)} tokens"
     if answer.finish != answer.expected_finish:
         yield f"it finished with {answer.finish} where {answer.expected_finish} was due"
     if len(histories) != 1:
         yield f"answered, and accepted {len(histories)} times"
-    elif histories[0][-1].get("outcome") != "answered":
+    elif not died and histories[0][-1].get("outcome") != "answered":
         yield f"answered, and the log says {histories[0][-1].get('outcome')}"
 
 

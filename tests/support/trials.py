@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 
 from history import check
 from pools import BOUND, Clients, Fails, Pools
+from prometheus_client.parser import text_string_to_metric_families
 from suite import wait_for
 
 
@@ -49,6 +51,7 @@ class Trial:
         assert wait_for(lambda: settled(pools)), "the event log is not written"
         wrong = check(pools.events()[since:], answers, [fault for fault in fired if fault], BOUND)
         assert wrong == [], "\n".join([*wrong, *pools.log[-40:]])
+        assert counted(pools) == logged(pools)
 
 
 def settled(pools: Pools) -> bool:
@@ -56,6 +59,25 @@ def settled(pools: Pools) -> bool:
     living = {process.pid for process in pools.services("gateway")}
     names: Sequence[str] = [event["event"] for event in pools.events() if event["pid"] in living]
     return names.count("accepted") == names.count("ended")
+
+
+def counted(pools: Pools) -> Counter[str]:
+    """Tokens that were told and fallbacks by reason, since the living gateway's start: by its metrics."""
+    with urllib.request.urlopen(f"http://{pools.http}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    found = Counter({f"fallback {s.labels['reason']}": int(s.value) for s in samples if s.name == "penstock_fallbacks_total"})
+    found["tokens"] = sum(int(s.value) for s in samples if s.name == "penstock_gateway_generation_tokens_total")
+    return found
+
+
+def logged(pools: Pools) -> Counter[str]:
+    """The same by its log."""
+    living = {process.pid for process in pools.services("gateway")}
+    events = [event for event in pools.events() if event["pid"] in living]
+    found = Counter(f"fallback {event['reason']}" for event in events if event["event"] == "fallback")
+    found["tokens"] = sum(event["tokens"] for event in events if event["event"] == "told")
+    return found
 
 
 def _tally(pools: Pools, since: int) -> dict[str, int]:

@@ -224,6 +224,20 @@ def test_a_killed_gateway_leaves_its_requests_open_and_its_clients_hear_of_it_in
     assert check(play.events, [late], [died], BOUND) != []
 
 
+def test_a_gateway_that_dies_within_the_bound_decides_no_more():
+    play = Play(pid=7)
+    play.request([])
+    del play.events[-4:]
+    hit = Fault(play.events[-1]["time"], "lose a message")
+    died = Fault(hit.time + BOUND / 2, "kill the gateway", pid=7)
+    assert check(play.events, [], [hit, died], BOUND) == []
+    late = replace(died, time=hit.time + BOUND + 1)
+    assert check(play.events, [], [hit, late], BOUND) != []
+    seen = replace(play.answers[0], ids=play.ids[:7], text="", error="Unavailable", ended=died.time + 1)
+    assert check(play.events[:-4], [seen], [hit, died], BOUND) == [], "the last of its log was not written"
+    assert check(play.events[:-4], play.answers, [hit, died], BOUND) == [], "nor that it had answered"
+
+
 def test_half_a_line_is_what_a_killed_process_leaves():
     assert read(['{"event": "opened", "pid": 1}', '{"event": "tok']) == [{"event": "opened", "pid": 1}]
 
