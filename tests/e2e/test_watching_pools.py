@@ -83,6 +83,19 @@ def test_metrics_agree_with_what_the_responses_prove(suite):
         assert grown("penstock_time_to_first_token_part_seconds_count", part=part) == len(results)
 
 
+def test_kv_that_came_for_one_tenant_is_found_by_no_other(suite):
+    prompt = " ".join(str(n) for n in range(150))
+    options = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    with suite.client() as client:
+        first = client.generate(prompt, cache_salt="one", **options).result()
+        again = client.generate(prompt, cache_salt="one", **options).result()
+        other = client.generate(prompt, cache_salt="another", **options).result()
+    assert first.usage.cached_tokens == other.usage.cached_tokens == 0
+    assert again.usage.cached_tokens > 100
+    assert other.closing.handoff.kv_bytes == first.closing.handoff.kv_bytes
+    assert first.choices[0].text == other.choices[0].text == again.choices[0].text
+
+
 def test_one_trace_leads_from_the_door_through_both_executors(suite, collector):
     trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 8, "ignore_eos": True}).encode()
