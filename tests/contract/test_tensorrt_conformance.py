@@ -12,7 +12,8 @@ from penstock.backends.conformance.checkpoints import CONFIGS
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import Available, DeviceConfig, DType, Registration
 from penstock.backends.registry import backends
-from penstock.backends.tensorrt import REGISTRATION
+from penstock.backends.tensorrt import REGISTRATION, model
+from penstock.backends.tensorrt.memory import kv_rows
 from penstock.backends.tensorrt.model import TensorRtModel
 
 VARIANTS = ("llama-tied", "llama-3-rope", "llama-linear-rope", "mistral-window", "qwen2", "qwen3")
@@ -66,6 +67,12 @@ def test_torch_takes_its_blocks_as_they_lie(dtype, subject_of, tmp_path):
     (torchs,) = subjects(backends()["torch"], tmp_path, families=("qwen3",), dtype=dtype)
     PAIR_CHECKS["blocks_serve_the_other"](Pair(subject_of("qwen3", dtype), torchs))
     PAIR_CHECKS["blocks_serve_the_other"](Pair(torchs, subject_of("qwen3", dtype)))
+
+
+def test_no_slot_that_was_never_written_holds_a_nan(subject_of, monkeypatch):
+    monkeypatch.setattr(model, "kv_rows", lambda *sizes: kv_rows(*sizes).fill_(float("nan")))
+    with subject_of("qwen3", DType.F32).model() as made:
+        assert not made.export_blocks(range(made.kv.blocks)).any()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -156,8 +156,8 @@ class TensorRtModel:
         bytes_per_block = decoder.layers * 2 * BLOCK_SIZE * decoder.kv_heads * decoder.head_dim * dtype.itemsize
         blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block, self._device.free_memory())
         cache = kv_rows(decoder, blocks * BLOCK_SIZE, dtype, self._device.torch)
-        # Rows are written before they are read, but for this one: padding reads it, unseen, and no NaN may stand there.
-        cache[:, :, 0] = 0
+        # Padding reads the first row, unseen, and who takes a block as it lies reads it all, under a mask: no NaN may stand there.
+        cache.zero_()
         token_shape = (decoder.layers, decoder.kv_heads, decoder.head_dim)
         kv = KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value, token_shape)
         return described(kv, dtype), cache
