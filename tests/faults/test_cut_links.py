@@ -35,10 +35,16 @@ def clients(hosts):
     return Clients(hosts.grpc, PROMPTS, 24)
 
 
+def runs_apart(hosts, clients):
+    clients.ask(0)
+    placed = [event for event in hosts.events() if event["event"] == "placed"]
+    return placed[-1]["prefill_executor_id"]
+
+
 @pytest.mark.parametrize(("one", "other"), LINKS)
 def test_a_link_is_cut_amid_a_handoff(hosts, clients, one, other):
     assert wait_for(lambda: hosts.whole(1, 1), 60), hosts.log[-20:]
-    clients.ask(0)
+    assert wait_for(lambda: runs_apart(hosts, clients), 60)  # a pair that has just failed is left alone for a while
     hosts.assert_idle()
     assert wait_for(lambda: settled(hosts))
     before, since = hosts.held(), len(hosts.events())
