@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from structlog.testing import capture_logs
 
 from penstock.common.events import EventLog
 from penstock.common.service import StartError
@@ -61,9 +62,10 @@ def test_a_file_that_can_not_be_written_is_told_at_the_start(tmp_path):
         EventLog(tmp_path / "nowhere" / "events", "gateway")
 
 
-def test_a_disk_that_fills_up_stops_the_log_and_nothing_else(capsys):
-    log = EventLog("/dev/full", "gateway")
-    log._thread.join()
-    log.tell("token", {"request": 1})
-    log.close()
-    assert "the event log can not be written" in capsys.readouterr().err
+def test_a_disk_that_fills_up_stops_the_log_and_nothing_else():
+    with capture_logs() as logs:
+        log = EventLog("/dev/full", "gateway")
+        log._thread.join()
+        log.tell("token", {"request": 1})
+        log.close()
+    assert [line["event"] for line in logs] == ["the event log can not be written"]

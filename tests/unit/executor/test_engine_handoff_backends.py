@@ -113,9 +113,9 @@ def test_choices_share_a_prefix_that_came_from_elsewhere(benches):
     for i in range(4):
         whole.submit(i, prompt, 10, sampling=replace(sampling, seed=i))
     told = whole.run()
-    joined.submit(0, prompt, 10, sampling=replace(sampling, seed=0))
+    joined.submit(0, prompt, 10, sampling=replace(sampling, seed=0), request_id="r")
     for i in range(1, 4):
-        joined.decode.submit(i, prompt, 10, sampling=replace(sampling, seed=i))
+        joined.submit_together(i, prompt, 10, sampling=replace(sampling, seed=i), request_id="r")
     assert joined.run() == told
     assert [joined.decode.started[i].cached_tokens for i in (1, 2, 3)] == [128] * 3
 
