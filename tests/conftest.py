@@ -1,5 +1,10 @@
 import pytest
 
+from penstock.common.logs import logger
+
+# Before the first test that captures what is logged: what that restores is otherwise structlog's own default, which is stdout.
+logger()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
