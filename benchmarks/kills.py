@@ -18,41 +18,27 @@ from collections import Counter
 
 import psutil
 
+from asking import Asking
 from measuring import report, suite
-from penstock.client import Client, PenstockError
+from penstock.client import Client
 
 VICTIMS = ("executor", "executor", "executor", "tokenizer", "scheduler")
 
 
-class Stream(threading.Thread):
-    """One client that asks the same thing again and again."""
+class Stream(Asking):
+    """Knows the longest time that it has waited for a text."""
 
-    def __init__(self, client: Client, prompt: str, tokens: int, stop: threading.Event) -> None:
-        super().__init__()
-        self._client, self._prompt, self._tokens, self._end = client, prompt, tokens, stop
-        self.right, self.wrong, self.replacements, self.longest_pause = 0, 0, 0, 0.0
-        self.errors: list[str] = []
-        self.expected = self.ask()
+    longest_pause = 0.0
 
     def ask(self) -> str:
         text, last = "", time.perf_counter()
-        with self._client.generate(self._prompt, max_tokens=self._tokens, temperature=0.0, ignore_eos=True) as stream:
+        with self.client.generate(self.prompt, max_tokens=self.tokens, temperature=0.0, ignore_eos=True) as stream:
             for event in stream:
                 text += event.text
                 now = time.perf_counter()
                 self.longest_pause, last = max(self.longest_pause, now - last), now
-        self.replacements += stream.closing.replacements if stream.closing else 0
+        self.outcomes["replacements"] += stream.closing.replacements if stream.closing else 0
         return text
-
-    def run(self) -> None:
-        while not self._end.is_set():
-            try:
-                text = self.ask()
-            except PenstockError as error:
-                self.errors.append(repr(error))
-                continue
-            self.right += text == self.expected
-            self.wrong += text != self.expected
 
 
 def living_processes(service: str) -> list[psutil.Process]:
@@ -99,20 +85,21 @@ def main() -> None:
         stop.set()
         for stream in streams:
             stream.join()
-    wrong, errors = sum(s.wrong for s in streams), [e for s in streams for e in s.errors]
+    outcomes = sum((stream.outcomes for stream in streams), Counter())
+    errors = [error for stream in streams for error in stream.errors]
     report(
         "kills",
         {
             "kills": dict(killed),
-            "answers": sum(s.right for s in streams) + wrong + len(errors),
-            "equal_to_undisturbed": sum(s.right for s in streams),
-            "different": wrong,
+            "answers": outcomes["right"] + outcomes["wrong"] + len(errors),
+            "equal_to_undisturbed": outcomes["right"],
+            "different": outcomes["wrong"],
             "failed": len(errors),
-            "replacements": sum(s.replacements for s in streams),
+            "replacements": outcomes["replacements"],
             "longest_pause_s": round(max(s.longest_pause for s in streams), 2),
         },
     )
-    if wrong or errors:
+    if outcomes["wrong"] or errors:
         raise SystemExit("\n".join(["answers differ or failed", *errors[:5]]))
 
 

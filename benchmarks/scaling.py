@@ -9,7 +9,6 @@ KV over for each. Exits with 1 if an answer failed or differs from an undisturbe
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -18,41 +17,26 @@ import time
 import urllib.request
 from collections import Counter
 
+from asking import Asking
 from measuring import report, suite
-from penstock.client import Client, PenstockError
+from penstock.client import Client
 
 GAUGES = ("calls", "placings", "sequences", "decodings")
 
 
-class Stream(threading.Thread):
-    """One client that asks the same thing again and again."""
-
-    def __init__(self, client: Client, prompt: str, tokens: int, stop: threading.Event) -> None:
-        super().__init__()
-        self._client, self._prompt, self._tokens, self._end = client, prompt, tokens, stop
-        self._asked = itertools.count()
-        self.outcomes: Counter[str] = Counter()
-        self.errors: list[str] = []
-        self.expected = self.ask()
+class Stream(Asking):
+    """Asks for what nobody has cached."""
 
     def ask(self) -> str:
-        salt = f"{self._prompt} {next(self._asked)}"
-        options = {"max_tokens": self._tokens, "temperature": 0.0, "ignore_eos": True, "cache_salt": salt}
-        result = self._client.generate(self._prompt, **options).result()
+        salt = f"{self.prompt} {self.outcomes['asked']}"
+        self.outcomes["asked"] += 1
+        options = {"max_tokens": self.tokens, "temperature": 0.0, "ignore_eos": True, "cache_salt": salt}
+        result = self.client.generate(self.prompt, **options).result()
         closing = result.closing
         self.outcomes["handed over"] += closing.handoff is not None
         self.outcomes[f"fallback {closing.fallback}"] += 1
         self.outcomes["replacements"] += closing.replacements
         return result.text
-
-    def run(self) -> None:
-        while not self._end.is_set():
-            try:
-                text = self.ask()
-            except PenstockError as error:
-                self.errors.append(repr(error))
-                continue
-            self.outcomes["right" if text == self.expected else "wrong"] += 1
 
 
 def penstock(*arguments: str) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from collector import Collector
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,13 +24,6 @@ SERVED = {
     "executor": "penstock.internal.v1.ExecutorService",
 }
 PROMPT = "Count from 7: 7 8 9"
-
-
-@pytest.fixture(scope="module")
-def collector():
-    running = Collector()
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from collector import Collector
 from prometheus_client.parser import text_string_to_metric_families
 from suite import Suite, wait_for
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 88, 300)]
-
-
-@pytest.fixture(scope="module")
-def collector():
-    running = Collector()
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ class Trial:
         pools.disarm()
         pools.let_go_on()
         assert all(fired), (
-            f"did not take place: {[str(f) for f, done in zip(faults, fired, strict=True) if not done]}; {_tally(pools, since)}"
+            f"did not take place: {[str(f) for f, done in zip(faults, fired, strict=True) if not done]}; {tally(pools, since)}"
         )
         self.whole()
         pools.assert_back_to(before)
@@ -80,6 +80,6 @@ def logged(pools: Pools) -> Counter[str]:
     return found
 
 
-def _tally(pools: Pools, since: int) -> dict[str, int]:
+def tally(pools: Pools, since: int) -> dict[str, int]:
     """What happened instead, for whoever reads of a failure."""
     return dict(Counter(f"{e['event']} {e.get('reason', '')}" for e in pools.events()[since:]))

@@ -100,9 +100,15 @@ class FallbackReason(enum.Enum):
     DECODE_FAILED = "decode_failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Handoff:
-    """KV that went from the executor that prefilled to the one that decoded; all of it, where a request was handed over again."""
+    """KV that went from the executor that prefilled to the one that decodes.
+
+    Attributes:
+        transfer_seconds: from the first push to the last import.
+        exposed_seconds: the part of it behind the end of prefill.
+        native: whether it went as the cache holds it.
+    """
 
     kv_bytes: int
     transfer_seconds: float

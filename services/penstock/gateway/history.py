@@ -7,10 +7,10 @@ from typing import Any
 
 from penstock.common.errors import PenstockError
 from penstock.common.events import EventLog
-from penstock.gateway.answer import Closing, Finish, Logprob
+from penstock.gateway.answer import Closing, Finish, Handoff, Logprob
 from penstock.gateway.choice import Choice
 from penstock.gateway.machine import Request
-from penstock.gateway.ports import Arrival, Execution, HandoffFailure, Lease, Loss, Output, PrefillLease, Refusal
+from penstock.gateway.ports import Execution, HandoffFailure, Lease, Loss, Output, PrefillLease, Refusal
 from penstock.gateway.states import Event, State
 
 __all__ = ["History"]
@@ -65,7 +65,7 @@ class _Watched(Request):
             self.tell("reserved", choice=choice.index, executor_id=self.record.decode_executor_id)
         super().reserved_blocks(choice, sequence_id, ticket)
 
-    def kv_arrived(self, choice: Choice, sequence_id: int, arrival: Arrival) -> None:
+    def kv_arrived(self, choice: Choice, sequence_id: int, arrival: Handoff) -> None:
         if choice.runs(sequence_id):
             facts = {"kv_bytes": arrival.kv_bytes, "transport": arrival.transport, "native": arrival.native}
             self.tell("arrived", choice=choice.index, executor_id=self.record.decode_executor_id, **facts)

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from penstock.common.errors import PenstockError
-from penstock.gateway.answer import FallbackReason
+from penstock.gateway.answer import FallbackReason, Handoff
 from penstock.gateway.choice import Choice
 from penstock.gateway.ports import (
-    Arrival,
     Decoding,
     Execution,
     HandoffFailure,
@@ -144,7 +143,7 @@ class Request:
         if choice.runs(sequence_id):
             self.apply(Event.RESERVED, choice, ticket)
 
-    def kv_arrived(self, choice: Choice, sequence_id: int, arrival: Arrival) -> None:
+    def kv_arrived(self, choice: Choice, sequence_id: int, arrival: Handoff) -> None:
         if choice.runs(sequence_id):
             self.apply(Event.ARRIVED, choice, arrival)
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from penstock.gateway.machine import Request
 
 __all__ = [
-    "Arrival",
     "Decoding",
     "Execution",
     "HandoffFailure",
@@ -116,17 +115,6 @@ class HandoffFailure(enum.Enum):
     UNKNOWN_PEER = "unknown_peer"
     BACKEND = "backend"
     INCOMPATIBLE = "incompatible"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """How KV came to the executor that decodes; `exposed_seconds` is the part of the transfer behind the end of prefill."""
-
-    kv_bytes: int
-    transfer_seconds: float
-    exposed_seconds: float
-    transport: str
-    native: bool
 
 
 @dataclass(slots=True)

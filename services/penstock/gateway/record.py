@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from penstock.gateway.answer import Fallback, FallbackReason, PlacementReason
+from penstock.gateway.answer import Fallback, FallbackReason, Handoff, PlacementReason
 
 if TYPE_CHECKING:
     from penstock.gateway.choice import Choice
-    from penstock.gateway.ports import Arrival
 
 __all__ = ["Record"]
 
@@ -45,7 +44,7 @@ class Record:
         self.fallbacks: list[tuple[Fallback, FallbackReason, float]] = []
         self.scheduler_seconds = 0.0
         self.reserved: list[tuple[float, float]] = []
-        self.arrivals: list[tuple[float, Arrival]] = []
+        self.arrivals: list[tuple[float, Handoff]] = []
         self._choices = choices
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from penstock.common.tables import by_state
 from penstock.gateway.states import Event, Stage, State
 from penstock.gateway.transitions.ending import break_off, expire, fail
 from penstock.gateway.transitions.handoff import (
@@ -78,9 +79,5 @@ _STAGE_ROWS: Final[Mapping[Event, tuple[_Transition, ...]]] = {
     Event.PREFILL_LOST: (_ignore, _ignore, recompute, drop_prefill, recompute),
 }
 
-TABLE: Final[Mapping[tuple[State, Event], _Transition]] = {
-    (state, event): row[column] for event, row in _ROWS.items() for column, state in enumerate(State)
-}
-STAGES: Final[Mapping[tuple[Stage, Event], _Transition]] = {
-    (stage, event): row[column] for event, row in _STAGE_ROWS.items() for column, stage in enumerate(Stage)
-}
+TABLE: Final[Mapping[tuple[State, Event], _Transition]] = by_state(State, _ROWS)
+STAGES: Final[Mapping[tuple[Stage, Event], _Transition]] = by_state(Stage, _STAGE_ROWS)

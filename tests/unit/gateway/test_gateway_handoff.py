@@ -4,14 +4,14 @@ import pytest
 from scripted_ports import build
 
 from penstock.common.errors import Cancelled, Unavailable
-from penstock.gateway.answer import Fallback, FallbackReason, FinishReason, PlacementReason
-from penstock.gateway.ports import Arrival, HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, SequenceStart, Text, TokenReport
+from penstock.gateway.answer import Fallback, FallbackReason, FinishReason, Handoff, PlacementReason
+from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, SequenceStart, Text, TokenReport
 from penstock.gateway.states import Event, Stage, State
 from penstock.gateway.table import STAGES
 
 APART = Lease("d0", "host:1", 9, 0.5, PrefillLease("p0", "host:2", 7), PlacementReason.COST)
 TOGETHER = Lease("d1", "host:3", reason=PlacementReason.REPLACED)
-ARRIVAL = Arrival(1 << 20, 0.25, 0.125, "shared_memory", native=True)
+ARRIVAL = Handoff(1 << 20, 0.25, 0.125, "shared_memory", native=True)
 
 
 def bring(case, stage):

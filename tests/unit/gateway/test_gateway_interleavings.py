@@ -12,12 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scripted_ports import build
 
 from penstock.common.errors import Unavailable
-from penstock.gateway.answer import FinishReason
-from penstock.gateway.ports import Arrival, HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, Text
+from penstock.gateway.answer import FinishReason, Handoff
+from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, Text
 from penstock.gateway.states import State
 
 LETTERS = "aé한😀"
-ARRIVAL = Arrival(64, 0.1, 0.1, "grpc", native=False)
+ARRIVAL = Handoff(64, 0.1, 0.1, "grpc", native=False)
 MOST = 9
 
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from scripted_ports import build
 
 from penstock.common.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
-from penstock.gateway.answer import FallbackReason, FinishReason
-from penstock.gateway.ports import Arrival, HandoffFailure, Lease, Loss, Refusal, SequenceEnd, SequenceStart, Text
+from penstock.gateway.answer import FallbackReason, FinishReason, Handoff
+from penstock.gateway.ports import HandoffFailure, Lease, Loss, Refusal, SequenceEnd, SequenceStart, Text
 from penstock.gateway.states import Event, State
 from penstock.gateway.table import TABLE
 
@@ -48,7 +48,7 @@ def send(request, choice, event):
         Event.SEQUENCE_ENDED: lambda: request.sequence_ended(choice, choice.sequence_id, SequenceEnd.LENGTH, 0),
         Event.SEQUENCE_LOST: lambda: lose(request),
         Event.RESERVED: lambda: request.apply(Event.RESERVED, choice, b"ticket"),
-        Event.ARRIVED: lambda: request.apply(Event.ARRIVED, choice, Arrival(1, 0.0, 0.0, "grpc", native=True)),
+        Event.ARRIVED: lambda: request.apply(Event.ARRIVED, choice, Handoff(1, 0.0, 0.0, "grpc", native=True)),
         Event.HANDED_OFF: lambda: request.apply(Event.HANDED_OFF, choice, 0),
         Event.HANDOFF_FAILED: lambda: request.handoff_failed(choice, choice.sequence_id, HandoffFailure.BACKEND, "no"),
         Event.PREFILL_ENDED: lambda: request.apply(Event.PREFILL_ENDED, choice, SequenceEnd.STOP, 0),

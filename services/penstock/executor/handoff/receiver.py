@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from penstock.common.tables import by_state
 from penstock.executor.handoff.geometry import Fault, Geometry
 from penstock.executor.handoff.progress import ArrivalClock
 from penstock.executor.handoff.receiver_states import Chunk, Event, ReceiverPorts, State, Taken
@@ -326,6 +327,4 @@ class Receiver:
     }
 
 
-TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = {
-    (state, event): row[column] for event, row in Receiver.ROWS.items() for column, state in enumerate(State)
-}
+TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = by_state(State, Receiver.ROWS)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from penstock.common.tables import by_state
 from penstock.executor.handoff.headway import Headway
 from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut, Event, SenderPorts, State
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket
@@ -355,6 +356,4 @@ class Sender:
     }
 
 
-TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = {
-    (state, event): row[column] for event, row in Sender.ROWS.items() for column, state in enumerate(State)
-}
+TABLE: Final[Mapping[tuple[State, Event], Callable[..., None]]] = by_state(State, Sender.ROWS)

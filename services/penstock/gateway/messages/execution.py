@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.gateway.answer import Handoff
 from penstock.gateway.choice import Choice
-from penstock.gateway.ports import Arrival, HandoffFailure, SequenceEnd, SequenceStart, TokenReport
+from penstock.gateway.ports import HandoffFailure, SequenceEnd, SequenceStart, TokenReport
 from penstock.internal.v1 import executor_pb2, handoff_pb2
 
 __all__ = [
@@ -94,10 +95,10 @@ def prompt_reports(told: executor_pb2.PromptLogprobs, prompt_ids: Sequence[int])
     return [token_report(prompt_ids[place.position], place) for place in told.tokens]
 
 
-def arrival(told: executor_pb2.KvArrival) -> Arrival:
+def arrival(told: executor_pb2.KvArrival) -> Handoff:
     """How KV came over."""
     transport = handoff_pb2.HandoffTransport.Name(told.transport)[_TRANSPORT:].lower()
-    return Arrival(told.kv_bytes, told.transfer_us / 1e6, told.exposed_us / 1e6, transport, told.native)
+    return Handoff(told.kv_bytes, told.transfer_us / 1e6, told.exposed_us / 1e6, transport, told.native)
 
 
 def handoff_failure(told: executor_pb2.FinishedSequence) -> HandoffFailure | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.gateway.answer import Fallback, FallbackReason
-from penstock.gateway.ports import Arrival, SequenceEnd
+from penstock.gateway.answer import Fallback, FallbackReason, Handoff
+from penstock.gateway.ports import SequenceEnd
 from penstock.gateway.states import Stage
 from penstock.gateway.transitions.ending import end_choice, expire, rest, stop, stop_prefill
 from penstock.gateway.transitions.placing import replace, start_together
@@ -36,7 +36,7 @@ def send(request: Request, choice: Choice, ticket: bytes) -> None:
     apart.sequence_id = request.execution.send(apart.prefill, ticket, choice)
 
 
-def arrive(request: Request, choice: Choice, arrival: Arrival) -> None:
+def arrive(request: Request, choice: Choice, arrival: Handoff) -> None:
     """The half that decodes has its KV."""
     if choice.apart is not None and not choice.apart.arrived:
         choice.apart.arrived = True
