@@ -100,8 +100,8 @@ def told(reports):
     return {report.check: report for report in reports}
 
 
-def reports(together, apart, tolerance=0.0, checks=()):
-    return told(run(together, apart, model=None, tolerance=tolerance, checks=checks))
+def reports(together, apart, tolerance=0.0, checks=(), *, rounded=False):
+    return told(run(together, apart, model=None, tolerance=tolerance, rounded=rounded, checks=checks))
 
 
 def test_clusters_that_answer_alike_pass_every_check():
@@ -110,6 +110,8 @@ def test_clusters_that_answer_alike_pass_every_check():
     assert {report.outcome for report in found.values()} == {Outcome.PASSED}, found
     assert all(report.requests and report.tokens and report.apart for name, report in found.items() if name != "model")
     assert found["greedy"].kv_bytes == {"grpc": 4 * 4096}
+    assert found["greedy"].native == 4
+    assert all(report.alike == report.tokens for report in found.values())
 
 
 def of_choices(change):
@@ -189,6 +191,77 @@ def test_a_tolerance_takes_what_lies_within_it_and_tells_how_far_it_was():
     assert found.outcome is Outcome.PASSED
     assert found.logprob_difference == pytest.approx(1e-6)
     assert reports(Cluster(apart=False), apart, tolerance=1e-7, checks=["logprobs"])["logprobs"].outcome is Outcome.FAILED
+
+
+def of_last(change):
+    """Every answer with its last token changed, and all that stands with it as it was."""
+    return of_choices(lambda c: replace(c, token_ids=(*c.token_ids[:-1], change), text=""))
+
+
+def test_where_rounding_is_let_pass_tokens_may_differ_and_are_counted():
+    apart = Cluster(apart=True, mutate=of_last(7))
+    strict = reports(Cluster(apart=False), apart, checks=["prompt_lengths"])["prompt_lengths"]
+    found = reports(Cluster(apart=False), apart, checks=["prompt_lengths"], rounded=True)["prompt_lengths"]
+    assert (strict.outcome, found.outcome) == (Outcome.FAILED, Outcome.PASSED)
+    assert found.alike == found.tokens - found.requests
+
+
+@pytest.mark.parametrize("name", ["no handoff", "a fallback", "other cached tokens", "forgets a choice", "no log-probabilities"])
+def test_what_rounding_does_not_excuse_fails_all_the_same(name):
+    mutate, checks = MUTANTS[name]
+    found = reports(Cluster(apart=False), Cluster(apart=True, mutate=mutate), rounded=True)
+    assert {check for check, report in found.items() if report.outcome is Outcome.FAILED} == checks
+
+
+def diverging(shift):
+    """The second place tells of another token, and from there on nothing is comparable; `shift` is by how much the first two are off."""
+
+    def change(choice):
+        if len(choice.logprobs) < 2:
+            return choice
+        first, second = (place(one.token_id, shift) for one in choice.logprobs[:2])
+        behind = tuple(place(one.token_id + 1, 3.0) for one in choice.logprobs[2:])
+        other = replace(second, token_id=second.token_id + 1)
+        ids = (choice.token_ids[0], other.token_id, *(one.token_id for one in behind))
+        return replace(choice, token_ids=ids, logprobs=(first, other, *behind))
+
+    return of_choices(change)
+
+
+def test_where_rounding_is_let_pass_log_probabilities_are_bounded_up_to_the_first_other_token():
+    near = reports(Cluster(apart=False), Cluster(apart=True, mutate=diverging(0.01)), 0.02, ["logprobs"], rounded=True)["logprobs"]
+    assert near.outcome is Outcome.PASSED
+    assert near.logprob_difference == pytest.approx(0.01)
+    assert near.logprob_difference_mean == pytest.approx(0.01)
+    far = reports(Cluster(apart=False), Cluster(apart=True, mutate=diverging(0.03)), 0.02, ["logprobs"], rounded=True)["logprobs"]
+    assert (far.outcome, far.logprob_difference) == (Outcome.FAILED, pytest.approx(0.03))
+
+
+def by_company(base):
+    """Choices behind the first are drawn by how many there are, as on a backend that computes other bits beside others."""
+
+    def mutate(result):
+        first, *others = result.choices
+        shifted = (replace(c, token_ids=tuple(t + base + len(result.choices) for t in c.token_ids)) for c in others)
+        return replace(result, choices=(first, *shifted))
+
+    return mutate
+
+
+def test_what_differs_beside_others_is_undecided_where_one_cluster_alone_is_not_alike_either():
+    moody = Cluster(apart=False, mutate=by_company(0))
+    found = reports(moody, Cluster(apart=True, mutate=by_company(1)), checks=["choices"])["choices"]
+    assert found.outcome is Outcome.SKIPPED
+    assert found.why.startswith("together answers otherwise too in other company; request 1: choice 1: tokens: ")
+    steady = reports(Cluster(apart=False), Cluster(apart=True, mutate=by_company(1)), checks=["choices"])["choices"]
+    assert steady.outcome is Outcome.FAILED
+
+
+def test_what_is_undecided_excuses_no_request_that_ran_where_it_should_not():
+    moody = Cluster(apart=False, mutate=by_company(0))
+    lost = of_closing(fallback=Fallback.RECOMPUTE_ON_DECODE, fallback_reason="lease")
+    both = Cluster(apart=True, mutate=lambda result: lost(by_company(1)(result)))
+    assert reports(moody, both, checks=["choices"])["choices"].outcome is Outcome.FAILED
 
 
 def test_not_a_number_is_within_no_tolerance():

@@ -27,6 +27,7 @@ def parity(
     apart: str,
     model: str | None = None,
     tolerance: float = 0.0,
+    rounded: Annotated[bool, Parameter(negative=())] = False,
     check: Annotated[list[str] | None, Parameter(negative=())] = None,
     api_key: str | None = None,
     timeout: float = 120.0,
@@ -36,13 +37,16 @@ def parity(
 
     Tokens, texts, finish reasons and usage have to be the same, log-probabilities within the tolerance, and the closings have to
     prove where each request ran. Cached tokens are compared where all executors are of one backend and dtype. Have both clusters
-    idle: what else they do changes how steps are cut, and on most backends the last bits of logits with it.
+    idle: what else they do changes how steps are cut, and on most backends the last bits of logits with it. A check is skipped
+    where requests beside others differ, and the first cluster by itself answers them otherwise in other company.
 
     Args:
         together: HOST:PORT of the gRPC door of the cluster that runs them together.
         apart: HOST:PORT of the gRPC door of the other; it should run with --placement apart.
         model: Name of the model; the only one where absent.
         tolerance: By how much log-probabilities may differ. Executors of other backends, threads or chunks differ in the last bits.
+        rounded: Let tokens differ, as they may where one side rounds weights or KV otherwise: up to an answer's first other token
+            log-probabilities have to be within the tolerance, and what stands behind it is not compared.
         check: Name of a check to run, more than once for several; all where absent.
         api_key: Key that both clusters know the caller by, where they want one.
         timeout: Seconds that one request may take.
@@ -54,7 +58,7 @@ def parity(
         with connected(connection) as cluster:  # each by itself, so that the one that is away is the one that is named
             model_of(cluster, model)
     with connected(one) as ours, connected(other) as theirs:
-        reports = run(ours, theirs, model=model, tolerance=tolerance, checks=check or ())
+        reports = run(ours, theirs, model=model, tolerance=tolerance, rounded=rounded, checks=check or ())
         told = list(_with_progress(reports) if sys.stderr.isatty() else reports)
     if as_json:
         print(json.dumps([asdict(report) for report in told], indent=2))
@@ -104,4 +108,7 @@ def _print(reports: list[Report]) -> None:
     for report in reports:
         handed.update(report.kv_bytes or {})
     told = ", ".join(f"{size / 2**20:.2f} MiB by {transport}" for transport, size in handed.items()) or "none"
-    print(f"KV handed over: {told}; largest difference of log-probabilities: {max(r.logprob_difference for r in reports):.3g}")
+    print(f"KV handed over: {told}; without conversion: {sum(r.native for r in reports)} of {sum(r.apart for r in reports)} times")
+    alike = f"{sum(r.alike for r in reports)} of {sum(r.tokens for r in reports)}"
+    largest = max(r.logprob_difference for r in reports)
+    print(f"tokens alike, up to each answer's first other one: {alike}; largest difference of log-probabilities: {largest:.3g}")

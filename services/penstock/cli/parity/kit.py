@@ -48,7 +48,9 @@ class Kit:
         apart_count: those of them that ran apart.
         tokens: output tokens that were compared.
         kv_bytes: of KV that was handed over, by transport.
+        native_count: requests of which it went over as the cache holds it, without conversion.
         faults: what was different, or ran where it should not.
+        undecided: what was different where one cluster alone does not answer alike either.
     """
 
     together: Client
@@ -61,7 +63,9 @@ class Kit:
     apart_count: int = 0
     tokens: int = 0
     kv_bytes: dict[str, int] = field(default_factory=dict)
+    native_count: int = 0
     faults: list[str] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
 
     @property
     def chunk(self) -> int:
@@ -89,7 +93,30 @@ class Kit:
         with ThreadPoolExecutor(2 * _MOST_AT_ONCE) as pool:
             asked = [(q, pool.submit(self._ask, self.together, q), pool.submit(self._ask, self.apart, q)) for q in questions]
             answers = [(q, one.result(), other.result()) for q, one, other in asked]
-        return [self._judge(*answer) for answer in answers]
+        judged = [self._judge(*answer) for answer in answers]
+        different = [what for _, found in judged for what in found]
+        if different:
+            told = list(zip(questions, (one for one, _ in judged), strict=True))
+            (self.undecided if self._depends_on_company(told) else self.faults).extend(different)
+        return [one for one, _ in judged]
+
+    def _depends_on_company(self, told: Sequence[tuple[Question, Result]]) -> bool:
+        """Whether the cluster that runs together answers one of these otherwise in other company, with fewer or more choices.
+
+        Then no two runs beside others need be alike, on one cluster or on two.
+        """
+        if len(told) == 1 and (told[0][0].options.get("n") or 1) == 1:
+            return False
+        for question, result in told:
+            choices = question.options.get("n") or 1
+            for count in range(1, choices + 2):
+                options: Options = {**question.options, "n": count, "cache_salt": secrets.token_hex(8)}
+                again = self._ask(self.together, replace(question, options=options))
+                if isinstance(again, Result) and any(
+                    one.token_ids != other.token_ids for one, other in zip(again.choices, result.choices, strict=False)
+                ):
+                    return True
+        return False
 
     def _salted(self, number: int, question: Question) -> Question:
         options: Options = {"cache_salt": f"{number}", **question.options}
@@ -111,7 +138,8 @@ class Kit:
         ids = prompt if isinstance(prompt, str) else [one for one in prompt if isinstance(one, int)]
         return cluster.generate(ids, **options).result()
 
-    def _judge(self, question: Question, one: Result | PenstockError, other: Result | PenstockError) -> Result:
+    def _judge(self, question: Question, one: Result | PenstockError, other: Result | PenstockError) -> tuple[Result, list[str]]:
+        """What the cluster that runs together said, and what the other said otherwise. Where they ran is judged at once."""
         self.asked += 1
         if isinstance(one, InvalidRequest) and isinstance(other, InvalidRequest):
             raise one
@@ -120,12 +148,13 @@ class Kit:
                 raise Unanswered(f"request {self.asked}: {where}: {type(outcome).__name__}: {outcome}")
         return self._compare(question, cast("Result", one), cast("Result", other))
 
-    def _compare(self, question: Question, one: Result, other: Result) -> Result:
+    def _compare(self, question: Question, one: Result, other: Result) -> tuple[Result, list[str]]:
         self.tokens += one.usage.completion_tokens
         if (handoff := other.closing.handoff) is not None:
             self.apart_count += 1
             self.kv_bytes[handoff.transport] = self.kv_bytes.get(handoff.transport, 0) + handoff.kv_bytes
-        found = list(differences(one, other, self.measure))
+            self.native_count += handoff.native
+        found = []
         if why := fault_together(one.closing):
             found.append(f"together: {why}")
         # Prefill draws the first token: what ends with it has nothing to hand over.
@@ -133,4 +162,4 @@ class Kit:
         if why := fault_apart(other.closing, must=question.must and decodes):
             found.append(f"apart: {why}")
         self.faults += [f"request {self.asked}: {what}" for what in found]
-        return one
+        return one, [f"request {self.asked}: {what}" for what in differences(one, other, self.measure)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -30,9 +30,13 @@ class Report:
     Attributes:
         requests: that were asked of each of the two clusters.
         tokens: output tokens that were compared.
+        alike: those that are the same, in each answer up to its first other one.
         apart: requests of which KV was handed over.
+        native: those of them whose KV went over as the cache holds it, without conversion.
         kv_bytes: of that KV, by transport.
-        logprob_difference: the largest that was seen.
+        logprobs: pairs of log-probabilities that were compared.
+        logprob_difference: the largest between two of them.
+        logprob_difference_mean: between two of them.
         why: the first fault and how many there are, or why it was skipped.
     """
 
@@ -40,9 +44,13 @@ class Report:
     outcome: Outcome
     requests: int = 0
     tokens: int = 0
+    alike: int = 0
     apart: int = 0
+    native: int = 0
     kv_bytes: dict[str, int] | None = None
+    logprobs: int = 0
     logprob_difference: float = 0.0
+    logprob_difference_mean: float = 0.0
     seconds: float = 0.0
     why: str = ""
 
@@ -61,7 +69,9 @@ def model_of(client: Client, name: str | None) -> Model:
     return found[0]
 
 
-def run(together: Client, apart: Client, *, model: str | None, tolerance: float, checks: Collection[str]) -> Iterator[Report]:
+def run(
+    together: Client, apart: Client, *, model: str | None, tolerance: float, rounded: bool = False, checks: Collection[str]
+) -> Iterator[Report]:
     """The report of each check, as it ends: first of what both serve, then of those that are named, or of all.
 
     Raises:
@@ -74,7 +84,8 @@ def run(together: Client, apart: Client, *, model: str | None, tolerance: float,
     alike = len({(e.backend, e.dtype, e.kv_layout, "prefix_cache" in e.features) for e in executors}) == 1
     for name, check in CHECKS.items():
         if not checks or name in checks:
-            yield _checked(name, check, Kit(together, apart, ours, Measure(tolerance, cached_tokens=alike), seed=name))
+            measure = Measure(tolerance, cached_tokens=alike, rounded=rounded)
+            yield _checked(name, check, Kit(together, apart, ours, measure, seed=name))
 
 
 def _models(ours: Model, theirs: Model) -> Report:
@@ -93,8 +104,26 @@ def _checked(name: str, check: Callable[[Kit], None], kit: Kit) -> Report:
         outcome, why = Outcome.SKIPPED, str(error)
     except Unanswered as error:
         kit.faults.append(str(error))
+    if kit.undecided:
+        outcome, why = Outcome.SKIPPED, f"together answers otherwise too in other company; {_first(kit.undecided)}"
     if kit.faults:
-        more = f" (and {len(kit.faults) - 1} more)" if len(kit.faults) > 1 else ""
-        outcome, why = Outcome.FAILED, f"{kit.faults[0]}{more}"
-    seconds, largest = time.monotonic() - began, kit.measure.largest
-    return Report(name, outcome, kit.asked, kit.tokens, kit.apart_count, kit.kv_bytes, largest, seconds, why)
+        outcome, why = Outcome.FAILED, _first(kit.faults)
+    return Report(
+        name,
+        outcome,
+        requests=kit.asked,
+        tokens=kit.tokens,
+        alike=kit.measure.alike,
+        apart=kit.apart_count,
+        native=kit.native_count,
+        kv_bytes=kit.kv_bytes,
+        logprobs=kit.measure.logprobs,
+        logprob_difference=kit.measure.largest,
+        logprob_difference_mean=kit.measure.total / max(1, kit.measure.logprobs),
+        seconds=time.monotonic() - began,
+        why=why,
+    )
+
+
+def _first(found: Sequence[str]) -> str:
+    return f"{found[0]} (and {len(found) - 1} more)" if len(found) > 1 else found[0]
