@@ -3,21 +3,11 @@
 from itertools import permutations
 
 import pytest
+from conforming import CASES
 
 from penstock.backends.architectures.families import FAMILIES
 from penstock.backends.checkpoint import read_model
-from penstock.backends.conformance import (
-    CHECKS,
-    PAIR_CHECKS,
-    NotApplicable,
-    Pair,
-    concurrency,
-    leaks,
-    lifecycle,
-    limits,
-    native,
-    subjects,
-)
+from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS
 from penstock.backends.conformance.suite import make_subject
 from penstock.backends.contract import Available, Broken, DType, Unsupported
@@ -28,11 +18,6 @@ FOUND = [name for name, registration in backends().items() if isinstance(registr
 REAL = [name for name in FOUND if name != "fake"]  # the fake one's answers are no model's
 PAIRS = list(permutations(REAL, 2))
 REDUCED = [DType.BF16, DType.INT8, DType.INT4]
-# What these hold a backend to does not differ between families: they run with one.
-OF_ANY_FAMILY = {name for room in (concurrency, leaks, lifecycle, limits, native) for name in room.__all__} | {
-    "kv_travels_in_every_type"
-}
-CASES = [(family, check) for family in CONFIGS for check in CHECKS if family == "qwen3" or check not in OF_ANY_FAMILY]
 
 
 @pytest.fixture(scope="session")

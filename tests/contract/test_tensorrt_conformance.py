@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tensorrt_stand_in
 import torch
+from conforming import CASES
 from tensorrt_stand_in import HostDevice
 
 from penstock.backends.checkpoint import read_model
-from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, native, subjects
-from penstock.backends.conformance.checkpoints import CONFIGS
+from penstock.backends.conformance import CHECKS, PAIR_CHECKS, NotApplicable, Pair, subjects
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import Available, DeviceConfig, DType, Registration
 from penstock.backends.registry import backends
@@ -43,10 +43,6 @@ def conform(subject, check):
         CHECKS[check](subject)
     except NotApplicable as reason:
         pytest.skip(str(reason))
-
-
-# Copies do not differ between families.
-CASES = [(family, check) for family in CONFIGS for check in CHECKS if family == "qwen3" or check not in native.__all__]
 
 
 @pytest.mark.parametrize(("family", "check"), CASES)

@@ -9,7 +9,7 @@ from suite import Suite, wait_for
 from penstock.client import PenstockError, Unavailable
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 40, 88, 121, 300, 512, 777)]
-OPTIONS = {"max_tokens": 1200, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
+OPTIONS = {"max_tokens": 800, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
 
 
 class Load:
@@ -89,7 +89,7 @@ def test_descriptors_and_threads_come_back(suite, undisturbed):
     Load(suite).join()
     suite.assert_idle()
     before = {name: suite.services(name)[0].num_fds() for name in names}
-    for _ in range(3):
+    for _ in range(2):
         load = Load(suite)
         load.wait_until_running()
         suite.kill("executor")

@@ -75,7 +75,7 @@ async def executor(**settings):
         address = (await server.start())["grpc"]
         async with connect(address) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-            side = Side(server, stub, (await stub.GetExecutor(pb.GetExecutorRequest())).description)
+            side = Side(server, stub, (await stub.GetExecutor(pb.GetExecutorRequest(), wait_for_ready=True)).description)
             yield side
             side.call.cancel()
     finally:

@@ -166,6 +166,8 @@ class _Running:
 class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
     """Tells the story from where the replayed ids end. `gate` holds it up before each frame; `frame` tokens go into one.
 
+    `hold_after` closes the gate as soon as so many frames were told: a test that closes it itself may come when all is told.
+
     Handoffs go through `handoffs`, which all executors share; `fail_handoffs` ends a half with that failure instead.
     """
 
@@ -181,7 +183,7 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
         self.all_started = []
         self.running = {}
         self.refuse = 0
-        self.die_after = None
+        self.die_after = self.hold_after = None
         self.frames = 0
         self.fail_handoffs = None
         self.handoffs = {}
@@ -221,6 +223,8 @@ class FakeExecutor(Served, executor_pb2_grpc.ExecutorServiceServicer):
                 if isinstance(frame, Message) and frame.ByteSize():
                     yield frame
                     self.frames += 1
+                    if self.frames == self.hold_after:
+                        self.gate.clear()
                     if self.die_after is not None and self.frames >= self.die_after:
                         asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.kill()))
                         await asyncio.Event().wait()

@@ -171,9 +171,9 @@ async def test_a_restarted_scheduler_is_told_of_the_prefill_half_while_it_is_hel
                 apart.prefill.address,
                 7,
             )
+            apart.decode.hold_after = apart.decode.frames + 1
             apart.prefill.gate.set()
             await call.read()
-            apart.decode.gate.clear()
             await apart.eventually(lambda: not apart.prefill.running)
     apart.decode.gate.set()
     await read(call)

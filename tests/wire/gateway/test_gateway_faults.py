@@ -62,10 +62,11 @@ async def test_an_executor_that_stalls_is_left_when_the_scheduler_tells_and_hear
     stalled, other = suite.executors
     if stage == "prefilling":
         stalled.gate.clear()
+    else:
+        stalled.hold_after = 1
     call = suite.inference.Generate(request(n=2))
     await stalled.started.wait()
     first = [] if stage == "prefilling" else [await call.read()]
-    stalled.gate.clear()
     await suite.scheduler.tell_lost(stalled)
     answers = [*first, *await told(call)]
     for index in (0, 1):
@@ -114,13 +115,12 @@ async def test_a_request_that_every_executor_refuses_fails_as_unavailable(suite)
 
 
 async def test_a_tokenizer_that_dies_loses_and_doubles_no_text(suite):
-    gate = suite.executors[0].gate
+    suite.executors[0].hold_after = 1
     call = suite.inference.Generate(request())
     first = await call.read()
-    gate.clear()
     await suite.tokenizer.kill()
     await suite.tokenizer.start()
-    gate.set()
+    suite.executors[0].gate.set()
     rest = await told(call)
     assert text_of([first, *rest]) == story(suite)
     assert bytes(i for m in [first, *rest] for i in m.token_ids) == suite.story.encode()[:60]
@@ -128,9 +128,9 @@ async def test_a_tokenizer_that_dies_loses_and_doubles_no_text(suite):
 
 
 async def test_a_scheduler_that_dies_is_told_of_leases_and_of_the_queue(suite):
+    suite.executors[0].hold_after = 1
     running = suite.inference.Generate(request(n=2))
     first = await running.read()
-    suite.executors[0].gate.clear()
     suite.scheduler.gate.clear()
     suite.scheduler.placed.clear()
     queued = asyncio.create_task(told(suite.inference.Generate(request())))
@@ -249,9 +249,9 @@ async def test_the_schedulers_refusals_have_a_status_of_their_own(suite, reason,
 
 
 async def test_a_drain_lets_running_work_finish_and_refuses_new(suite):
+    suite.executors[0].hold_after = 1
     call = suite.inference.Generate(request())
     first = await call.read()
-    suite.executors[0].gate.clear()
     drained = asyncio.create_task(suite.gateway.drain())
     await suite.eventually(lambda: suite.gateway.not_ready() == "draining")
     with pytest.raises(grpc.aio.AioRpcError) as failure:
