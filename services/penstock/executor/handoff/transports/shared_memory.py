@@ -24,7 +24,6 @@ from penstock.executor.handoff.transports.port import (
     PayloadOutOfRange,
     PayloadUnproven,
     SharedPayload,
-    checksum,
 )
 from penstock.executor.handoff.transports.window import Window
 
