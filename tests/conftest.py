@@ -1,6 +1,13 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from penstock.common.logs import logger
+
+# Where there is no device, Triton's kernels run on the processor. Triton reads this once, when the first library imports it.
+if not (Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before the first test that captures what is logged: what that restores is otherwise structlog's own default, which is stdout.
 logger()

@@ -163,7 +163,7 @@ def test_it_is_served_and_advertised(environment):
         assert list(answer.choices[0].token_ids) == expected(30, model.vocabulary_size)
         assert answer.choices[0].finish.reason is FinishReason.LENGTH
         assert (executor.backend, executor.backend_version, executor.device) == (outside.NAME, "9.9", "npu:0")
-        assert "batch_invariant" in executor.features
+        assert {"batch_invariant", "matmul=systolic"} <= set(executor.features)
         assert model.context_length == 512
         suite.assert_idle()
         assert suite.stop() == 0

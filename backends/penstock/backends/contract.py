@@ -44,6 +44,7 @@ __all__ = [
     "Task",
     "TensorModel",
     "TensorSpec",
+    "Tuned",
     "Unavailable",
     "Unsupported",
 ]
@@ -338,6 +339,15 @@ class NativeKv(Protocol):
         Raises:
             ValueError: a block is not of this cache, or the bytes are not so many; nothing is written then.
         """
+
+
+@runtime_checkable
+class Tuned(Protocol):
+    """What a `GenerativeModel` has beside it that knows several ways of computing the same, and took those that suit its device."""
+
+    @property
+    def ways(self) -> Mapping[str, str]:
+        """Their names, by what they are for: ``{"decode_attention": "paged"}``. Advertised as features, and otherwise not used."""
 
 
 class InvalidTensor(ValueError):

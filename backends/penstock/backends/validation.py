@@ -18,6 +18,7 @@ from penstock.backends.contract import (
     KvSpec,
     NativeKv,
     Task,
+    Tuned,
     Unavailable,
     Unsupported,
 )
@@ -72,6 +73,8 @@ def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | 
         return fault
     if model.kv.native_layout and not isinstance(model, NativeKv):
         return "kv.native_layout: names a form, and export_blocks and import_blocks are not there"
+    if isinstance(model, Tuned) and not _names_names(model.ways):
+        return f"ways: must be names by what they are for, and is {model.ways!r}"
     if capabilities.kv_layouts and model.kv.layout not in capabilities.kv_layouts:
         return f"kv.layout: is {model.kv.layout!r}, and not one of {', '.join(capabilities.kv_layouts)}"
     if model.dtype not in capabilities.dtypes:
@@ -98,3 +101,7 @@ def _are(value: object, kind: type) -> bool:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
+
+
+def _names_names(told: object) -> bool:
+    return isinstance(told, Mapping) and _are((*told, *told.values()), str)

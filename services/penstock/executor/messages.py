@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from penstock.backends.contract import Tuned
 from penstock.common.prefix import wire_form
 from penstock.common.step_times import Curve, StepTimes
 from penstock.executor.engine import Engine
@@ -266,6 +267,7 @@ def _curve(curve: Curve) -> scheduler_pb2.StepCurve:
 
 
 def _features(loaded: Loaded) -> list[str]:
-    """What the backend can do, less what the operator has turned off."""
+    """What the backend can do, less what the operator has turned off; and how it does what it has several ways for."""
     off = set() if loaded.engine.blocks.caching else {"prefix_cache"}
-    return [name for name in loaded.capabilities.features if name not in off]
+    ways = loaded.model.ways if isinstance(loaded.model, Tuned) else {}
+    return [*(name for name in loaded.capabilities.features if name not in off), *(f"{what}={way}" for what, way in ways.items())]

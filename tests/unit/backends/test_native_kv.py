@@ -76,6 +76,9 @@ def test_what_a_cache_says_of_itself_is_checked(spec):
         model.kv = replace(model.kv, **wrong)
         assert field in fault_of_model(model, capabilities)
         model.kv = FakeModel(spec, DeviceConfig()).kv
+    model.ways = {"matmul": 3}
+    assert "ways: must be names" in fault_of_model(model, capabilities)
+    del model.ways
     without = SimpleNamespace(kv=model.kv, dtype=model.dtype, device=model.device)
     assert "export_blocks" in fault_of_model(without, capabilities)
     model.kv = replace(model.kv, token_shape=(1, 0, 4))

@@ -7,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.backends.contract import StepBatch
-from penstock.backends.pytorch.planning import group_by_width, plan_attention
+from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
+from penstock.backends.pytorch.attention.paged import Paged
+from penstock.backends.pytorch.attention.plan import Attention
+from penstock.backends.pytorch.attention.planning import group_by_width, plan_attention
+from penstock.backends.pytorch.attention.sdpa import GatheredDecoding, SdpaPrefilling
 
 BLOCK, BLOCKS, KV_HEADS, HEADS, DIM = 4, 64, 2, 6, 8
 
@@ -47,10 +51,25 @@ def looped(batch, queries, keys, values, cache, window):
 pieces = st.lists(st.tuples(st.integers(0, 19), st.sampled_from([1, 1, 1, 2, 5, 9])), min_size=1, max_size=7)
 
 
-@settings(deadline=None, max_examples=60)  # the first example waits for PyTorch to set itself up
-@given(pieces, st.sampled_from([None, 1, 3, 6]), st.integers(0, 100))
+windows = st.sampled_from([None, 1, 3, 6])
+
+
+@pytest.mark.parametrize("prefilling", [SdpaPrefilling.masked, SdpaPrefilling.repeated, SdpaPrefilling.lower_right])
+@settings(deadline=None, max_examples=40)  # the first example waits for PyTorch to set itself up
+@given(pieces, windows, st.integers(0, 100))
+def test_any_step_is_attended_as_by_a_loop(prefilling, pieces, window, seed):
+    check_step(Attention(GatheredDecoding, prefilling, ("gathered", "")), pieces, window, seed)
+
+
+@settings(deadline=None, max_examples=8)  # Triton's interpreter takes its time
+@given(pieces, windows, st.integers(0, 100))
+def test_triton_attends_to_any_step_as_a_loop(pieces, window, seed):
+    paged = Paged(window, processors=8)
+    check_step(Attention(paged.decoding, paged.prefilling, ("paged", "paged")), pieces, window, seed)
+
+
 @torch.inference_mode()
-def test_any_step_is_attended_as_by_a_loop(pieces, window, seed):
+def check_step(attention, pieces, window, seed):
     batch = batch_of(pieces, np.random.default_rng(seed))
     torch.manual_seed(seed)
     tokens = len(batch.token_ids)
@@ -58,7 +77,7 @@ def test_any_step_is_attended_as_by_a_loop(pieces, window, seed):
     cache = torch.randn(2, BLOCKS, BLOCK, KV_HEADS, DIM)
     expected_cache = cache.clone()
     expected = looped(batch, queries, keys, values, expected_cache, window)
-    found = plan_attention(batch, BLOCK, window, torch.device("cpu")).attend(queries, keys, values, cache)
+    found = plan_attention(batch, BLOCK, window, torch.device("cpu"), attention).attend(queries, keys, values, cache)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(cache, expected_cache)
 
@@ -79,5 +98,5 @@ def test_a_long_context_does_not_pad_the_short_ones():
 @pytest.mark.parametrize("window", [None, 5])
 def test_blocks_older_than_the_window_are_not_read(window):
     batch = batch_of([(30, 1)], np.random.default_rng(0))
-    (group,) = plan_attention(batch, BLOCK, window, torch.device("cpu")).decodes
+    (group,) = plan_attention(batch, BLOCK, window, torch.device("cpu"), ON_PROCESSOR).decodes
     assert group.table.shape[1] == (8 if window is None else 2)

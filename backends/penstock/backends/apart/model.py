@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, BinaryIO
 
@@ -76,6 +76,7 @@ class ModelApart:
         try:
             told, _ = self._ask("create", write_device_config(config))
             self._dtype, self._device = DType(told["dtype"]), str(told["device"])
+            self._ways = dict(told["ways"])
             self._kv = KvSpec(**{**told["kv"], "token_shape": tuple(told["kv"]["token_shape"])})
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             self.close()
@@ -98,6 +99,11 @@ class ModelApart:
     def device(self) -> str:
         """Where it runs."""
         return self._device
+
+    @property
+    def ways(self) -> Mapping[str, str]:
+        """How it computes, as `Tuned`."""
+        return self._ways
 
     def step(self, batch: StepBatch) -> StepOutput:
         """Compute one step there.

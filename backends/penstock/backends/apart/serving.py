@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from penstock.backends.apart.frames import Arrays, Ended, read_device_config, receive, send
-from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, StepBatch
+from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, StepBatch, Tuned
 from penstock.backends.discovery import Source
 
 __all__ = ["serve"]
@@ -77,7 +77,8 @@ class _Rooms:
         model = self._model = self._source.registration().create(self._spec, read_device_config(told))
         if model.kv.native_layout:
             self._native()
-        return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device}, {}
+        ways = dict(model.ways) if isinstance(model, Tuned) else {}
+        return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device, "ways": ways}, {}
 
     def _step(self, _: dict[str, Any], arrays: Arrays) -> Answer:
         logits = self._open().step(StepBatch(**arrays)).logits

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.backends.contract import StepBatch
-from penstock.backends.pytorch.attention import AttentionPlan, DecodeGroup
-from penstock.backends.pytorch.planning import decode_layout, written_slots
+from penstock.backends.pytorch.attention.plan import AttentionPlan, MakeDecoding
+from penstock.backends.pytorch.attention.planning import decode_layout, written_slots
 
 __all__ = ["Bucket", "DecodeGraphs", "Replay", "StaticStep", "bucket_of", "capture_cuda", "packed"]
 
@@ -72,6 +72,7 @@ class DecodeGraphs:
         spare_block: the block that padding writes to.
         window: see `plan_attention`.
         device: where the steps run.
+        decoding: how they attend.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class DecodeGraphs:
         spare_block: int,
         window: int | None,
         device: torch.device,
+        decoding: MakeDecoding,
     ) -> None:
-        self._run, self._capture, self._device = run, capture, device
+        self._run, self._capture, self._device, self._decoding = run, capture, device, decoding
         self._block_size, self._spare_block, self._window = block_size, spare_block, window
         self._recorded: dict[Bucket, tuple[Tensor, Tensor, Replay]] = {}
 
@@ -112,7 +114,7 @@ class DecodeGraphs:
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=self._device.type == "cuda")
         inputs = rows.to(self._device)
         ids, positions, written = (inputs[:, column] for column in range(3))
-        group = DecodeGroup(None, inputs[:, 5:], inputs[:, 3:5])
+        group = self._decoding(None, inputs[:, 5:], inputs[:, 3:5])
         step = StaticStep(ids, positions, AttentionPlan(written, (), (group,)))
         return host, inputs, self._capture(lambda: self._run(step))
 

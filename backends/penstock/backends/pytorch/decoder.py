@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from penstock.backends.architectures.spec import DecoderSpec
-from penstock.backends.pytorch.attention import AttentionPlan
+from penstock.backends.pytorch.attention.plan import AttentionPlan
 
 __all__ = ["Decoder"]
 

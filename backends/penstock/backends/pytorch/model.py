@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
 from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
+from penstock.backends.pytorch.attention.plan import Attention
+from penstock.backends.pytorch.attention.planning import plan_attention
 from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
 from penstock.backends.pytorch.decode_graphs import DecodeGraphs, Replay, StaticStep, capture_cuda
 from penstock.backends.pytorch.decoder import Decoder
+from penstock.backends.pytorch.device import current, find_device, threads
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
-from penstock.backends.pytorch.planning import plan_attention
 from penstock.backends.pytorch.precision import precision_of
 from penstock.backends.pytorch.registration import KV_LAYOUT, REGISTRATION
 from penstock.backends.step_limits import StepLimits
@@ -33,16 +36,21 @@ _CACHE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 class TorchModel:
     """A `GenerativeModel`. Its cache is one tensor, [layers, 2 (key, value), blocks, block size, kv heads, head dim].
 
+    Args:
+        spec: the model.
+        config: what the operator asks.
+        attention: how it attends; None: on an accelerator by what is quickest there, on the processor by what always is.
+
     Raises:
-        StartError: the device is not there, or its memory holds no cache.
+        StartError: the device is not there, computes no attention, or its memory holds no cache.
     """
 
-    def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
+    def __init__(self, spec: ModelSpec, config: DeviceConfig, attention: Attention | None = None) -> None:
         capabilities = REGISTRATION.capabilities(spec)
         if isinstance(capabilities, Unsupported):
             raise StartError(f"backend torch {capabilities.reason}")
         self._dtype = config.dtype or capabilities.dtypes[0]
-        self._device = _find_device(config.device)
+        self._device = find_device(config.device)
         if self._dtype not in capabilities.dtypes:
             raise StartError(f"backend torch has no {self._dtype} for {spec.name}, but {', '.join(capabilities.dtypes)}")
         if config.kv_cache_dtype is not None:
@@ -50,13 +58,14 @@ class TorchModel:
         precision = precision_of(self._dtype, self._device)
         self._threads = config.threads or len(os.sched_getaffinity(0))
         self._window = spec.decoder.sliding_window
-        with _threads(self._threads):
+        with threads(self._threads):
             self._decoder: Decoder | None = load_decoder(spec, precision, self._device)
         self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
         self._kv, cache = self._allocate(spec, config, precision.held)
         self._cache: Tensor | None = cache
         self._copies: CacheCopies | None = copies_of(cache, self._kv)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
+        self._attention = attention or self._quickest(spec.decoder, precision.activations)
         self._graphs = self._record_by(capture_cuda) if self._device.type == "cuda" else None
 
     @property
@@ -74,6 +83,11 @@ class TorchModel:
         """Where it runs."""
         return str(self._device)
 
+    @property
+    def ways(self) -> Mapping[str, str]:
+        """How it attends, as `Tuned`."""
+        return dict(zip(("decode_attention", "prefill_attention"), self._attention.names, strict=True))
+
     def step(self, batch: StepBatch) -> StepOutput:
         """Compute one step; all tokens go through each product together.
 
@@ -83,7 +97,7 @@ class TorchModel:
         """
         self._limits.check(batch)
         self._open()
-        with torch.inference_mode(), _threads(self._threads):
+        with torch.inference_mode(), threads(self._threads), current(self._device):
             logits = None if self._graphs is None else self._graphs.step(batch)
             return StepOutput(to_numpy(_on_host(self._compute(batch) if logits is None else logits)))
 
@@ -125,9 +139,20 @@ class TorchModel:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _quickest(self, spec: DecoderSpec, dtype: torch.dtype) -> Attention:
+        if self._device.type == "cpu":
+            return ON_PROCESSOR
+        from penstock.backends.pytorch.attention.measured import quickest
+
+        try:
+            with current(self._device):
+                return quickest(spec, dtype, BLOCK_SIZE, self._device)
+        except RuntimeError as error:
+            raise StartError(str(error)) from error
+
     def _compute(self, batch: StepBatch) -> Tensor:
         decoder, cache = self._open()
-        plan = plan_attention(batch, BLOCK_SIZE, self._window, self._device)
+        plan = plan_attention(batch, BLOCK_SIZE, self._window, self._device, self._attention)
         angles = self._angles(self._tensor(batch.positions))
         logits: Tensor = decoder(self._tensor(batch.token_ids), angles, self._tensor(batch.logits_rows), plan, cache)
         return logits
@@ -148,6 +173,7 @@ class TorchModel:
             spare_block=self._kv.blocks,
             window=self._window,
             device=self._device,
+            decoding=self._attention.decoding,
         )
 
     def _open(self) -> tuple[Decoder, Tensor]:
@@ -181,39 +207,3 @@ def _on_host(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu":
         return logits
     return torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True).copy_(logits)
-
-
-def _find_device(name: str | None) -> torch.device:
-    accelerated = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda:0" if accelerated else "cpu"))
-    except RuntimeError as error:
-        raise StartError(f"device: {name} is none; cpu and cuda:0 are") from error
-    if device.type == "cuda" and not accelerated:
-        raise StartError(f"device: PyTorch can not use {name}: {_fault_of_cuda()}; CUDA_VISIBLE_DEVICES=-1 has it run on the CPU")
-    if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise StartError(f"device: there is no {name} here; there is {'cuda:0 and cpu' if accelerated else 'cpu'}")
-    return device
-
-
-def _fault_of_cuda() -> str:
-    """Why PyTorch says that there is no GPU: of a driver too old, or none that answers, it tells only when asked to begin."""
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # it has no annotations
-    except (RuntimeError, AssertionError) as error:
-        return str(error).partition("\n")[0].rstrip(".")
-    return "it finds no GPU"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, and leave the process's setting as it was."""
-    before = torch.get_num_threads()
-    if before == count:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

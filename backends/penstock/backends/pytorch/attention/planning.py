@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from penstock.backends.contract import StepBatch
-from penstock.backends.pytorch.attention import AttentionPlan, DecodeGroup, Prefill
+from penstock.backends.pytorch.attention.plan import Attention, AttentionPlan, PrefillLayout
 
 __all__ = ["decode_layout", "group_by_width", "plan_attention", "written_slots"]
 
 
-def plan_attention(batch: StepBatch, block_size: int, window: int | None, device: torch.device) -> AttentionPlan:
+def plan_attention(
+    batch: StepBatch, block_size: int, window: int | None, device: torch.device, attention: Attention
+) -> AttentionPlan:
     """Lay a step out. With a `window`, a token sees itself and the `window` - 1 before it, and older blocks are not read."""
     new = np.diff(batch.starts)
     decoding = np.flatnonzero(new == 1).tolist()
-    prefills = tuple(_prefill(batch, s, block_size, window, device) for s in np.flatnonzero(new > 1).tolist())
+    layouts = [_prefill(batch, s, block_size, window) for s in np.flatnonzero(new > 1).tolist()]
     groups = group_by_width({s: len(_blocks_read(batch, s, block_size, window)[1]) for s in decoding})
     decodes = []
     for group in groups:
         table, bounds = decode_layout(batch, group, block_size, window)
         alone = len(group) == len(new)
         rows = None if alone else torch.from_numpy(batch.starts[group].astype(np.int64)).to(device)
-        decodes.append(DecodeGroup(rows, torch.from_numpy(table).to(device), torch.from_numpy(bounds).to(device)))
+        decodes.append(attention.decoding(rows, torch.from_numpy(table).to(device), torch.from_numpy(bounds).to(device)))
+    prefills = tuple(attention.prefilling(layout, device) for layout in layouts)
     return AttentionPlan(torch.from_numpy(written_slots(batch, block_size)).to(device), prefills, tuple(decodes))
 
 
@@ -48,7 +51,7 @@ def group_by_width(widths: Mapping[int, int]) -> list[list[int]]:
 def decode_layout(
     batch: StepBatch, group: Sequence[int], block_size: int, window: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`DecodeGroup`'s table [G, W] and bounds [G, 2] for these sequences of a step; padding names block 0."""
+    """`MakeDecoding`'s table [G, W] and bounds [G, 2] for these sequences of a step; padding names block 0."""
     reads = [_blocks_read(batch, s, block_size, window) for s in group]
     table = np.zeros((len(group), max(len(blocks) for _, blocks in reads)), np.int64)
     bounds = np.empty((len(group), 2), np.int64)
@@ -70,22 +73,6 @@ def _oldest_seen(past: int, window: int | None) -> int:
     return 0 if window is None else max(0, past - window + 1)
 
 
-def _prefill(batch: StepBatch, s: int, block_size: int, window: int | None, device: torch.device) -> Prefill:
-    start, end, past = int(batch.starts[s]), int(batch.starts[s + 1]), int(batch.past_lengths[s])
-    rows, total = slice(start, end), past + end - start
-    if not past:
-        masked = window is not None and total > window
-        return Prefill(rows, None, slice(0, total), _seen(range(total), range(total), window, device) if masked else None)
+def _prefill(batch: StepBatch, s: int, block_size: int, window: int | None) -> PrefillLayout:
     first, blocks = _blocks_read(batch, s, block_size, window)
-    oldest = _oldest_seen(past, window)
-    seen = _seen(range(past, total), range(oldest, total), window, device)
-    table = torch.from_numpy(blocks.astype(np.int64)).to(device)
-    return Prefill(rows, table, slice(oldest - first, total - first), seen)
-
-
-def _seen(own: Iterable[int], others: Iterable[int], window: int | None, device: torch.device) -> torch.Tensor:
-    queries, keys = np.fromiter(own, np.int64)[:, None], np.fromiter(others, np.int64)[None]
-    allowed = keys <= queries
-    if window is not None:
-        allowed &= keys > queries - window
-    return torch.from_numpy(allowed).to(device)
+    return PrefillLayout(slice(int(batch.starts[s]), int(batch.starts[s + 1])), int(batch.past_lengths[s]), blocks, first, window)
