@@ -284,11 +284,12 @@ async def test_health_tells_a_step_that_does_not_return_and_its_return():
 class Pool(scheduler_pb2_grpc.SchedulerServiceServicer):
     """A scheduler that only listens."""
 
-    def __init__(self):
+    def __init__(self, lease_ms=5000):
         self.heard = asyncio.Queue()
+        self.lease_ms = lease_ms
 
     async def Register(self, request_iterator, context):  # noqa: N802 - gRPC's name
-        yield scheduler_pb2.RegisterResponse(lease_ms=5000)
+        yield scheduler_pb2.RegisterResponse(lease_ms=self.lease_ms)
         async for request in request_iterator:
             self.heard.put_nowait(request)
 
@@ -360,6 +361,20 @@ async def test_the_scheduler_hears_what_the_executor_has_measured_and_hears_the_
     assert calibration.prefill.sizes[0] == 16
     assert calibration.decode.sizes[0] == 1
     assert all(seconds > 0 for seconds in (*calibration.prefill.seconds, *calibration.decode.seconds))
+
+
+async def test_an_idle_executor_says_that_it_lives_as_often_as_the_schedulers_lease_wants():
+    hasty, patient = Pool(lease_ms=150), Pool(lease_ms=60_000)
+    async with (
+        pooling(hasty) as one,
+        pooling(patient) as other,
+        serving(scheduler=one),
+        serving(scheduler=other),
+    ):
+        await patient.hear(lambda r: r.HasField("description"))
+        for _ in range(20):
+            await hasty.hear(lambda _: True)
+    assert patient.heard.qsize() < 10
 
 
 async def test_the_scheduler_hears_at_once_that_an_executor_drains():

@@ -682,7 +682,7 @@ async def test_queue_span_tells_what_is_expected_in_the_cache_of_the_executor_th
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lease_seconds": 0.0}, {"max_queued_requests": -1}, {"prefill_weight": float("nan")}, {"placement": "best"}]
+    "wrong", [{"lease_seconds": 0.05}, {"max_queued_requests": -1}, {"prefill_weight": float("nan")}, {"placement": "best"}]
 )
 async def test_settings_that_can_not_work_are_named(wrong):
     with pytest.raises(StartError, match=next(iter(wrong))):

@@ -21,7 +21,8 @@ from penstock.internal.v1 import scheduler_pb2, scheduler_pb2_grpc
 __all__ = ["Registration"]
 
 _TICK_SECONDS = 0.25
-_TICKS_PER_HEARTBEAT = 4
+_LONGEST_HEARTBEAT = 1.0
+_HEARTBEATS_PER_LEASE = 3
 _FIRST_BACK_OFF = 0.1
 _LAST_BACK_OFF = 2.0
 _FAREWELL_SECONDS = 2.0
@@ -47,6 +48,7 @@ class Registration:
         self._why = why
         self._exchange = exchange
         self._tick = tick_seconds
+        self._heartbeat = _LONGEST_HEARTBEAT
         self._changed = asyncio.Event()
         self.registered = asyncio.Event()
         self._left = asyncio.Event()
@@ -99,15 +101,15 @@ class Registration:
                 secret=self._exchange.door.identity.secret,
             )
             await call.write(first)
-            silent = 0
+            clock = asyncio.get_running_loop().time
+            told_at = clock()
             while self._healthy() and not listening.done():
                 await self._next_tick(listening)
-                silent += 1
                 load, changes, now = self._load(), log.take(), (self._engine.draining, self._description.role)
-                if load == last and changes is None and now == (draining, role) and silent < _TICKS_PER_HEARTBEAT:
+                if load == last and changes is None and now == (draining, role) and clock() - told_at < self._heartbeat:
                     continue
                 told_role = scheduler_pb2.ROLE_UNSPECIFIED if now[1] == role else now[1]
-                last, (draining, role), silent = load, now, 0
+                last, (draining, role), told_at = load, now, clock()
                 events = None if changes is None else kv_events(changes)
                 message = scheduler_pb2.RegisterRequest(load=load, kv_events=events, draining=draining, role=told_role)
                 await call.write(message)
@@ -129,13 +131,16 @@ class Registration:
     async def _next_tick(self, listening: asyncio.Task[None]) -> None:
         changed = asyncio.create_task(self._changed.wait())
         try:
-            await asyncio.wait((changed, listening), timeout=self._tick, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((changed, listening), timeout=min(self._tick, self._heartbeat), return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
         self._changed.clear()
 
     async def _listen(self, call: Any) -> None:
         async for response in call:
+            if response.lease_ms:
+                self._heartbeat = min(_LONGEST_HEARTBEAT, response.lease_ms / 1000 / _HEARTBEATS_PER_LEASE)
+                self._changed.set()  # a wait that has begun would be too long
             if response.HasField("peers"):
                 told = response.peers
                 peers = (Peer(peer.executor_id, peer.address, peer.model_fingerprint, peer.proof) for peer in told.peers)

@@ -14,7 +14,9 @@ __all__ = ["Policy", "SchedulerConfig", "check"]
 
 Policy = Literal["auto", "together", "apart"]
 
-_POSITIVE = ("max_queued_requests", "max_queued_tokens", "expected_output_tokens", "lease_seconds")
+_POSITIVE = ("max_queued_requests", "max_queued_tokens", "expected_output_tokens")
+# An executor says thrice in a lease that it lives.
+_LEAST_LEASE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +76,5 @@ def check(config: SchedulerConfig) -> None:
         if not math.isfinite(value) or value < 0 or (value == 0 and field.name in _POSITIVE):
             least = "more than 0" if field.name in _POSITIVE else "0 or more"
             raise StartError(f"{field.name} is {value}: it must be a number, {least}")
+    if config.lease_seconds < _LEAST_LEASE_SECONDS:
+        raise StartError(f"lease_seconds is {config.lease_seconds}: it must be {_LEAST_LEASE_SECONDS} or more")
