@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -125,10 +126,13 @@ class _Link:
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        try:
-            await self._stream.run()
-        finally:
-            await self._channel.close()
+        # A task keeps the exception that it ends with, and with it the frames that hold the call: the connection would stay
+        # until a collection.
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                await self._stream.run()
+            finally:
+                await self._channel.close()
 
     def close(self) -> None:
         self._task.cancel()

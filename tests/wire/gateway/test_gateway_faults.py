@@ -1,11 +1,13 @@
 """What clients see when services die, refuse or stall, and that nothing is left behind."""
 
 import asyncio
+import gc
 import json
 import socket
 
 import grpc
 import httpx
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -55,6 +57,25 @@ async def test_an_executor_that_dies_is_a_pause_and_no_more(suite):
     assert suite.scheduler.placings[1].replacing
     assert list(suite.scheduler.placings[1].avoid_executor_ids) == ["executor-0"]
     await suite.rest()
+
+
+def connections(executor):
+    """How many there are to it; gateway and executor are this process."""
+    port = int(executor.address.rpartition(":")[2])
+    found = psutil.Process().net_connections("tcp")
+    return sum(bool(c.raddr) and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in found)
+
+
+async def test_the_connection_to_an_executor_that_is_left_ends_and_waits_for_no_collection(suite):
+    first = suite.executors[0]
+    await told(suite.inference.Generate(request()))
+    assert connections(first) == 1
+    gc.disable()
+    try:
+        await suite.scheduler.tell_lost(first)
+        await suite.eventually(lambda: connections(first) == 0)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("stage", ["prefilling", "decoding"])
