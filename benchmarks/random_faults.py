@@ -6,7 +6,9 @@ Streams are greedy and ask again as soon as they are answered. Meanwhile, at poi
 messages are lost, doubled, late, corrupted, stale or cut off, and a process of the suite (an executor of either pool, the gateway,
 the scheduler) is killed or stopped for a while; the next round of faults comes when the suite is whole again. Exits with 1 if an
 answer differs from an undisturbed one, a token is lost or doubled, a request that was hit is undecided for longer than two leases,
-or anything is held in the end.
+or anything is held in the end: blocks, leases, sequences, decodings, shared memory, and more descriptors or tasks than a process
+held that was idle again after the same load, before the first fault. One that was started since has no such number: its measure is
+the most that a process of its service and role held then.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from history import Answer, Fault, by_request, check, reactions, sums
-from pools import Clients, Fails, Pools
+from pools import Clients, Fails, Held, Pools
 from suite import wait_for
 
 from measuring import report
@@ -91,8 +94,8 @@ def disturb(pools: Pools, count: int, rng: random.Random, rounds: int, until: fl
             raise RuntimeError("\n".join(["the suite does not become whole again", *pools.log[-20:]]))
         batch = [of_message(rng) for _ in range(min(count // rounds, count - len(done)) - 1)] + [of_process(rng)]
         rules = pools.arm(*batch)
-        # Renewals are rare: some will not come.
-        wait_for(lambda rules=rules: sum(pools.fired(rule) is not None for rule in rules) > len(rules) * 0.8, 8)
+        # Renewals are rare: some will not come; and nothing may, once a process stands still.
+        wait_for(lambda rules=rules: pools.stopped() or sum(pools.fired(rule) is not None for rule in rules) > len(rules) * 0.8, 8)
         pools.disarm()
         done += [(fails, fault) for fails, rule in zip(batch, rules, strict=True) if (fault := pools.fired(rule))]
         if pools.stopped():
@@ -102,10 +105,39 @@ def disturb(pools: Pools, count: int, rng: random.Random, rounds: int, until: fl
     return done
 
 
+def warmed(pools: Pools, clients: Clients, streams: int) -> dict[Held, int]:
+    """What idle processes hold that have had the load."""
+    for _ in range(3):
+        clients.ask_all(streams)
+    pools.assert_idle(60)
+    return pools.held()
+
+
+def left_behind(pools: Pools, before: Mapping[Held, int]) -> tuple[dict[str, object], list[str]]:
+    """What each process holds once nothing is in work, and what of it is too much."""
+    wait_for(lambda: pools.whole(**POOLS), 120)
+    wrong = [] if wait_for(lambda: not any(pools.counts().values()), 60) else [f"held: {pools.counts()}"]
+    wait_for(lambda: not pools.held_beyond(before), 60)
+    beyond, now = pools.held_beyond(before), pools.held()
+    wrong += [f"held: {key.what} of {key.kind} {key.pid}: {count}, and {most} before" for key, (most, count) in beyond.items()]
+    segments = [path.name for path in Path("/dev/shm").glob("penstock-*")]  # noqa: S108 - where handoffs have theirs
+    wrong += [f"left behind: {name}" for name in segments]
+    pids, old = ({key.pid for key in held} for held in (now, before))
+    told: dict[str, object] = {"processes_that_lived_through": len(pids & old), "processes_started_since": len(pids - old)}
+    for what in ("descriptors", "tasks", "segments"):
+        told[what] = {
+            "before": sum(n for key, n in before.items() if key.what == what),
+            "after": sum(n for key, n in now.items() if key.what == what),
+            "processes_with_more": sum(key.what == what for key in beyond),
+        }
+    return {**told, "segments_with_a_name": len(segments)}, wrong
+
+
 def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, object], list[str]]:
     """The figures, and what is wrong."""
     with Pools(folder, **POOLS, lease=LEASE) as pools:
         clients = Clients(pools.grpc, PROMPTS, arguments.tokens)
+        before = warmed(pools, clients, arguments.streams)
         load = Load(pools, clients, arguments.streams)
         began = time.monotonic()
         try:
@@ -114,12 +146,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, object],
             )
         finally:
             answers = load.stop()
-        pools.assert_idle(60)
-        segments = [path.name for path in Path("/dev/shm").glob("penstock-*")]  # noqa: S108 - where handoffs have theirs
-        events = pools.events()
         seconds = time.monotonic() - began
+        held, wrong = left_behind(pools, before)
+        events = pools.events()
     happened = [fault for _, fault in faults]
-    wrong = check(events, answers, happened, 2 * LEASE) + [f"left behind: {name}" for name in segments]
+    wrong += check(events, answers, happened, 2 * LEASE)
     hit = [after for history in by_request(events).values() for fault in happened for _, after in reactions(history, fault)]
     decided = [after for after in hit if after < math.inf]  # a gateway that died decides no more
     told = sums(events)
@@ -138,7 +169,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, object],
         "two_leases_s": 2 * LEASE,
         "requests_hit": len(hit),
         "longest_until_decided_s": round(max(decided), 2),
-        "segments_left": len(segments),
+        "held_in_the_end": held,
         "wrong": len(wrong),
     }
     return figures, wrong

@@ -32,6 +32,8 @@ SCHEDULER = ("asked", "granted", "prefilled")
 POINTS = (*PREFILL, *DECODE, *(f"gateway.{point}" for point in GATEWAY), *(f"scheduler.{point}" for point in SCHEDULER))
 # Passed once by a stream, which is open already unless it breaks first.
 OF_STREAMS = ("handoff.introduce", "handoff.attach", "handoff.welcome")
+# Passed once by a message, which may ask for all requests.
+OF_MANY = ("scheduler.asked", "scheduler.prefilled")
 
 
 def name(value):
@@ -49,7 +51,7 @@ def trial(tmp_path_factory):
 def at(point, action):
     """The fault, and what has to fail before it so that its point is passed at all."""
     before = [Fails("handoff.reserve.sent", Action.CUT)] if point in OF_STREAMS else []
-    return [*before, Fails(point, action, nth=1 if point in OF_STREAMS else 2)]
+    return [*before, Fails(point, action, nth=1 if point in (*OF_STREAMS, *OF_MANY) else 2)]
 
 
 def test_undisturbed(trial):

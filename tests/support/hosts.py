@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 from namespaces import Network
-from pools import LEASE, Armed, Pools, configured
+from pools import LEASE, Armed, Held, Pools, configured
 
 from penstock.common.lifecycle import parse_listening
 
@@ -80,9 +80,9 @@ class Hosts(Pools):
     def members(self) -> list[psutil.Process]:
         return [psutil.Process(process.pid) for process in self._processes.values() if process.poll() is None]
 
-    def held(self) -> dict[str, int]:
+    def held(self) -> dict[Held, int]:
         """Descriptors of every process."""
-        return {name: psutil.Process(process.pid).num_fds() for name, process in self._processes.items()}
+        return {Held(name, p.pid, "descriptors"): psutil.Process(p.pid).num_fds() for name, p in self._processes.items()}
 
     def stop(self) -> int:
         """End all of it; the worst exit status."""

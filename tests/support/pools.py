@@ -11,9 +11,10 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from history import Answer, Event, Fault, read
@@ -41,6 +42,14 @@ class Fails:
 
     def __str__(self) -> str:
         return f"{self.action.value} {self.point}"
+
+
+class Held(NamedTuple):
+    """What a process holds a number of. `kind`: its service, and an executor's role."""
+
+    kind: str
+    pid: int
+    what: str
 
 
 class Armed:
@@ -84,7 +93,7 @@ class Armed:
 
     def stopped(self) -> list[psutil.Process]:
         """Processes that a rule has stopped."""
-        return [process for process in self.members() if process.status() == psutil.STATUS_STOPPED]
+        return [process for process in self.members() if _is_stopped(process)]
 
     def let_go_on(self) -> None:
         for process in self.stopped():
@@ -146,15 +155,27 @@ class Pools(Armed, Suite):
         roles = [e.description.role for e in self.executors() if not e.draining]
         return roles.count(ROLES["prefill"]) == prefill and roles.count(ROLES["decode"]) == decode and bool(self.gauges())
 
-    def held(self) -> dict[str, int]:
-        """Descriptors, shared memory and tasks of every process; comparable while the same ones live."""
-        found = {}
+    def held(self) -> dict[Held, int]:
+        """Descriptors, shared memory and tasks of every process; of the supervisor its descriptors."""
+        found = {Held("up", self.process.pid, "descriptors"): psutil.Process(self.process.pid).num_fds()}
         for name in SERVICES:
             for process in self.services(name):
-                found[f"{name} {process.pid}: descriptors"] = process.num_fds()
-                found[f"{name} {process.pid}: segments"] = _segments(process)
-                found[f"{name} {process.pid}: tasks"] = self._tasks(process)
+                kind = _kind(name, process)
+                found[Held(kind, process.pid, "descriptors")] = process.num_fds()
+                found[Held(kind, process.pid, "segments")] = _segments(process)
+                found[Held(kind, process.pid, "tasks")] = self._tasks(process)
         return found
+
+    def held_beyond(self, before: Mapping[Held, int]) -> dict[Held, tuple[int, int]]:
+        """What a process holds more of than it did before, and both numbers; all there is of it, where nothing is known to compare with.
+
+        One that was started since has no number of its own: its measure is the most that a process of its kind held before.
+        """
+        most: dict[tuple[str, str], int] = {}
+        for key, count in before.items():
+            most[key.kind, key.what] = max(count, most.get((key.kind, key.what), 0))
+        measures = {key: (before.get(key, most.get((key.kind, key.what), 0)), now) for key, now in self.held().items()}
+        return {key: (measure, now) for key, (measure, now) in measures.items() if now > measure}
 
     def _tasks(self, process: psutil.Process) -> int:
         """By the metric, from whichever of its ports tells it: a process that was started again has others than the suite told."""
@@ -168,15 +189,10 @@ class Pools(Armed, Suite):
             return next(int(float(line.split()[1])) for line in lines if line.startswith("penstock_tasks "))
         raise ConnectionError(f"process {process.pid} tells no metrics")
 
-    def assert_back_to(self, before: dict[str, int], timeout: float = 30) -> None:
-        """Counts are zero, and no survivor holds more than it did before."""
+    def assert_back_to(self, before: Mapping[Held, int], timeout: float = 30) -> None:
+        """Counts are zero, and nobody holds more than before."""
         self.assert_idle(timeout)
-
-        def more() -> dict[str, tuple[int, int]]:
-            now = self.held()
-            return {key: (before[key], now[key]) for key in before.keys() & now.keys() if now[key] > before[key]}
-
-        assert wait_for(lambda: not more(), timeout), f"held: {more()}"
+        assert wait_for(lambda: not self.held_beyond(before), timeout), f"held: {self.held_beyond(before)}"
 
 
 class Clients:
@@ -241,6 +257,18 @@ def _read_some(stream: Stream, streams: Sequence[Stream]) -> None:
             break
     for other in streams:
         other.close()
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # ended since it was listed
+        return process.status() == psutil.STATUS_STOPPED
+    return False
+
+
+def _kind(service: str, process: psutil.Process) -> str:
+    """An executor is what it was started as: a restarted one is again."""
+    line = process.cmdline()
+    return f"{service} {line[line.index('--role') + 1]}" if "--role" in line else service
 
 
 def _listens(process: psutil.Process) -> set[int]:
