@@ -251,8 +251,10 @@ def _failed(answer: Answer, histories: Sequence[Sequence[Event]], faults: Sequen
     if answer.error == "InternalError":
         yield "it failed with a defect"
     for history in histories:
-        if history[-1].get("outcome") == "answered":
-            yield f"failed with {answer.error}, and the log says it was answered"
         died = next((fault.time for fault in faults if fault.pid == history[0]["pid"]), None)
+        # The end of an answer may be on its way to the client when its gateway dies.
+        on_its_way = died is not None and history[-1]["time"] <= died <= answer.ended
+        if history[-1].get("outcome") == "answered" and not on_its_way:
+            yield f"failed with {answer.error}, and the log says it was answered"
         if died is not None and answer.ended > died + bound:
             yield f"its gateway died, and it heard of it {answer.ended - died:.2f} s later"

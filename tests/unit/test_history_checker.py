@@ -224,6 +224,17 @@ def test_a_killed_gateway_leaves_its_requests_open_and_its_clients_hear_of_it_in
     assert check(play.events, [late], [died], BOUND) != []
 
 
+def test_the_end_of_an_answer_may_be_lost_with_its_gateway_alone():
+    play = Play(pid=7)
+    play.request([])
+    died = Fault(play.time + 0.1, "kill the gateway", pid=7)
+    seen = replace(play.answers[0], finish=None, error="Unavailable", ended=died.time + 0.1)
+    assert check(play.events, [seen], [died], BOUND) == []
+    told_before = replace(seen, ended=died.time - 0.05)
+    assert check(play.events, [told_before], [died], BOUND) != []
+    assert check(play.events, [seen], [replace(died, pid=8)], BOUND) != []
+
+
 def test_a_gateway_that_dies_within_the_bound_decides_no_more():
     play = Play(pid=7)
     play.request([])
