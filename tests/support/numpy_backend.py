@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from penstock.backends.contract import Available, Capabilities, DType, KvChunk, KvSpec, Registration, StepOutput
+from penstock.backends.contract import Available, Capabilities, DType, KvChunk, KvSpec, Registration, StepOutput, TopOutput
 from penstock.backends.kv_blocks import check_chunk, slots_of, transfer_slots
 from penstock.backends.kv_copies import native_layout, read_blocks, write_blocks
 from penstock.backends.kv_memory import count_blocks, free_memory
@@ -19,6 +19,7 @@ class NumpyModel:
     """A `GenerativeModel`; its cache is [layer, 2 (key, value), slot, kv head, head dim]."""
 
     dtype, device = DType.F32, "cpu"
+    most_top = 40
 
     def __init__(self, spec, config):
         self.spec, self.config = spec.decoder, config
@@ -62,6 +63,19 @@ class NumpyModel:
             x = x + self.linear(gate / (1 + np.exp(-gate)) * self.linear(h, "up", layer), "down", layer)
         x = self.norm(x[self.rows(batch)], names.final_norm)
         return StepOutput(self.told(x @ self.weights[names.lm_head or names.embedding].T))
+
+    def step_top(self, batch, counts):
+        logits = self.step(batch).logits
+        ids = [self.likeliest(row, count) if count else row[:0].astype(np.int64) for row, count in zip(logits, counts, strict=True)]
+        values = [row[found] for row, found in zip(logits, ids, strict=True)]
+        whole = np.where(counts == 0, np.cumsum(counts == 0) - 1, -1)
+        starts = np.cumsum([0, *map(len, ids)])
+        return TopOutput(
+            starts, np.concatenate([*ids, whole[:0]]), np.concatenate([*values, logits[:0, 0]]), whole, logits[counts == 0]
+        )
+
+    def likeliest(self, row, count):
+        return np.flatnonzero(row >= np.sort(row)[-count])
 
     def tables(self, batch, s):
         """Where a sequence's new tokens stand in the batch, how many are past, and the cache's slots of all."""

@@ -199,6 +199,37 @@ class ClearsForImports(NumpyModel):
         super().import_kv(blocks, chunk)
 
 
+# --- the likeliest tokens in place of rows
+
+
+class TellsByLikelihood(NumpyModel):
+    """The right tokens, the likeliest first."""
+
+    def likeliest(self, row, count):
+        return np.argsort(-row, kind="stable")[:count]
+
+
+class RoundsWhatItTells(NumpyModel):
+    def step_top(self, batch, counts):
+        found = super().step_top(batch, counts)
+        return replace(found, values=found.values.astype(np.float16).astype(np.float32))
+
+
+class TellsNoRowWhole(NumpyModel):
+    def step_top(self, batch, counts):
+        return super().step_top(batch, np.maximum(counts, 1))
+
+
+class ForgetsWhatItTold(NumpyModel):
+    """Steps that tell the likeliest tokens leave nothing in the cache."""
+
+    def step_top(self, batch, counts):
+        before = self.cache.copy()
+        found = super().step_top(batch, counts)
+        self.cache[...] = before
+        return found
+
+
 # --- blocks as they are
 
 

@@ -44,6 +44,8 @@ __all__ = [
     "Task",
     "TensorModel",
     "TensorSpec",
+    "TopLogits",
+    "TopOutput",
     "Tuned",
     "Unavailable",
     "Unsupported",
@@ -338,6 +340,43 @@ class NativeKv(Protocol):
 
         Raises:
             ValueError: a block is not of this cache, or the bytes are not so many; nothing is written then.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TopOutput:
+    """What a step tells of R rows of logits: of each its likeliest tokens, or the row.
+
+    Attributes:
+        starts: int64 [R + 1]; row r has ``ids[starts[r]:starts[r + 1]]``, none where it is told whole.
+        ids: int64, rising within a row: all tokens whose logit is at least the k-th largest; more than k where some are equal.
+        values: float32, their logits.
+        whole: int64 [R], where in `logits` the row is; -1: it is not told whole.
+        logits: float32 [rows told whole, vocabulary], valid until the next step; the caller may overwrite them.
+    """
+
+    starts: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+    whole: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
+@runtime_checkable
+class TopLogits(Protocol):
+    """What a `GenerativeModel` has beside it whose logits need not leave its device where a few of them decide."""
+
+    @property
+    def most_top(self) -> int:
+        """How many of a row's likeliest tokens may be asked for; 0: none, since whole rows cost no more here."""
+
+    def step_top(self, batch: StepBatch, counts: NDArray[np.int32]) -> TopOutput:
+        """As `GenerativeModel.step`, raising the same; tokens and logits are those of the rows that it would give, to the bit.
+
+        Args:
+            batch: the step.
+            counts: int32 [R], how many of the likeliest tokens of each row are wanted, at most `most_top`; 0: the whole row. A row
+                may be told whole in any case, as where more tokens are equally likely than the backend looked for.
         """
 
 

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import GenerativeModel, ModelLost
@@ -45,9 +44,10 @@ from penstock.executor.handoff.ports import Exported, Handle, HandoffEvents, Imp
 from penstock.executor.handoff.ticket import Arrival, HandoffFailure
 from penstock.executor.kv_moves import KvMoves
 from penstock.executor.meter import Meter, StepFacts
-from penstock.executor.sampling import NotFinite, Sampled, Sampler
+from penstock.executor.sampling import NotFinite, Row, Sampled, Sampler
 from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
 from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Status
+from penstock.executor.step_logits import StepLogits, compute
 
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
@@ -291,14 +291,14 @@ class Engine:
 
     def _run_step(self, step: Step) -> None:
         built = build(step, self.block_size)
-        logits = self._compute(step, built)
+        rows = [s.next_row() for s in built.drawing]
+        logits = self._compute(step, built, rows)
         if logits is None:
             return
         self.scheduler.advance(step)
         self._tell_computed(step)
         self._tell_prompts(built.prompts, logits)
-        drawn = logits if built.drawing_rows is None else logits[built.drawing_rows]
-        self._deliver(built.drawing, self._sampler.sample(drawn, [s.next_row() for s in built.drawing]))
+        self._deliver(built.drawing, logits.sample(self._sampler, built.drawing_rows, rows))
 
     def _obey(self) -> None:
         while self._commands:
@@ -354,7 +354,7 @@ class Engine:
             if sequence_id in mine:
                 self._forget(mine[sequence_id])
 
-    def _compute(self, step: Step, built: Built) -> NDArray[np.float32] | None:
+    def _compute(self, step: Step, built: Built, rows: list[Row]) -> StepLogits | None:
         """The step's logits; None where the backend failed, and the step's sequences with it."""
         began = time.monotonic()
         decodes = step.counts.count(1)
@@ -369,7 +369,7 @@ class Engine:
                 sequence.first_step_at = began
         self.meter.begin(began + self._config.stall_seconds + prompt_tokens * self._config.stall_seconds_per_prompt_token)
         try:
-            logits = self.model.step(built.batch).logits
+            logits = compute(self.model, built, rows)
         except ModelLost as error:
             raise EngineDead(str(error)) from error
         except Exception as error:  # noqa: BLE001 - the contract lets a backend raise anything
@@ -424,13 +424,13 @@ class Engine:
             sequence.handing = False
             self._finish(sequence, reason, message, failure)
 
-    def _tell_prompts(self, prompts: list[PromptRows], logits: NDArray[np.float32]) -> None:
+    def _tell_prompts(self, prompts: list[PromptRows], logits: StepLogits) -> None:
         for rows in prompts:
             told, count = rows.sequence.prompt_logprobs, rows.sequence.request.prompt_logprobs
             if told is not None and count is not None:
                 try:
                     for i in range(rows.count):
-                        told.append(self._sampler.logprob(logits[rows.first + i], rows.sequence.ids[rows.place + i + 1], count))
+                        told.append(self._sampler.logprob(logits.row(rows.first + i), rows.sequence.ids[rows.place + i + 1], count))
                 except NotFinite as error:
                     self._finish(rows.sequence, Finish.FAILED, str(error))
 

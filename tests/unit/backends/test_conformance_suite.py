@@ -27,6 +27,8 @@ CAUGHT = {
     "mixed_batch_agrees_with_each_alone": [wrong.ReadsTheFirstTable, wrong.OtherBitsInCompany],
     "only_wanted_rows_come_back": [wrong.TellsEveryRow],
     "logits_are_the_callers": [wrong.AddsToWhatItGaveOut],
+    "top_logits_are_those_of_whole_rows": [wrong.TellsByLikelihood, wrong.RoundsWhatItTells, wrong.TellsNoRowWhole],
+    "top_logits_leave_the_same_behind": [wrong.ForgetsWhatItTold],
     "blocks_lie_anywhere": [wrong.BlocksInARow],
     "blocks_are_used_again": [wrong.AddsToBlocks, wrong.WritesBlocksOnce],
     "preempted_sequences_are_replayed": [wrong.AddsToBlocks, wrong.WritesBlocksOnce],

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from penstock.backends.conformance import concurrency, leaks, lifecycle, limits, logits, native, paging, transfer
+from penstock.backends.conformance import concurrency, leaks, lifecycle, limits, logits, native, paging, top, transfer
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.subject import Subject
 from penstock.backends.contract import DType, ModelSpec, Registration, Unsupported
@@ -26,7 +26,7 @@ Check = Callable[[Subject], None]
 
 # Answers that no model gives.
 _MADE_UP = frozenset({"fake"})
-_ROOMS = (logits, paging, transfer, native, limits, lifecycle, concurrency, leaks)
+_ROOMS = (logits, top, paging, transfer, native, limits, lifecycle, concurrency, leaks)
 
 CHECKS: Mapping[str, Check] = {name: getattr(module, name) for module in _ROOMS for name in module.__all__}
 """Every check of one backend, by its name."""

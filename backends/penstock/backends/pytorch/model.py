@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,7 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.backends.architectures.spec import DecoderSpec
-from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
+from penstock.backends.contract import (
+    DeviceConfig,
+    DType,
+    KvChunk,
+    KvSpec,
+    ModelSpec,
+    StepBatch,
+    StepOutput,
+    TopOutput,
+    Unsupported,
+)
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
 from penstock.backends.pytorch.attention.plan import Attention
@@ -23,6 +34,7 @@ from penstock.backends.pytorch.device import current, find_device, threads
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
 from penstock.backends.pytorch.precision import precision_of
 from penstock.backends.pytorch.registration import KV_LAYOUT, REGISTRATION
+from penstock.backends.pytorch.top import MOST_TOP, on_host, top_of
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
@@ -40,12 +52,15 @@ class TorchModel:
         spec: the model.
         config: what the operator asks.
         attention: how it attends; None: on an accelerator by what is quickest there, on the processor by what always is.
+        most_top: see `TopLogits`; None: as many as are worth while on an accelerator, 0 on the processor.
 
     Raises:
         StartError: the device is not there, computes no attention, or its memory holds no cache.
     """
 
-    def __init__(self, spec: ModelSpec, config: DeviceConfig, attention: Attention | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, config: DeviceConfig, attention: Attention | None = None, *, most_top: int | None = None
+    ) -> None:
         capabilities = REGISTRATION.capabilities(spec)
         if isinstance(capabilities, Unsupported):
             raise StartError(f"backend torch {capabilities.reason}")
@@ -67,6 +82,7 @@ class TorchModel:
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
         self._attention = attention or self._quickest(spec.decoder, precision.activations)
         self._graphs = self._record_by(capture_cuda) if self._device.type == "cuda" else None
+        self._most_top = (0 if self._device.type == "cpu" else MOST_TOP) if most_top is None else most_top
 
     @property
     def kv(self) -> KvSpec:
@@ -95,11 +111,23 @@ class TorchModel:
             ValueError: the batch is not within what the model was created for.
             RuntimeError: the model is closed, or the device failed.
         """
-        self._limits.check(batch)
-        self._open()
-        with torch.inference_mode(), threads(self._threads), current(self._device):
-            logits = None if self._graphs is None else self._graphs.step(batch)
-            return StepOutput(to_numpy(_on_host(self._compute(batch) if logits is None else logits)))
+        with self._computing():
+            return StepOutput(to_numpy(on_host(self._logits(batch))))
+
+    @property
+    def most_top(self) -> int:
+        """How many of a row's likeliest tokens may be asked for."""
+        return self._most_top
+
+    def step_top(self, batch: StepBatch, counts: NDArray[np.int32]) -> TopOutput:
+        """As `step`, of each row so many of the likeliest tokens; the device finds them.
+
+        Raises:
+            ValueError: the batch is not within what the model was created for.
+            RuntimeError: the model is closed, or the device failed.
+        """
+        with self._computing():
+            return top_of(self._logits(batch), counts)
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy the KV of `tokens` out of the cache.
@@ -149,6 +177,18 @@ class TorchModel:
                 return quickest(spec, dtype, BLOCK_SIZE, self._device)
         except RuntimeError as error:
             raise StartError(str(error)) from error
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.inference_mode(), threads(self._threads), current(self._device):
+            yield
+
+    def _logits(self, batch: StepBatch) -> Tensor:
+        """[R, vocabulary] on the device, valid until the next step."""
+        self._limits.check(batch)
+        self._open()
+        logits = None if self._graphs is None else self._graphs.step(batch)
+        return self._compute(batch) if logits is None else logits
 
     def _compute(self, batch: StepBatch) -> Tensor:
         decoder, cache = self._open()
@@ -200,10 +240,3 @@ class TorchModel:
         cache = torch.zeros(shape, dtype=dtype, device=self._device)
         token_shape = (decoder.layers, decoder.kv_heads, decoder.head_dim)
         return described(KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, _CACHE_NAMES[dtype], token_shape), dtype), cache
-
-
-def _on_host(logits: Tensor) -> Tensor:
-    """The same on the CPU: from a device into pinned memory, which PyTorch keeps for the next step."""
-    if logits.device.type == "cpu":
-        return logits
-    return torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True).copy_(logits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, TopOutput
 from penstock.backends.kv_memory import count_blocks
 from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
+from penstock.backends.pytorch.top import MOST_TOP, top_of
 from penstock.backends.step_limits import StepLimits
 from penstock.backends.tensorrt.api import TensorRt
 from penstock.backends.tensorrt.building import EngineBuilder
@@ -91,17 +93,23 @@ class TensorRtModel:
             ValueError: the step is beyond what the model was created for; nothing is written then.
             RuntimeError: the model is closed, or TensorRT or the device failed.
         """
-        executions, _ = self._open()
-        self._limits.check(batch)
-        runs = list(plan_runs(batch, self._profiles, BLOCK_SIZE, self._window))
-        shape = (len(batch.logits_rows), self._vocabulary)
-        with torch.inference_mode(), self._device.stream() as stream:
-            logits = torch.empty(shape, dtype=torch.float32, device=self._device.torch)
-            for run in runs:
-                computed = executions.run(run, stream)
-                if len(run.rows):
-                    logits.index_copy_(0, torch.from_numpy(run.rows).to(self._device.torch), computed)
+        with self._computed(batch) as logits:
             return StepOutput(logits.cpu().numpy())
+
+    @property
+    def most_top(self) -> int:
+        """How many of a row's likeliest tokens may be asked for."""
+        return MOST_TOP
+
+    def step_top(self, batch: StepBatch, counts: NDArray[np.int32]) -> TopOutput:
+        """As `step`, of each row so many of the likeliest tokens; the device finds them.
+
+        Raises:
+            ValueError: the step is beyond what the model was created for; nothing is written then.
+            RuntimeError: the model is closed, or TensorRT or the device failed.
+        """
+        with self._computed(batch) as logits:
+            return top_of(logits, counts)
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy the KV of `tokens` out of the cache.
@@ -145,6 +153,21 @@ class TensorRtModel:
             self._executions.close()
         self._executions = self._copies = None
         self._device.release()
+
+    @contextmanager
+    def _computed(self, batch: StepBatch) -> Iterator[Tensor]:
+        """A step's logits on the device, to be read on its stream."""
+        executions, _ = self._open()
+        self._limits.check(batch)
+        runs = list(plan_runs(batch, self._profiles, BLOCK_SIZE, self._window))
+        shape = (len(batch.logits_rows), self._vocabulary)
+        with torch.inference_mode(), self._device.stream() as stream:
+            logits = torch.empty(shape, dtype=torch.float32, device=self._device.torch)
+            for run in runs:
+                computed = executions.run(run, stream)
+                if len(run.rows):
+                    logits.index_copy_(0, torch.from_numpy(run.rows).to(self._device.torch), computed)
+            yield logits
 
     def _open(self) -> tuple[Executions, CacheCopies]:
         if self._executions is None or self._copies is None:

@@ -18,11 +18,13 @@ from penstock.executor.sampling.likeliest import at_least_kth
 from penstock.executor.sampling.parameters import SamplingParameters
 from penstock.executor.sampling.random import uniform
 
-__all__ = ["Drawer"]
+__all__ = ["FEW", "Drawer", "draw_likeliest"]
 
 # The mass of a row is a table of so many columns: numpy adds down columns several times as fast as along rows.
 _COLUMNS = 1024
-_FEW = 4096
+FEW = 4096
+"""Tokens that top-k may leave to be sorted."""
+
 # Rejections of one token at most. A token is rejected with all behind it, so that their number is that of the records in a random
 # order, about ln(vocabulary) at most, 13 for 260,000 tokens: the chance of 128 is below 1e-70, less than that of a wrong sum.
 _MOST_REJECTIONS = 128
@@ -40,9 +42,9 @@ class Drawer:
 
     def draw(self, row: NDArray[np.float32], parameters: SamplingParameters, position: int) -> int:
         """The id of a token. `row` [vocabulary] holds finite logits or -inf, at least one of them finite, and is left as it is."""
-        if 0 < parameters.top_k <= _FEW:
+        if 0 < parameters.top_k <= FEW:
             ids = at_least_kth(row, parameters.top_k)
-            return int(ids[_draw_sorted(row[ids], parameters, position)])
+            return draw_likeliest(ids, row[ids], parameters, position)
         mass = self._mass[: self._size]
         np.subtract(row, row.max(), out=mass)
         if 0 < parameters.top_k < self._size:
@@ -104,8 +106,8 @@ def _find(masses: NDArray[np.float64], point: float) -> tuple[int, float]:
     return index, point - float(ends[index - 1] if index else 0)
 
 
-def _draw_sorted(logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> int:
-    """The index of a token among a few."""
+def draw_likeliest(ids: NDArray[np.int64], logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> int:
+    """One of the tokens that top-k keeps: `ids`, rising, and their logits."""
     order = np.argsort(-logits, kind="stable")
     mass = np.exp((logits[order].astype(np.float64) - logits[order[0]]) / parameters.temperature)
     ends = np.cumsum(mass)
@@ -116,4 +118,4 @@ def _draw_sorted(logits: NDArray[np.float32], parameters: SamplingParameters, po
         kept = min(kept, int(np.count_nonzero(mass >= parameters.min_p)))
     kept = max(1, min(kept, int(np.count_nonzero(mass))))
     point = uniform(parameters.seed, position, 0) * ends[kept - 1]
-    return int(order[min(int(np.searchsorted(ends[:kept], point, side="right")), kept - 1)])
+    return int(ids[order[min(int(np.searchsorted(ends[:kept], point, side="right")), kept - 1)]])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.executor.sampling.adjust import Adjustment
-from penstock.executor.sampling.draw import Drawer
+from penstock.executor.sampling.draw import FEW, Drawer, draw_likeliest
 from penstock.executor.sampling.likeliest import top
 from penstock.executor.sampling.parameters import SamplingParameters
 
@@ -55,7 +55,19 @@ class Row:
     @property
     def plain(self) -> bool:
         """Whether the largest logit is all that counts."""
-        return self.parameters.greedy and self.adjustment is None and not self.masked and self.logprobs is None
+        return self.parameters.greedy and self._unchanged
+
+    @property
+    def deciding(self) -> int:
+        """How many of the likeliest tokens are all that counts, with those as likely as the last of them; 0: every token counts."""
+        if not self._unchanged:
+            return 0
+        return 1 if self.parameters.greedy else self.parameters.top_k if self.parameters.top_k <= FEW else 0
+
+    @property
+    def _unchanged(self) -> bool:
+        """Whether the model's logits are what counts, and only for the choice."""
+        return self.adjustment is None and not self.masked and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,18 @@ class Sampler:
         for i in plain:
             sampled[i] = _greedy(logits[i : i + 1])[0]
         return [done or self._sample_row(logits[i], rows[i]) for i, done in enumerate(sampled)]
+
+    def sample_likeliest(self, ids: NDArray[np.int64], logits: NDArray[np.float32], row: Row) -> Sampled:
+        """The token that `sample` would choose, from the `Row.deciding` likeliest alone.
+
+        Args:
+            ids: rising, of all tokens whose logit is at least that of the last of them.
+            logits: of these, finite or -inf, the largest finite.
+            row: what is to be drawn.
+        """
+        if row.parameters.greedy:
+            return Sampled(int(ids[logits.argmax()]))
+        return Sampled(draw_likeliest(ids, logits, row.parameters, row.position))
 
     def _sample_row(self, logits: NDArray[np.float32], row: Row) -> Sampled:
         raw = logits
