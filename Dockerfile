@@ -73,8 +73,14 @@ FROM backends AS backends-rocm
 ARG TORCH_ROCM_INDEX=https://download.pytorch.org/whl/rocm7.1
 RUN /opt/penstock/bin/pip install --no-cache-dir --extra-index-url ${TORCH_ROCM_INDEX} "$(echo /wheel/*.whl)[torch]"
 
-FROM executor-base AS executor-cuda
+# Triton compiles the launcher of a kernel where it runs.
+FROM executor-base AS executor-triton
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER penstock
+
+FROM executor-triton AS executor-cuda
 COPY --from=backends-cuda /opt/penstock /opt/penstock
 
-FROM executor-base AS executor-rocm
+FROM executor-triton AS executor-rocm
 COPY --from=backends-rocm /opt/penstock /opt/penstock

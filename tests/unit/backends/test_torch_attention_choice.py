@@ -4,7 +4,9 @@ import time
 from dataclasses import replace
 
 import pytest
+import structlog
 import torch
+from imitated_cuda import imitate
 
 from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance import CHECKS, subjects
@@ -13,6 +15,7 @@ from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType
 from penstock.backends.pytorch import REGISTRATION
 from penstock.backends.pytorch.attention.choice import ON_PROCESSOR, Ways, choose
+from penstock.backends.pytorch.attention.measured import quickest
 from penstock.backends.pytorch.attention.paged import Paged
 from penstock.backends.pytorch.attention.plan import Attention
 from penstock.backends.pytorch.attention.sdpa import GatheredDecoding, SdpaPrefilling
@@ -87,14 +90,17 @@ def test_where_none_is_right_each_ones_reason_is_told(decoder):
         pick(decoder, {"absent": lambda: Absent, "wrong": lambda: Wrong})
 
 
-def test_every_way_is_right_by_its_own_trial(decoder):
-    paged = Paged(decoder.sliding_window, processors=1)
-    small = replace(decoder, context_length=20)  # Triton's interpreter takes its time
-    decoding = {"gathered": lambda: GatheredDecoding, "paged": lambda: paged.decoding}
-    kinds = {"masked": SdpaPrefilling.masked, "repeated": SdpaPrefilling.repeated, "lower_right": SdpaPrefilling.lower_right}
-    prefilling = {name: lambda make=make: make for name, make in kinds.items()} | {"paged": lambda: paged.prefilling}
-    _, tried = pick(small, decoding, prefilling)
-    assert [trial.reason for trials in tried for trial in trials] == [""] * 6
+def test_a_device_is_asked_for_all_ways_and_the_log_has_each(decoder, monkeypatch):
+    imitate(monkeypatch)
+    monkeypatch.setattr("penstock.backends.pytorch.attention.measured._RUNS", 1)  # Triton's interpreter takes its time
+    monkeypatch.setattr("penstock.backends.pytorch.attention.choice._DECODES", ((1, 20), (3, 9)))
+    with structlog.testing.capture_logs() as logs:
+        attention = quickest(replace(decoder, context_length=20), torch.float32, 16, torch.device("cpu"))
+    (told,) = (entry for entry in logs if entry["event"] == "attention chosen")
+    assert told["decoding"][0].startswith(f"{attention.names[0]}: ")
+    assert told["prefill"][0].startswith(f"{attention.names[1]}: ")
+    tried = {line.partition(":")[0] for line in told["decoding"] + told["prefill"] if line.endswith(" us")}
+    assert tried == {"gathered", "masked", "repeated", "lower_right", "paged"}
 
 
 def test_a_model_tells_how_it_attends(checkpoint):
@@ -144,7 +150,5 @@ def test_recorded_steps_attend_as_the_model_does(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a CUDA or ROCm device")
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 def test_a_device_has_something_to_choose_from(dtype, decoder):
-    from penstock.backends.pytorch.attention.measured import quickest
-
     kind = torch.float32 if dtype == DType.F32 else torch.bfloat16
     assert quickest(decoder, kind, 16, torch.device("cuda:0")).names[1] in {"masked", "repeated", "lower_right", "paged"}

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from imitated_cuda import imitate
 
 from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType
 from penstock.backends.pytorch import REGISTRATION
+from penstock.backends.pytorch.decode_graphs import CudaCapture
 
 
 @pytest.fixture(params=["llama", "mistral"])  # the latter with a window
@@ -55,6 +57,21 @@ def test_padding_touches_no_block_but_its_own(spec):
     changed = (model._cache != 5.0).flatten(4).any(-1).any(0).any(0)[: model.kv.blocks]
     assert changed.sum() == 3
     assert model._cache[:, :, model.kv.blocks].any()
+
+
+def test_a_model_behind_a_closed_one_records_its_own(spec, monkeypatch):
+    imitate(monkeypatch)
+    for _ in range(2):
+        model = create(spec)
+        model._graphs = model._record_by(CudaCapture())
+        driver = Driver(model)
+        sequences = [driver.sequence() for _ in range(2)]
+        driver.step(Piece(sequences[0], [1]))
+        driver.step(*(Piece(sequence, [2]) for sequence in sequences))
+        memory = {replay.__closure__[0].cell_contents.pool() for _, _, replay in model._graphs._recorded.values()}
+        assert len(model._graphs) == 2
+        assert len(memory) == 1  # shared by the model's graphs
+        model.close()
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from penstock.backends.contract import StepBatch
 from penstock.backends.pytorch.attention.plan import AttentionPlan, MakeDecoding
 from penstock.backends.pytorch.attention.planning import decode_layout, written_slots
 
-__all__ = ["Bucket", "DecodeGraphs", "Replay", "StaticStep", "bucket_of", "capture_cuda", "packed"]
+__all__ = ["Bucket", "CudaCapture", "DecodeGraphs", "Replay", "StaticStep", "bucket_of", "packed"]
 
 Replay = Callable[[], Tensor]
 
@@ -119,31 +119,34 @@ class DecodeGraphs:
         return host, inputs, self._capture(lambda: self._run(step))
 
 
-def capture_cuda(compute: Replay) -> Replay:
-    """Record what `compute` launches as a CUDA graph. Run before on a stream of its own, so that libraries have set themselves up.
+class CudaCapture:
+    """Records what computations launch as CUDA graphs that share their memory.
 
-    All graphs take their memory from one pool: one is replayed at a time, and its output is read before the next one's.
+    One is replayed at a time, and its output is read before the next one's. The memory is given back with the last of them, and
+    PyTorch takes no other graph into it then: each model has a `CudaCapture` of its own.
     """
-    global _pool  # noqa: PLW0603  a handle that outlives its graphs, one a process
-    _pool = _pool or torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool):
-        out = compute()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
+    def __init__(self) -> None:
+        self._pool: Any = None  # a handle that torch names by no public type
 
-    return replay
+    def __call__(self, compute: Replay) -> Replay:
+        """Record `compute`, run before on a stream of its own, so that libraries have set themselves up."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = compute()
+        self._pool = graph.pool()
 
+        def replay() -> Tensor:
+            graph.replay()
+            return out
 
-_pool: Any = None  # a handle that torch names by no public type
+        return replay
 
 
 def _power_of_two(count: int) -> int:

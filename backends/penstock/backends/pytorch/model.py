@@ -28,7 +28,7 @@ from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
 from penstock.backends.pytorch.attention.plan import Attention
 from penstock.backends.pytorch.attention.planning import plan_attention
 from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
-from penstock.backends.pytorch.decode_graphs import DecodeGraphs, Replay, StaticStep, capture_cuda
+from penstock.backends.pytorch.decode_graphs import CudaCapture, DecodeGraphs, Replay, StaticStep
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.device import current, find_device, threads
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
@@ -81,7 +81,7 @@ class TorchModel:
         self._copies: CacheCopies | None = copies_of(cache, self._kv)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
         self._attention = attention or self._quickest(spec.decoder, precision.activations)
-        self._graphs = self._record_by(capture_cuda) if self._device.type == "cuda" else None
+        self._graphs = self._record_by(CudaCapture()) if self._device.type == "cuda" else None
         self._most_top = (0 if self._device.type == "cpu" else MOST_TOP) if most_top is None else most_top
 
     @property

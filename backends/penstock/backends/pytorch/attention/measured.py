@@ -11,7 +11,7 @@ from torch import Tensor
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.pytorch.attention.choice import Trial, choose, ways_of
 from penstock.backends.pytorch.attention.plan import Attention
-from penstock.backends.pytorch.decode_graphs import capture_cuda
+from penstock.backends.pytorch.decode_graphs import CudaCapture
 from penstock.common.logs import logger
 
 __all__ = ["quickest"]
@@ -37,7 +37,7 @@ def _launched(compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 
 def _recorded(compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    replay = capture_cuda(compute)
+    replay = CudaCapture()(compute)
     return replay().clone(), _seconds(replay)
 
 
