@@ -40,6 +40,8 @@ def imitate(monkeypatch):
         "current_stream": lambda: stream,
         "stream": lambda _: nullcontext(),
         "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "device": lambda _: nullcontext(),
         "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=4),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -92,7 +92,7 @@ def test_where_none_is_right_each_ones_reason_is_told(decoder):
 
 def test_a_device_is_asked_for_all_ways_and_the_log_has_each(decoder, monkeypatch):
     imitate(monkeypatch)
-    monkeypatch.setattr("penstock.backends.pytorch.attention.measured._RUNS", 1)  # Triton's interpreter takes its time
+    monkeypatch.setattr("penstock.backends.pytorch.timing._RUNS", 1)  # Triton's interpreter takes its time
     monkeypatch.setattr("penstock.backends.pytorch.attention.choice._DECODES", ((1, 20), (3, 9)))
     with structlog.testing.capture_logs() as logs:
         attention = quickest(replace(decoder, context_length=20), torch.float32, 16, torch.device("cpu"))

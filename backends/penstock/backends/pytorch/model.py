@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import (
     DeviceConfig,
     DType,
@@ -24,7 +23,6 @@ from penstock.backends.contract import (
     Unsupported,
 )
 from penstock.backends.kv_memory import count_blocks, free_memory
-from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
 from penstock.backends.pytorch.attention.plan import Attention
 from penstock.backends.pytorch.attention.planning import plan_attention
 from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
@@ -32,9 +30,9 @@ from penstock.backends.pytorch.decode_graphs import CudaCapture, DecodeGraphs, R
 from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.device import current, find_device, threads
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
-from penstock.backends.pytorch.precision import precision_of
 from penstock.backends.pytorch.registration import KV_LAYOUT, REGISTRATION
 from penstock.backends.pytorch.top import MOST_TOP, on_host, top_of
+from penstock.backends.pytorch.tuning import tuning_of
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
@@ -70,17 +68,17 @@ class TorchModel:
             raise StartError(f"backend torch has no {self._dtype} for {spec.name}, but {', '.join(capabilities.dtypes)}")
         if config.kv_cache_dtype is not None:
             raise StartError(f"backend torch has no KV cache of {config.kv_cache_dtype}: leave kv_cache_dtype away")
-        precision = precision_of(self._dtype, self._device)
+        tuning = tuning_of(spec.decoder, self._dtype, self._device, BLOCK_SIZE, attention)
+        self._attention, self._ways = tuning.attention, tuning.ways
         self._threads = config.threads or len(os.sched_getaffinity(0))
         self._window = spec.decoder.sliding_window
         with threads(self._threads):
-            self._decoder: Decoder | None = load_decoder(spec, precision, self._device)
+            self._decoder: Decoder | None = load_decoder(spec, tuning.precision, self._device)
         self._frequencies = torch.from_numpy(spec.decoder.rope.inverse_frequencies()).to(self._device)
-        self._kv, cache = self._allocate(spec, config, precision.held)
+        self._kv, cache = self._allocate(spec, config, tuning.precision.held)
         self._cache: Tensor | None = cache
         self._copies: CacheCopies | None = copies_of(cache, self._kv)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
-        self._attention = attention or self._quickest(spec.decoder, precision.activations)
         self._graphs = self._record_by(CudaCapture()) if self._device.type == "cuda" else None
         self._most_top = (0 if self._device.type == "cpu" else MOST_TOP) if most_top is None else most_top
 
@@ -101,8 +99,8 @@ class TorchModel:
 
     @property
     def ways(self) -> Mapping[str, str]:
-        """How it attends, as `Tuned`."""
-        return dict(zip(("decode_attention", "prefill_attention"), self._attention.names, strict=True))
+        """How it attends and multiplies, as `Tuned`."""
+        return self._ways
 
     def step(self, batch: StepBatch) -> StepOutput:
         """Compute one step; all tokens go through each product together.
@@ -166,17 +164,6 @@ class TorchModel:
         self._decoder = self._cache = self._copies = self._graphs = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _quickest(self, spec: DecoderSpec, dtype: torch.dtype) -> Attention:
-        if self._device.type == "cpu":
-            return ON_PROCESSOR
-        from penstock.backends.pytorch.attention.measured import quickest
-
-        try:
-            with current(self._device):
-                return quickest(spec, dtype, BLOCK_SIZE, self._device)
-        except RuntimeError as error:
-            raise StartError(str(error)) from error
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

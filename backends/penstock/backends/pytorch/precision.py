@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from penstock.backends.contract import DType
+from penstock.backends.pytorch.device_int8 import DeviceInt8Product
 from penstock.backends.pytorch.products import HostProduct, Int4Product, Int8Product
 
 __all__ = ["Precision", "precision_of"]
@@ -33,9 +35,18 @@ class Precision:
     head: MakeProduct
 
 
-def precision_of(dtype: DType, device: torch.device) -> Precision:
-    """How `dtype` is served on `device`. Four-bit models keep their vocabulary's product in eight: that one shows in each logit."""
+def precision_of(dtype: DType, device: torch.device, kernel_rows: int = 0) -> Precision:
+    """How `dtype` is served on `device`. Four-bit models keep their vocabulary's product in eight: that one shows in each logit.
+
+    Args:
+        dtype: of the weights.
+        device: where they are.
+        kernel_rows: see `DeviceInt8Product`.
+    """
     held = torch.float32 if dtype == DType.F32 else torch.bfloat16
+    if device.type == "cuda" and dtype == DType.INT8:
+        int8 = partial(DeviceInt8Product, rows=kernel_rows)
+        return Precision(held, held, int8, int8)
     if device.type == "cuda" or (dtype == DType.BF16 and multiplies_bfloat16()):
         return Precision(held, held, _linear, _linear)
     products = {DType.INT8: Int8Product, DType.INT4: Int4Product}

@@ -55,8 +55,9 @@ def _capabilities(spec: ModelSpec) -> Capabilities:
     available = _probe()
     accelerated = isinstance(available, Available) and available.devices[0] != "cpu"
     dtypes: tuple[DType, ...] = (DType.BF16, DType.F32) if accelerated or _fast_bfloat16() else (DType.F32, DType.BF16)
-    if not accelerated:
-        dtypes += (DType.INT8, DType.INT4) if _fits_int4(spec.decoder) else (DType.INT8,)
+    dtypes += (DType.INT8,)
+    if not accelerated and _fits_int4(spec.decoder):
+        dtypes += (DType.INT4,)
     return Capabilities(dtypes=dtypes, export_kv=True, import_kv=True, kv_layouts=(KV_LAYOUT,))
 
 

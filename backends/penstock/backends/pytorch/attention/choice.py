@@ -18,14 +18,12 @@ from torch import Tensor
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.pytorch.attention.plan import Attention, MakeDecoding, MakePrefilling, PrefillLayout
 from penstock.backends.pytorch.attention.sdpa import GatheredDecoding, SdpaPrefilling
+from penstock.backends.pytorch.timing import Timed
 
-__all__ = ["ON_PROCESSOR", "Timed", "Trial", "Ways", "choose", "ways_of"]
+__all__ = ["ON_PROCESSOR", "Trial", "Ways", "choose", "ways_of"]
 
 ON_PROCESSOR = Attention(GatheredDecoding, SdpaPrefilling.masked, ("gathered", "masked"))
 """On the processor nothing is measured: there all that is told to the library comes to one kernel of its, under a mask."""
-
-Timed = Callable[[Callable[[], Tensor]], tuple[Tensor, float]]
-"""What a computation gives, and the seconds that it takes once it has run before."""
 
 # Root-mean-square error over the right answer's own, as the conformance suite has it.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}

@@ -1,0 +1,64 @@
+"""How a model is computed on a device, measured where the device has several ways of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from penstock.backends.architectures.spec import DecoderSpec
+from penstock.backends.contract import DType
+from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
+from penstock.backends.pytorch.attention.measured import quickest
+from penstock.backends.pytorch.attention.plan import Attention
+from penstock.backends.pytorch.device import current
+from penstock.backends.pytorch.device_int8 import kernel_rows
+from penstock.backends.pytorch.precision import Precision, precision_of
+from penstock.backends.pytorch.timing import recorded
+from penstock.common.service import StartError
+
+__all__ = ["Tuning", "tuning_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The types and products of a model, how it attends, and the names of what was chosen, as `Tuned` has them."""
+
+    precision: Precision
+    attention: Attention
+    ways: Mapping[str, str]
+
+
+def tuning_of(spec: DecoderSpec, dtype: DType, device: torch.device, block_size: int, attention: Attention | None = None) -> Tuning:
+    """How to compute a model; on an accelerator by what is quickest there. Nothing is kept on the device.
+
+    Args:
+        spec: the model's shape.
+        dtype: of its weights.
+        device: where it is to run.
+        block_size: tokens of a block of its cache.
+        attention: how it is to attend; None: it is chosen.
+
+    Raises:
+        StartError: the device computes no attention.
+    """
+    if device.type == "cpu":
+        attention = attention or ON_PROCESSOR
+        return Tuning(precision_of(dtype, device), attention, _named(attention))
+    rows, products = 0, dict[str, str]()
+    with torch.inference_mode(), current(device):
+        if dtype == DType.INT8:
+            rows = kernel_rows(2 * spec.intermediate_size, spec.hidden_size, device, recorded)
+            products = {"int8_kernel_rows": str(rows)}
+        precision = precision_of(dtype, device, rows)
+        try:
+            attention = attention or quickest(spec, precision.activations, block_size, device)
+        except RuntimeError as error:
+            raise StartError(str(error)) from error
+        torch.cuda.empty_cache()  # what is free is asked for soon
+    return Tuning(precision, attention, _named(attention) | products)
+
+
+def _named(attention: Attention) -> dict[str, str]:
+    return dict(zip(("decode_attention", "prefill_attention"), attention.names, strict=True))
