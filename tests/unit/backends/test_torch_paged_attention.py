@@ -62,37 +62,64 @@ def test_parts_are_as_many_as_the_device_has_work_for():
 
 
 COMPILE = """
-import inspect, sys
-from triton import compile
+import sys
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from penstock.backends.pytorch.attention.paged_kernel import attend_part, join_parts
+from triton.runtime import driver
+from penstock.backends.pytorch.attention import paged
 
-SIZES = dict(GROUP=4, GROUP_ROWS=4, STEP=64, DIM=128, DIM_COLUMNS=128, BLOCK=16, WINDOW=0, PART_ROWS=32)
-FLOATS = {"sums": "*fp32", "maxima": "*fp32", "partial": "*fp32", "table": "*i64", "last_seen": "*i64", "scale": "fp32"}
-FLOATS |= dict.fromkeys(("queries", "keys", "values"), "*bf16")
+class Imitated:
+    def get_current_target(self):
+        return {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}[sys.argv[1]]
 
-NVIDIA, AMD = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
+    def get_current_device(self):
+        return 0
 
-def check(kernel, target, **sizes):
-    names = list(inspect.signature(kernel.fn).parameters)
-    sizes = {name: (SIZES | sizes)[name] for name in names if name.isupper()}
-    out = "*bf16" if sizes.get("WHOLE", True) else "*fp32"
-    types = {name: "constexpr" if name in sizes else (FLOATS | {"out": out}).get(name, "i32") for name in names}
-    made = compile(ASTSource(kernel, types, sizes), target=target)
-    assert made.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    assert made.metadata.shared <= 64 * 1024, made.metadata.shared  # what every device has that is meant
+    def get_current_stream(self, device):
+        return 0
 
-check(attend_part, NVIDIA, ROWS=16, WHOLE=False)
-check(attend_part, NVIDIA, ROWS=64, WHOLE=True)
-check(join_parts, NVIDIA)
-check(attend_part, AMD, ROWS=16, WHOLE=False)
+class Compiling:
+    "Compiles a kernel for what it is launched with, and launches nothing."
+
+    def __init__(self, kernel):
+        self.kernel, self.made = kernel, {}
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            made = self.kernel.warmup(*arguments, grid=grid, **constants)
+            self.made[made.hash] = made
+        return launch
+
+driver.set_active(Imitated())
+attend, join = paged.attend_part, paged.join_parts = Compiling(paged.attend_part), Compiling(paged.join_parts)
+by = paged.Paged(None, processors=132)
+for sequences, blocks, tokens in eval(sys.argv[2]):
+    # As they lie in a step: queries beside keys, table and bounds in columns of one tensor.
+    queries = torch.zeros(sequences, tokens, 8 + 4, 128, dtype=torch.bfloat16)[:, :, :8]
+    cache, rows = torch.zeros(2, 9, 16, 2, 128, dtype=torch.bfloat16), torch.zeros(sequences, 5 + blocks, dtype=torch.int64)
+    by.attend(queries, cache, rows[:, 5:], rows[:, 4])
+for made in (*attend.made.values(), *join.made.values()):
+    assert made.asm["cubin" if sys.argv[1] == "cuda" else "hsaco"]
+    assert made.metadata.shared <= {"cuda": 99, "hip": 64}[sys.argv[1]] * 1024  # what the least of the devices has that are meant
+print(len(attend.made), len(join.made))
 """
 
 
-def test_compilers_for_nvidia_and_amd_take_the_kernels(tmp_path):
+def compiled(tmp_path, kind, steps):
+    """How many of either kernel are compiled for an imitated device that is asked for steps of (sequences, blocks, tokens each)."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    command = [sys.executable, "-c", COMPILE, kind, str(steps)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
+    return tuple(map(int, done.stdout.split()))
+
+
+def test_steps_of_all_sizes_are_served_by_few_kernels(tmp_path):
+    decodes = [(1, 1, 1), (1, 64, 1), (2, 64, 1), (7, 33, 1), (64, 16, 1), (256, 1, 1), (1, 257, 1), (3, 300, 1)]
+    prefills = [(1, 1, 5), (1, 33, 64), (1, 33, 500), (1, 600, 17), (1, 12, 64)]
+    # For either kind of step one that leaves the answer and one that leaves parts of it.
+    assert compiled(tmp_path, "cuda", decodes + prefills) == (4, 1)
+
+
+def test_a_compiler_for_amd_takes_the_kernels(tmp_path):
+    assert compiled(tmp_path, "hip", [(1, 64, 1)]) == (1, 1)
