@@ -12,6 +12,8 @@ from pools import BOUND, Clients, Fails, Pools
 from prometheus_client.parser import text_string_to_metric_families
 from suite import wait_for
 
+from penstock.common.faults import Rule
+
 
 class Trial:
     """A suite, clients whose answers are known, and its counts while nothing is in work."""
@@ -36,10 +38,11 @@ class Trial:
         assert wait_for(lambda: settled(pools))
         before, since = pools.held(), len(pools.events())
         rules = pools.arm(*faults)
-        others = threading.Thread(target=self.clients.leave, args=(leaving,))
+        others = threading.Thread(target=self._leave, args=(leaving, rules))
         others.start()
         answers = self.clients.ask_all(requests)
         others.join()
+        wait_for(lambda: all(pools.fired(rule) for rule in rules), 5)  # what is said behind the last answer may be on its way
         fired = [pools.fired(rule) for rule in rules]
         pools.disarm()
         pools.let_go_on()
@@ -52,6 +55,13 @@ class Trial:
         wrong = check(pools.events()[since:], answers, [fault for fault in fired if fault], BOUND)
         assert wrong == [], "\n".join([*wrong, *pools.log[-40:]])
         assert counted(pools) == logged(pools)
+
+    def _leave(self, count: int, rules: Sequence[Rule]) -> None:
+        """Who leaves may do so while nothing of his is on its way, or be told of by the other executor first: several times, then."""
+        for _ in range(10 if count else 0):
+            self.clients.leave(count)
+            if all(self.pools.fired(rule) for rule in rules):
+                return
 
 
 def settled(pools: Pools) -> bool:
