@@ -62,6 +62,7 @@ def test_executor_killed_twice_in_a_request(suite, undisturbed):
     load = Load(suite)
     load.wait_until_running()
     suite.kill("executor")
+    assert wait_for(lambda: suite.services("executor")), "it is not started again"
     before = list(load.told)
     assert wait_for(lambda: all(now > then for now, then in zip(load.told, before, strict=True)))
     suite.kill("executor")
