@@ -1,11 +1,13 @@
 """What every server of the suite has: health with Watch, reflection, channel arguments that gRPC knows, errors as statuses."""
 
 import asyncio
+import contextlib
 import re
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
@@ -14,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from penstock.common import errors
-from penstock.common.channel import CLIENT_OPTIONS, MAX_PUBLIC_MESSAGE_BYTES, connect, server_options
+from penstock.common.channel import CLIENT_OPTIONS, MAX_PUBLIC_MESSAGE_BYTES, connect, leave, server_options
 from penstock.common.server import GrpcServer
 from penstock.executor.config import ExecutorConfig
 from penstock.scheduler.config import SchedulerConfig
@@ -142,6 +144,36 @@ async def test_a_second_server_can_not_take_the_port():
 async def test_what_is_no_address_is_refused(address):
     with pytest.raises(RuntimeError, match="not HOST:PORT"):
         GrpcServer().listen(address)
+
+
+async def answer_and_end(_, context):
+    for _ in range(3):
+        await context.write(b"unread")
+
+
+async def test_a_stream_whose_other_end_has_left_amid_a_write_keeps_no_connection():
+    server = grpc.aio.server(options=server_options())
+    handler = grpc.stream_stream_rpc_method_handler(answer_and_end)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Ends", {"Talk": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    def connections():
+        found = psutil.Process().net_connections("tcp")
+        return [c for c in found if c.raddr and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED]
+
+    for _ in range(10):
+        async with connect(f"127.0.0.1:{port}") as channel:
+            call = channel.stream_stream("/test.Ends/Talk")()
+            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                while True:
+                    await call.write(b"more")
+            leave(call)
+        del call, channel
+    async with asyncio.timeout(10):
+        while connections():  # noqa: ASYNC110 - the kernel sets no event
+            await asyncio.sleep(0.01)
+    await server.stop(0)
 
 
 def test_every_channel_argument_is_one_that_grpc_knows():

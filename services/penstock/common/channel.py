@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import grpc.aio
 
-__all__ = ["CLIENT_OPTIONS", "MAX_MESSAGE_BYTES", "MAX_PUBLIC_MESSAGE_BYTES", "SERVER_OPTIONS", "connect", "server_options"]
+__all__ = [
+    "CLIENT_OPTIONS",
+    "MAX_MESSAGE_BYTES",
+    "MAX_PUBLIC_MESSAGE_BYTES",
+    "SERVER_OPTIONS",
+    "connect",
+    "leave",
+    "server_options",
+]
 
 # A prompt of 128 Ki tokens as packed varints is well under 1 MiB; text and log-probabilities of all prompt tokens are larger.
 MAX_MESSAGE_BYTES = 64 << 20
@@ -49,3 +59,13 @@ SERVER_OPTIONS = server_options()
 def connect(address: str) -> grpc.aio.Channel:
     """A channel to another service of the suite, HOST:PORT, on the mesh's trusted network."""
     return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+def leave(call: Any) -> None:
+    """Cancel a stream, whatever became of it.
+
+    A call one of whose writes has failed is done for grpc.aio, whose `cancel` then does nothing. If messages of the other side are
+    unread, gRPC's core goes on to keep it, and with it a task and its connection, for ever.
+    """
+    call.cancel()
+    call._cython_call.cancel("left")  # noqa: SLF001 - it has no other name

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc.aio
 
-from penstock.common.channel import connect
+from penstock.common.channel import connect, leave
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
 from penstock.executor.handoff.exchange import Exchange
@@ -119,7 +119,7 @@ class Registration:
                 await self._tell_stalled(call, listening)
         finally:
             listening.cancel()
-            call.cancel()
+            leave(call)
 
     async def _tell_stalled(self, call: Any, listening: asyncio.Task[None]) -> None:
         """Have what runs here placed elsewhere. The scheduler ends the stream once it has heard."""

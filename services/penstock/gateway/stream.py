@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import grpc
 import grpc.aio
 
+from penstock.common.channel import leave
 from penstock.common.logs import logger
 
 __all__ = ["Peer", "Stream"]
@@ -97,7 +98,7 @@ class Stream(Generic[Sent, Received]):
             return heard, type(error).__name__
         finally:
             writer.cancel()
-            call.cancel()
+            leave(call)
             with contextlib.suppress(asyncio.CancelledError):
                 await writer
         return heard, "the other end closed it"

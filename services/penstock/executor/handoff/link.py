@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from penstock.common import faults
-from penstock.common.channel import connect
+from penstock.common.channel import connect, leave
 from penstock.common.logs import logger
 from penstock.executor.handoff.framing import Request, open_stream
 from penstock.executor.handoff.geometry import Geometry
@@ -119,7 +119,7 @@ class Links:
                 why = type(error).__name__
             finally:
                 line.lost(failure, why)
-                call.cancel()
+                leave(call)
                 if ends is not None:
                     ends.close()
         return failure, why, heard
