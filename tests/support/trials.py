@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from history import check
-from pools import BOUND, Clients, Fails, Pools
+from pools import BOUND, LEASE, Clients, Fails, Pools
 from prometheus_client.parser import text_string_to_metric_families
 from suite import wait_for
 
-from penstock.common.faults import Rule
+from penstock.common.faults import Action, Rule
 
 
 class Trial:
@@ -38,10 +38,17 @@ class Trial:
         assert wait_for(lambda: settled(pools))
         before, since = pools.held(), len(pools.events())
         rules = pools.arm(*faults)
-        others = threading.Thread(target=self._leave, args=(leaving, rules))
-        others.start()
+        answered = threading.Event()
+        others = [
+            threading.Thread(target=self._leave, args=(leaving, rules)),
+            threading.Thread(target=self._go_on, args=(rules, answered)),
+        ]
+        for other in others:
+            other.start()
         answers = self.clients.ask_all(requests)
-        others.join()
+        answered.set()
+        for other in others:
+            other.join()
         wait_for(lambda: all(pools.fired(rule) for rule in rules), 5)  # what is said behind the last answer may be on its way
         fired = [pools.fired(rule) for rule in rules]
         pools.disarm()
@@ -62,6 +69,12 @@ class Trial:
             self.clients.leave(count)
             if all(self.pools.fired(rule) for rule in rules):
                 return
+
+    def _go_on(self, rules: Sequence[Rule], answered: threading.Event) -> None:
+        """Let a gateway or a scheduler that was stopped go on after a lease: others run its sequences, but nobody answers for it."""
+        stops = [rule for rule in rules if rule.action is Action.STOP and rule.point.startswith(("gateway.", "scheduler."))]
+        if stops and wait_for(lambda: answered.is_set() or all(map(self.pools.fired, stops)), 60) and not answered.wait(LEASE):
+            self.pools.let_go_on()
 
 
 def settled(pools: Pools) -> bool:

@@ -27,9 +27,10 @@ from penstock.executor.handoff.transports.port import (
 )
 from penstock.executor.handoff.transports.window import Window
 
-__all__ = ["SharedIncoming", "SharedOutgoing"]
+__all__ = ["PIECE_BYTES", "SharedIncoming", "SharedOutgoing"]
 
-_PIECE_BYTES = 256 << 10
+PIECE_BYTES = 256 << 10
+"""What is copied into the segment at a time, and its checksum taken while it is in the processor's cache."""
 
 
 class SharedOutgoing:
@@ -119,12 +120,11 @@ class SharedIncoming:
 
 
 def _copy(target: memoryview, source: memoryview) -> int:
-    # numpy copies without the interpreter lock; slices of memoryviews do not. The checksum is of what was meant to be copied, and
-    # taken piece by piece while a piece is in the processor's cache.
+    # numpy copies without the interpreter lock; slices of memoryviews do not. The checksum is of what was meant to be copied.
     to, of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
     sum_ = xxhash.xxh3_64()
-    for begin in range(0, of.size, _PIECE_BYTES):
-        piece = of[begin : begin + _PIECE_BYTES]
-        np.copyto(to[begin : begin + _PIECE_BYTES], piece)
+    for begin in range(0, of.size, PIECE_BYTES):
+        piece = of[begin : begin + PIECE_BYTES]
+        np.copyto(to[begin : begin + PIECE_BYTES], piece)
         sum_.update(piece.data)
     return sum_.intdigest()
