@@ -86,7 +86,7 @@ def test_each_message(trial, message, where, action):
 @pytest.mark.parametrize("message", ["renew", "renewed", "abort", "aborted", "refused"])
 def test_each_rarer_message(trial, message, where, action):
     if message in {"renew", "renewed"}:  # said by those that wait long for their turn
-        trial.run(Fails(f"handoff.{message}.{where}", action, 1, 0.5), requests=40)
+        trial.run(Fails(f"handoff.{message}.{where}", action, 1, 0.5), requests=80)
     elif message == "refused":
         trial.run(Fails("handoff.push.sent", Action.CORRUPT), Fails(f"handoff.{message}.{where}", action, 1, 0.5))
     else:
