@@ -18,7 +18,7 @@ help:
 	@echo 'make demo    the suite on the built-in model: one answer over gRPC, one over HTTP'
 	@echo 'make serve   MODEL=FOLDER|HUB_ID|builtin, on 127.0.0.1:8000 (HTTP) and :8001 (gRPC); ARGS=… for more flags'
 	@echo 'make test    everything the tests need, then all of them; ARGS=… for pytest'
-	@echo 'make faults  faults at random under load, then every fault at every point of a handoff, one by one; an hour'
+	@echo 'make faults  faults at random under load, then every fault at every point of a handoff, one by one; half an hour'
 	@echo 'make lint    style, types, import contracts, protos'
 	@echo 'make setup   .venv with everything for test, lint and protos'
 	@echo 'make protos  the Python messages and stubs from protos/'
