@@ -102,7 +102,7 @@ class FallbackReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """KV that went from the executor that prefilled to the one that decodes.
+    """KV that went from the executor that prefilled to the one that decodes. In a closing the sum, where it went more than once.
 
     Attributes:
         transfer_seconds: from the first push to the last import.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Attention", "AttentionPlan", "Decoding", "MakeDecoding", "MakePrefilling", "PrefillLayout", "Prefilling"]
+__all__ = ["Attention", "AttentionPlan", "Decoding", "MakeDecoding", "MakePrefilling", "PrefillLayout", "Prefilling", "oldest_seen"]
 
 
 class Decoding(Protocol):
@@ -62,12 +62,17 @@ class PrefillLayout:
     @property
     def oldest(self) -> int:
         """The oldest position that any of its new tokens sees."""
-        return 0 if self.window is None else max(0, self.past - self.window + 1)
+        return oldest_seen(self.past, self.window)
 
     @property
     def hides(self) -> bool:
         """Whether the window keeps a new token from one before it."""
         return self.window is not None and self.end > self.window
+
+
+def oldest_seen(past: int, window: int | None) -> int:
+    """The oldest position that a token behind `past` others sees, or the first of several."""
+    return 0 if window is None else max(0, past - window + 1)
 
 
 MakeDecoding = Callable[[Tensor | None, Tensor, Tensor], Decoding]

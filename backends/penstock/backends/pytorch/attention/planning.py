@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from penstock.backends.contract import StepBatch
-from penstock.backends.pytorch.attention.plan import Attention, AttentionPlan, PrefillLayout
+from penstock.backends.pytorch.attention.plan import Attention, AttentionPlan, PrefillLayout, oldest_seen
 
 __all__ = ["decode_layout", "group_by_width", "plan_attention", "written_slots"]
 
@@ -58,19 +58,15 @@ def decode_layout(
     for row, (s, (first, blocks)) in enumerate(zip(group, reads, strict=True)):
         table[row, : len(blocks)] = blocks
         past = int(batch.past_lengths[s])
-        bounds[row] = _oldest_seen(past, window) - first, past - first
+        bounds[row] = oldest_seen(past, window) - first, past - first
     return table, bounds
 
 
 def _blocks_read(batch: StepBatch, s: int, block_size: int, window: int | None) -> tuple[int, NDArray[np.int32]]:
     """The position at which the first block that a sequence reads begins, and the blocks."""
-    skipped = _oldest_seen(int(batch.past_lengths[s]), window) // block_size
+    skipped = oldest_seen(int(batch.past_lengths[s]), window) // block_size
     blocks = batch.block_ids[batch.block_starts[s] : batch.block_starts[s + 1]]
     return skipped * block_size, blocks[skipped:]
-
-
-def _oldest_seen(past: int, window: int | None) -> int:
-    return 0 if window is None else max(0, past - window + 1)
 
 
 def _prefill(batch: StepBatch, s: int, block_size: int, window: int | None) -> PrefillLayout:

@@ -7,7 +7,7 @@ fast kernels, some take no mask, and some no KV heads that are shared.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,8 +68,7 @@ class SdpaPrefilling:
     @classmethod
     def repeated(cls, layout: PrefillLayout, device: torch.device) -> SdpaPrefilling:
         """The same with KV heads repeated."""
-        causal = not (layout.past or layout.hides)
-        return cls._of(layout, None if causal else _mask(layout, device), device, repeats=True)
+        return replace(cls.masked(layout, device), repeats=True)
 
     @classmethod
     def lower_right(cls, layout: PrefillLayout, device: torch.device) -> SdpaPrefilling:
@@ -80,9 +79,9 @@ class SdpaPrefilling:
         return cls._of(layout, bias, device)
 
     @classmethod
-    def _of(cls, layout: PrefillLayout, seen: Tensor | None, device: torch.device, *, repeats: bool = False) -> SdpaPrefilling:
+    def _of(cls, layout: PrefillLayout, seen: Tensor | None, device: torch.device) -> SdpaPrefilling:
         table = torch.from_numpy(layout.blocks.astype(np.int64)).to(device) if layout.past else None
-        return cls(layout.rows, table, slice(layout.oldest - layout.first, layout.end - layout.first), seen, repeats)
+        return cls(layout.rows, table, slice(layout.oldest - layout.first, layout.end - layout.first), seen)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor) -> Tensor:
         """As `Prefilling`."""
