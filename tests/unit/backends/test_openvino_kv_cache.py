@@ -1,5 +1,6 @@
 """The KV cache in 8 bits: near what float32 gives, the same however a prompt came, and in the canonical form for other caches."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from penstock.backends.conformance.driver import NONE, Driver, Piece
 from penstock.backends.contract import CANONICAL_DTYPES, DeviceConfig, DType, KvChunk
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.kv_rounding import HEADER, round_to, unround
+from penstock.backends.openvino.properties import properties
 from penstock.backends.ranking import Speed
 from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
@@ -120,6 +122,40 @@ def test_kv_of_any_type_is_off_by_half_a_step_of_its_token_and_head_at_most(dtyp
     # What was rounded once is not rounded again: it goes to a cache of float32 and back by less than a hundredth of a step.
     model.import_kv([1, 6, 3], KvChunk(tokens, found))
     assert np.all(np.abs(model.export_kv([1, 6, 3], tokens).data - found) <= 0.01 * steps + 1e-6 * np.abs(right))
+
+
+@pytest.fixture
+def without_bf16(monkeypatch):
+    def as_if(*arguments, has_bf16, **settings):
+        return properties(*arguments, has_bf16=False, **settings)
+
+    monkeypatch.setattr("penstock.backends.openvino.source.properties", as_if)
+
+
+@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
+@pytest.mark.usefixtures("without_bf16")
+def test_rounded_weights_have_a_cache_in_float16_where_the_processor_multiplies_no_bfloat16(spec, dtype):
+    model = REGISTRATION.create(spec, DeviceConfig(dtype=dtype, kv_cache_bytes=1 << 22, threads=1, max_batch_tokens=256))
+    assert (model.kv.dtype, model.kv.canonical_dtype) == ("f16", "float16")
+    driver = Driver(model)
+    sequence, _ = driver.prefill(ids(TOKENS))
+    chunk = model.export_kv(sequence.blocks, range(TOKENS))
+    moved = driver.sequence()
+    driver.extend(moved, TOKENS)
+    model.import_kv(moved.blocks, chunk)
+    moved.length = TOKENS
+    np.testing.assert_array_equal(follow(driver, moved), follow(driver, sequence))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("without_bf16")
+def test_kv_beyond_the_range_of_float16_becomes_its_end_and_no_infinity(spec, dtype):
+    model = REGISTRATION.create(spec, DeviceConfig(dtype=DType.INT8, kv_cache_bytes=1 << 22, threads=1))
+    given = np.linspace(-1e5, 1e5, math.prod(model.kv.canonical_shape(3))).reshape(model.kv.canonical_shape(3))
+    given = given.astype(CANONICAL_DTYPES[dtype])
+    model.import_kv([0], KvChunk(range(3), given))
+    right = given.astype(np.float32).clip(-65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(model.export_kv([0], range(3)).data, right)
 
 
 def test_a_cache_that_a_backend_has_not_is_refused_by_name(spec):

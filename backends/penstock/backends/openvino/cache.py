@@ -30,6 +30,7 @@ _PART = 1 << 18  # values
 
 _TYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "u8": np.dtype(np.uint8),
 }
@@ -100,7 +101,7 @@ class PagedCache:
             for part, block, slots, which in self._parts(blocks, chunk.tokens):
                 round_to(self._tokens[part, block, slots], planes[part, which])
         else:
-            write_tokens(self._tokens, blocks, chunk.tokens, planes.astype(self._tokens.dtype, copy=False))
+            write_tokens(self._tokens, blocks, chunk.tokens, _converted(planes, self._tokens.dtype))
 
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
         """Copy whole blocks out as they lie: [block, bytes].
@@ -132,6 +133,14 @@ class PagedCache:
         for piece in pieces(blocks, tokens, size):
             for start in range(0, planes, some):
                 yield slice(start, start + some), *piece
+
+
+def _converted(planes: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """In this type; what float16 can not reach becomes its greatest or least, since infinity would make NaN of a whole answer."""
+    if dtype == np.float16 and planes.dtype != dtype:
+        limit = np.finfo(np.float16)
+        planes = np.clip(planes.astype(np.float32, copy=False), limit.min, limit.max)
+    return planes.astype(dtype, copy=False)
 
 
 def _describe(blocks: int, layers: int, shape: Sequence[int], dtype: str) -> KvSpec:

@@ -1,7 +1,9 @@
 """How the plug-in is set up for each dtype, and why.
 
 - ``INFERENCE_PRECISION_HINT`` and ``KV_CACHE_PRECISION``: float32 for ``f32``, so that its tokens are those of the formulas;
-  bfloat16 otherwise, where the processor multiplies it. The cache has 8 bits where the operator asks for that.
+  bfloat16 otherwise, where the processor multiplies it. Where it does not, weights of 8 or 4 bits have a cache in float16: half of
+  what float32 takes and attention reads, and far nearer to it than the weights are. The cache has 8 bits where the operator asks
+  for that.
 - ``KEY_CACHE_QUANT_MODE``: the plug-in's own default for keys of 8 bits scales them by channel, and a block anew with each token
   that enters it: a sequence's keys would then depend on how its prompt was cut into chunks. Here each token has its own scale.
 - ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with weights of 8 or 4 bits the inputs of a product are rounded to int8 as well, in groups
@@ -43,20 +45,21 @@ def properties(
         dtype: of its weights.
         threads: how many compute.
         has_bf16: whether the processor multiplies bfloat16.
-        kv_cache: INT8, or None for the type that is computed with.
+        kv_cache: INT8, or None for the type that goes with these weights here.
     """
     compute = "bf16" if has_bf16 and dtype is not DType.F32 else "f32"
+    cache = "f16" if compute == "f32" and dtype.quantised else compute
     chosen = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
         "INFERENCE_PRECISION_HINT": compute,
-        "KV_CACHE_PRECISION": compute,
+        "KV_CACHE_PRECISION": cache,
     }
     if kv_cache is DType.INT8:
         chosen |= {"KV_CACHE_PRECISION": "u8", "KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
-    if dtype in (DType.INT8, DType.INT4):
+    if dtype.quantised:
         chosen["TBB_PARTITIONER"] = "AUTO"
         chosen["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(decoder)
 
