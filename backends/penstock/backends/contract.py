@@ -75,10 +75,17 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """The backend can run here, on these devices, best first (``cpu``, ``cuda:0``)."""
+    """The backend can run here.
+
+    Attributes:
+        devices: on which, best first (``cpu``, ``cuda:0``).
+        version: of its library.
+        unused: why not on others that its library names.
+    """
 
     devices: tuple[str, ...]
     version: str
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

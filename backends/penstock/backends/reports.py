@@ -43,13 +43,13 @@ def read_answer(told: Mapping[str, Any]) -> tuple[Availability, Capabilities | U
 
 def _availability(told: Availability) -> dict[str, Any]:
     if isinstance(told, Available):
-        return {"state": "available", "devices": list(told.devices), "version": told.version}
+        return {"state": "available", "devices": list(told.devices), "version": told.version, "unused": dict(told.unused)}
     return {"state": "broken" if isinstance(told, Broken) else "unavailable", "reason": told.reason}
 
 
 def _read_availability(told: Mapping[str, Any]) -> Availability:
     if told["state"] == "available":
-        return Available(tuple(told["devices"]), told["version"])
+        return Available(tuple(told["devices"]), told["version"], told["unused"])
     return (Broken if told["state"] == "broken" else Unavailable)(told["reason"])
 
 

@@ -36,6 +36,8 @@ def fault_of_availability(told: object) -> str | None:
         return f"gives a {type(told).__name__}, not an Available, Unavailable or Broken"
     if not _are(told.devices, str) or not told.devices or not all(told.devices):
         return f"devices: must be a tuple of names, best first, and is {told.devices!r}"
+    if not _names_names(told.unused):
+        return f"unused: must be reasons by devices, and is {told.unused!r}"
     return None if isinstance(told.version, str) else f"version: must be text, and is {told.version!r}"
 
 

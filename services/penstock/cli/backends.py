@@ -124,14 +124,20 @@ def _supports(report: BackendReport, spec: ModelSpec) -> dict[str, Any] | None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["name"], row["package"] or "built in", row["state"], row.get("version", ""), _devices(row) or row["reason"])
+    where = _devices(row) + _unused(row) or row["reason"]
+    return (row["name"], row["package"] or "built in", row["state"], row.get("version", ""), where)
 
 
 def _judged_cells(row: dict[str, Any]) -> tuple[str, ...]:
     can = row["supports"] or {"dtypes": (), "features": (), "kv_layouts": ()}
     lists = (" ".join(can[key]) for key in ("dtypes", "features", "kv_layouts"))
-    return (row["name"], row["package"] or "built in", row.get("version", ""), _devices(row), *lists, row["verdict"], row["why"])
+    why = row["why"] + _unused(row)
+    return (row["name"], row["package"] or "built in", row.get("version", ""), _devices(row), *lists, row["verdict"], why)
 
 
 def _devices(row: dict[str, Any]) -> str:
     return ", ".join(row.get("devices", ()))
+
+
+def _unused(row: dict[str, Any]) -> str:
+    return "".join(f"; not on {device}: {reason}" for device, reason in row.get("unused", {}).items())

@@ -29,7 +29,7 @@ FULL = Capabilities(
     ("availability", "capabilities"),
     [
         (Available(("a:0", "cpu"), "1"), FULL),
-        (Available(("cpu",), ""), Unsupported("no")),
+        (Available(("cpu",), "", {"b:0": "no driver"}), Unsupported("no")),
         (Broken("x"), None),
         (Unavailable("y"), None),
     ],

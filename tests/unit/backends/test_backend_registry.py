@@ -87,6 +87,12 @@ def test_auto_prefers_an_accelerator(spec):
     assert select(spec, AUTO, found=among(registration("one"), gpu))[0].name == "two"
 
 
+def test_auto_takes_an_accelerator_by_onnxruntime_where_no_other_has_one(spec):
+    first, other = (registration(name, Available(("cuda:0", "cpu"), "1")) for name in ("onnxruntime", "two"))
+    assert select(spec, AUTO, found=among(first, other))[0].name == "two"
+    assert select(spec, AUTO, found=among(registration("two"), first))[0].name == "onnxruntime"
+
+
 def test_auto_goes_on_to_the_next_that_can(spec):
     found = among(
         registration("one", Unavailable("no library")),

@@ -108,7 +108,7 @@ def test_a_lane_takes_the_memory_of_what_it_holds_and_gives_it_back(spec):
     cache = LaneCache(decoder, blocks=512, lanes=64, context=decoder.context_length)  # half a TiB, were it all taken
     before = resident()
     lane = cache.lanes.step(np.arange(256, dtype=np.int32), 0, 8192)
-    for array in cache.arrays.values():
+    for array in cache.memory.arrays.values():
         array[lane, :, :8192] = 1
     taken = resident() - before
     assert 60 << 20 < taken < 80 << 20  # 8,192 tokens of 8 KiB

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from penstock.cli.backends import backends
+from penstock.backends.contract import Available
+from penstock.backends.inspection import BackendReport
+from penstock.cli.backends import _cells, _row, backends
 from penstock.common.config import ConfigError
 from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
@@ -56,3 +58,8 @@ def test_numbers_that_can_not_be_are_refused(options, reason):
 def test_the_executor_refuses_them_too(name, value):
     with pytest.raises(StartError, match=f"{name}: must be a number of at least .*, not {value}"):
         prepare(ExecutorConfig(**{name: value}))
+
+
+def test_devices_that_are_not_used_are_told_with_their_reason():
+    here = Available(("cpu",), "1", {"cuda:0": "libcudnn.so.9 is missing"})
+    assert _cells(_row(BackendReport("onnxruntime", "", here, None)))[-1] == "cpu; not on cuda:0: libcudnn.so.9 is missing"

@@ -31,13 +31,15 @@ def build(spec: DecoderSpec, weights: WeightSource, context: int) -> ir.Model:
 
     Inputs: ``token_ids`` int64 [batch, tokens]; ``last_positions`` int32 [batch], of each sequence's last new token; ``longest``
     int32 [1], tokens of the longest sequence, past and new; ``logits_rows`` int64 [rows], indices into batch · tokens; and for each
-    layer ``key.LAYER`` and ``value.LAYER``, float32 [batch, kv heads, capacity, head dim]: the cache. Outputs: ``logits`` float32
-    [rows, vocabulary], and ``key.LAYER.out`` and ``value.LAYER.out``, which are to be bound to the memory of the cache's inputs:
-    they are then written in place. Several new tokens with past ones before them need a batch of 1, by the attention operator.
+    layer ``key.LAYER`` and ``value.LAYER``, [batch, kv heads, capacity, head dim] of the type that is computed with: the cache.
+    Outputs: ``logits`` float32 [rows, vocabulary], and ``key.LAYER.out`` and ``value.LAYER.out``, which are to be bound to the
+    memory of the cache's inputs: they are then written in place. Several new tokens with past ones before them need a batch of 1,
+    by the attention operator.
 
     Args:
         spec: the decoder.
-        weights: gives initialisers; the graph names those in ``weights.arrays`` and holds none of them.
+        weights: gives initialisers, and the type that is computed with; the graph names those in ``weights.arrays`` and holds none
+            of them.
         context: tokens that a sequence can hold.
     """
     return _Builder(spec, weights, context).build()
@@ -47,6 +49,7 @@ class _Builder:
     def __init__(self, spec: DecoderSpec, weights: WeightSource, context: int) -> None:
         self.spec, self.weights = spec, weights
         self.context = context
+        self.float = ir.DataType.from_numpy(weights.compute)
         self.tape = ir.tape.Tape()
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -59,7 +62,7 @@ class _Builder:
         self.longest = self.input("longest", ir.DataType.INT32, 1)
         rows = self.input("logits_rows", ir.DataType.INT64, "rows")
         hidden = self.op("Gather", self.held(self.weights.table(names.embedding)), tokens)
-        hidden = self.op("Cast", hidden, to=ir.DataType.FLOAT)
+        hidden = self.op("Cast", hidden, to=self.float)
         normed = self.norm(hidden, self.name("input_norm", 0))
         for layer in range(spec.layers):
             attended = self.attention(normed, layer)
@@ -70,7 +73,10 @@ class _Builder:
             forward = self.feed_forward(normed, layer)
             following = self.name("input_norm", layer + 1) if layer < spec.layers - 1 else names.final_norm
             normed, hidden = self.skip_norm(forward, hidden, following)
-        self.output(self.weight_product(normed, names.lm_head or names.embedding), "logits", "rows", spec.vocabulary_size)
+        logits = self.weight_product(normed, names.lm_head or names.embedding)
+        if self.float != ir.DataType.FLOAT:
+            logits = self.op("Cast", logits, to=ir.DataType.FLOAT)
+        self.output(logits, ir.DataType.FLOAT, "logits", "rows", spec.vocabulary_size)
         return self.model()
 
     def model(self) -> ir.Model:
@@ -90,8 +96,8 @@ class _Builder:
         self.inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, *shape: int | str) -> None:
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    def output(self, value: ir.Value, dtype: ir.DataType, name: str, *shape: int | str) -> None:
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         self.outputs.append(value)
 
     def held(self, name: str) -> ir.Value:
@@ -165,7 +171,7 @@ class _Builder:
             N=matrix.values.shape[0],
             bits=matrix.bits,
             block_size=matrix.block_size,
-            accuracy_level=_INT8_INPUTS,
+            accuracy_level=_INT8_INPUTS if self.float == ir.DataType.FLOAT else 0,
         )
 
     def biased(self, x: ir.Value, roles: Sequence[str], layer: int) -> ir.Value:
@@ -182,7 +188,7 @@ class _Builder:
         if self.has("q_norm"):
             query, key, value = self.split(joined, [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)])
             parts = (self.head_norm(query, "q_norm", layer), self.head_norm(key, "k_norm", layer), value)
-        past = [self.input(f"{kind}.{layer}", ir.DataType.FLOAT, *self.cache_shape()) for kind in ("key", "value")]
+        past = [self.input(f"{kind}.{layer}", self.float, *self.cache_shape()) for kind in ("key", "value")]
         attributes = {"num_heads": spec.heads, "kv_num_heads": spec.kv_heads, "do_rotary": 1, "scale": spec.head_dim**-0.5}
         if spec.sliding_window is not None:
             attributes["local_window_size"] = spec.sliding_window
@@ -190,8 +196,8 @@ class _Builder:
         attended, key_out, value_out = self.tape.op_multi_out(
             "GroupQueryAttention", inputs, attributes, num_outputs=3, domain=_CONTRIB
         )
-        self.output(key_out, f"key.{layer}.out", *self.cache_shape())
-        self.output(value_out, f"value.{layer}.out", *self.cache_shape())
+        self.output(key_out, self.float, f"key.{layer}.out", *self.cache_shape())
+        self.output(value_out, self.float, f"value.{layer}.out", *self.cache_shape())
         return attended
 
     def cache_shape(self) -> tuple[int | str, ...]:
@@ -206,8 +212,8 @@ class _Builder:
         """Cosine and sine [context, head dim / 2] of each position."""
         if "cosine" not in self.weights.arrays:
             angle = np.arange(self.context, dtype=np.float32)[:, None] * self.spec.rope.inverse_frequencies()
-            self.weights.keep("cosine", np.cos(angle))
-            self.weights.keep("sine", np.sin(angle))
+            self.weights.keep("cosine", np.cos(angle).astype(self.weights.compute))
+            self.weights.keep("sine", np.sin(angle).astype(self.weights.compute))
         return self.held("cosine"), self.held("sine")
 
     def feed_forward(self, normed: ir.Value, layer: int) -> ir.Value:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 import onnxruntime as ort
+from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
 from penstock.backends.kv_memory import count_blocks, free_memory
-from penstock.backends.onnxruntime.cache import BLOCK_SIZE, LaneCache, bytes_per_block
+from penstock.backends.onnxruntime.cache import BLOCK_SIZE, LaneCache, bytes_per_block, device_cache
 from penstock.backends.onnxruntime.groups import Group, groups
-from penstock.backends.onnxruntime.registration import DTYPES
-from penstock.backends.onnxruntime.session import decoder_session, release_unused
+from penstock.backends.onnxruntime.providers import HOST, Target
+from penstock.backends.onnxruntime.session import compute_type, decoder_session, release_unused
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
 
@@ -26,28 +28,30 @@ _BINDINGS = 64
 
 
 class OnnxRuntimeModel:
-    """A `GenerativeModel` on the CPU.
+    """A `GenerativeModel`.
+
+    Args:
+        spec: the model.
+        config: what is asked; its type and device were decided on already.
+        dtype: of the weights.
+        target: where it runs.
 
     Raises:
-        StartError: it has not that type or device, or memory holds no cache.
+        StartError: memory holds no cache, or nobody said how much of an accelerator's it may take.
     """
 
-    def __init__(self, spec: ModelSpec, config: DeviceConfig) -> None:
-        self._dtype = config.dtype or DTYPES[0]
-        if self._dtype not in DTYPES:
-            raise StartError(f"backend onnxruntime has no {self._dtype}, but {', '.join(DTYPES)}")
-        if config.device not in {None, "cpu"}:
-            raise StartError(f"device: backend onnxruntime decodes on cpu alone, not on {config.device}")
+    def __init__(self, spec: ModelSpec, config: DeviceConfig, dtype: DType, target: Target = HOST) -> None:
+        if target.allocated and config.kv_cache_bytes is None:
+            raise StartError(f"kv_cache_gib: has to be given, since onnxruntime does not tell what {target.device} has free")
         decoder = spec.decoder
-        context = min(config.max_context or decoder.context_length, decoder.context_length)
+        self._dtype, self._target = dtype, target
         self._vocabulary = decoder.vocabulary_size
         self._logits = np.empty((0, self._vocabulary), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._cache: LaneCache | None = None
-        self._session, self._held = decoder_session(spec, config, self._dtype)
+        self._session, self._held = decoder_session(spec, config, dtype, target)
         try:
-            blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block(decoder), free_memory())
-            self._cache = LaneCache(decoder, blocks, min(blocks, _LANES_PER_SEQUENCE * config.max_batch_size), context)
+            self._cache = _make_cache(decoder, config, compute_type(dtype, target), target)
         except BaseException:
             self.close()
             raise
@@ -67,7 +71,7 @@ class OnnxRuntimeModel:
     @property
     def device(self) -> str:
         """Where it runs."""
-        return "cpu"
+        return self._target.device
 
     def step(self, batch: StepBatch) -> StepOutput:
         """Compute one step, in as many runs of the graph as it has groups.
@@ -135,9 +139,19 @@ class OnnxRuntimeModel:
             if len(self._bindings) >= _BINDINGS:
                 self._bindings.pop(next(iter(self._bindings)))
             binding = self._bindings[first, count] = session.io_binding()
-            shape = (count, *cache.shape)
-            for name, array in cache.arrays.items():
-                where = array.ctypes.data + first * cache.lane_bytes
-                binding.bind_input(name, "cpu", 0, np.float32, shape, where)
-                binding.bind_output(f"{name}.out", "cpu", 0, np.float32, shape, where)
+            shape, place = (count, *cache.shape), (self._target.memory, self._target.number)
+            kind = int(ir.DataType.from_numpy(cache.dtype))
+            for name, address in cache.memory.addresses.items():
+                where = address + first * cache.lane_bytes
+                binding.bind_input(name, *place, kind, shape, where)
+                binding.bind_output(f"{name}.out", *place, kind, shape, where)
         return self._bindings[first, count]
+
+
+def _make_cache(decoder: DecoderSpec, config: DeviceConfig, dtype: np.dtype[Any], target: Target) -> LaneCache:
+    context = min(config.max_context or decoder.context_length, decoder.context_length)
+    if target.allocated:
+        lanes = count_blocks(decoder, config, context, bytes_per_block(decoder, context, dtype), free=0)
+        return device_cache(decoder, lanes, context, dtype, target)
+    blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block(decoder), free_memory())
+    return LaneCache(decoder, blocks, min(blocks, _LANES_PER_SEQUENCE * config.max_batch_size), context)

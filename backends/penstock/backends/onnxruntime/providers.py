@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from penstock.common.service import StartError
 
-__all__ = ["PROVIDERS", "choose", "devices"]
+__all__ = ["HOST", "PROVIDERS", "Target", "accelerators", "choose", "devices", "target_of"]
 
 PROVIDERS: Mapping[str, str] = {
     "cuda": "CUDAExecutionProvider",
@@ -17,6 +18,50 @@ PROVIDERS: Mapping[str, str] = {
     "cpu": "CPUExecutionProvider",
 }
 """The runtime's name for each kind of device, those first that are taken first where the operator names none."""
+
+# What the runtime calls the memory that a provider computes in. DirectML's has no addresses, by which alone lanes can be bound.
+_MEMORY: Mapping[str, str | None] = {
+    "cuda": "cuda",
+    "migraphx": "gpu",
+    "rocm": "gpu",
+    "directml": None,
+    "coreml": "cpu",
+    "cpu": "cpu",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a decoder runs.
+
+    Attributes:
+        device: as operators name it: ``cpu``, ``cuda:0``.
+        provider: the runtime's name of what computes there.
+        memory: the runtime's name of the memory that the provider computes in; None: one without addresses.
+        allocated: whether lanes lie in memory that the runtime allocates there; else in address space of this process.
+        number: which one of several devices.
+    """
+
+    device: str
+    provider: str
+    memory: str | None
+    allocated: bool = True
+    number: int = 0
+
+
+HOST = Target("cpu", PROVIDERS["cpu"], _MEMORY["cpu"], allocated=False)
+"""The CPU."""
+
+
+def accelerators(available: Sequence[str]) -> tuple[Target, ...]:
+    """The first device of each kind but the CPU that a runtime with these providers names, best first. None of it is proven."""
+    return tuple(target_of(f"{kind}:0") for kind in devices(available) if kind != HOST.device)
+
+
+def target_of(device: str) -> Target:
+    """What a device of `HOST` or `accelerators` is to the runtime."""
+    kind, _, number = device.partition(":")
+    return HOST if device == HOST.device else Target(device, PROVIDERS[kind], _MEMORY[kind], number=int(number))
 
 
 def devices(available: Sequence[str]) -> tuple[str, ...]:

@@ -17,12 +17,21 @@ import onnxruntime as ort
 from penstock.backends.contract import DeviceConfig, DType, ModelSpec
 from penstock.backends.mapped_arrays import weight_arrays
 from penstock.backends.onnxruntime.graph import EXTERNAL, build
+from penstock.backends.onnxruntime.providers import HOST, Target
 from penstock.backends.onnxruntime.weights import WeightSource
 from penstock.backends.safetensors import Weights
 
-__all__ = ["decoder_session", "options", "release_unused"]
+__all__ = ["compute_type", "decoder_session", "open_session", "options", "release_unused"]
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT32 = np.dtype(np.float32)
+# Accelerators' attention mostly takes short types alone, and their products with rounded weights are made for float16.
+_ON_DEVICES = {DType.F32: _FLOAT32, DType.BF16: _BF16, DType.INT8: np.dtype(np.float16), DType.INT4: np.dtype(np.float16)}
+
+
+def compute_type(dtype: DType, target: Target) -> np.dtype[Any]:
+    """What is computed with, and held in the cache, where weights are of some type."""
+    return _ON_DEVICES[dtype] if target.allocated else _FLOAT32
 
 
 def options(threads: int) -> ort.SessionOptions:
@@ -39,27 +48,33 @@ def options(threads: int) -> ort.SessionOptions:
     return chosen
 
 
-def decoder_session(spec: ModelSpec, config: DeviceConfig, dtype: DType) -> tuple[ort.InferenceSession, list[Any]]:
+def decoder_session(
+    spec: ModelSpec, config: DeviceConfig, dtype: DType, target: Target = HOST
+) -> tuple[ort.InferenceSession, list[Any]]:
     """A session over a checkpoint's decoder, and what must live as long as it.
 
     The runtime lays out copies of the weights of its own, and looks at ours no more; so their pages are given back.
     """
+    compute = compute_type(dtype, target)
+    kept = "onnxruntime" if compute == _FLOAT32 else f"onnxruntime-{compute.name}"  # scales are of that type
     threads = config.threads or len(os.sched_getaffinity(0))
     context = min(config.max_context or spec.decoder.context_length, spec.decoder.context_length)
-    with Weights(spec) as tensors, weight_arrays("onnxruntime", spec, config, dtype) as memory:
-        source = WeightSource(tensors, dtype, threads, memory)
+    with Weights(spec) as tensors, weight_arrays(kept, spec, config, dtype) as memory:
+        source = WeightSource(tensors, dtype, threads, memory, compute)
         try:
             graph = build(spec.decoder, source, context)
         finally:
             source.close()
         chosen = options(threads)
-        held: list[Any] = []
-        for name, array in source.arrays.items():
-            value = _shared(array)
-            chosen.add_initializer(name, value)
-            held += [array, value]
+        values = {name: _shared(array) for name, array in source.arrays.items()}
+        held: list[Any] = [*source.arrays.values(), *values.values()]
+        if target.allocated:  # what is shared as below would have to be in the device's memory; what is given so is copied there
+            chosen.add_external_initializers(list(values), list(values.values()))
+        else:
+            for name, value in values.items():
+                chosen.add_initializer(name, value)
         tensors.release()
-        session = _load(graph, chosen)
+        session = open_session(graph, chosen, target)
         memory.keep()
         memory.release()
         tensors.release()
@@ -73,16 +88,22 @@ def release_unused() -> None:
         trim(0)
 
 
-def _load(graph: ir.Model, chosen: ort.SessionOptions) -> ort.InferenceSession:
-    """A session over a graph whose initialisers `chosen` holds.
+def open_session(graph: ir.Model, chosen: ort.SessionOptions, target: Target) -> ort.InferenceSession:
+    """A session over a graph whose initialisers `chosen` holds. Of one on an accelerator no node is left to the CPU.
 
     The runtime wants the file that the graph names to be there, though it never reads it.
     """
     with TemporaryDirectory(prefix="penstock-") as name:
         folder = Path(name)
         (folder / EXTERNAL).touch()
-        (folder / "graph.onnx").write_bytes(ir.to_proto(graph).SerializeToString())
-        return ort.InferenceSession(folder / "graph.onnx", chosen, providers=["CPUExecutionProvider"])
+        path = folder / "graph.onnx"
+        path.write_bytes(ir.to_proto(graph).SerializeToString())
+        if target.provider == HOST.provider:
+            return ort.InferenceSession(path, chosen, providers=[target.provider])
+        # The CPU must not be named beside it then; and the runtime would start again with the CPU alone where this one fails.
+        chosen.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        numbered = {} if target.memory == HOST.memory else {"device_id": str(target.number)}
+        return ort.InferenceSession(path, chosen, providers=[(target.provider, numbered)], enable_fallback=0)
 
 
 def _shared(array: NDArray[Any]) -> ort.OrtValue:

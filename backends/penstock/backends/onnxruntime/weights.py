@@ -1,4 +1,4 @@
-"""Weights as initialisers of a graph: float32, or whole numbers in blocks of a row that share a scale.
+"""Weights as initialisers of a graph: as they are computed with, or whole numbers in blocks of a row that share a scale.
 
 The graph names them and nothing more; whoever runs it hands the arrays over, so no weight goes through a serialised model.
 """
@@ -21,6 +21,7 @@ __all__ = ["BITS", "Quantized", "WeightSource", "quantize_blocks"]
 BITS: Mapping[DType, int] = {DType.INT8: 8, DType.INT4: 4}
 """Bits of a weight, of the types that are quantised."""
 
+_FLOAT32 = np.dtype(np.float32)
 _LEAST_BLOCK = 16  # of MatMulNBits
 _BLOCKS = {8: 128, 4: 64}
 # Rows that one thread quantises at a time: their float32 copy stays within the caches' reach.
@@ -33,18 +34,18 @@ class Quantized:
 
     Attributes:
         values: uint8 [rows, blocks, block size * bits / 8], the lower half of a byte first; zero is in the middle.
-        scales: float32 [rows, blocks].
+        scales: [rows, blocks], of the type that is computed with.
     """
 
     values: NDArray[np.uint8]
-    scales: NDArray[np.float32]
+    scales: NDArray[Any]
     columns: int
     bits: int
     block_size: int
 
 
 def quantize_blocks(
-    matrix: NDArray[Any], bits: int, values: NDArray[np.uint8], scales: NDArray[np.float32], pool: ThreadPoolExecutor
+    matrix: NDArray[Any], bits: int, values: NDArray[np.uint8], scales: NDArray[Any], pool: ThreadPoolExecutor
 ) -> None:
     """Round each block of a row to whole numbers times a scale: matrix ≈ (values - 2^(bits - 1)) · scales.
 
@@ -83,11 +84,19 @@ class WeightSource:
 
     Attributes:
         dtype: the type that matrices are held in.
+        compute: the type of all else, and of matrices that are not quantised.
         arrays: every initialiser made so far.
     """
 
-    def __init__(self, weights: Mapping[str, NDArray[Any]], dtype: DType, threads: int, memory: MappedArrays) -> None:
-        self.dtype = dtype
+    def __init__(
+        self,
+        weights: Mapping[str, NDArray[Any]],
+        dtype: DType,
+        threads: int,
+        memory: MappedArrays,
+        compute: np.dtype[Any] = _FLOAT32,
+    ) -> None:
+        self.dtype, self.compute = dtype, compute
         self.arrays: dict[str, NDArray[Any]] = {}
         self._weights, self._memory = weights, memory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
@@ -101,21 +110,21 @@ class WeightSource:
         return name
 
     def vector(self, *names: str) -> str:
-        """One-dimensional tensors end to end, float32; its name."""
-        return self.keep("|".join(names), np.concatenate([self._weights[name] for name in names]).astype(np.float32))
+        """One-dimensional tensors end to end; its name."""
+        return self.keep("|".join(names), np.concatenate([self._weights[name] for name in names]).astype(self.compute))
 
     def table(self, name: str) -> str:
         """A matrix to gather rows from, in the checkpoint's own type: only pages that are looked at are ever read; its name."""
         return self.keep(f"{name}.table", self._weights[name])
 
     def exact(self, *names: str) -> str:
-        """Matrices one below the other, float32; its name."""
+        """Matrices one below the other; its name."""
         parts = self._parts(names)
-        if len(parts) == 1 and parts[0].dtype == np.float32:
+        if len(parts) == 1 and parts[0].dtype == self.compute:
             return self.keep(names[0], parts[0])
         name, rows = "|".join(names), sum(len(part) for part in parts)
-        out = self._memory.array(name, (rows, parts[0].shape[1]), np.float32)
-        np.concatenate(parts, out=out, casting="same_kind")
+        out = self._memory.array(name, (rows, parts[0].shape[1]), self.compute)
+        np.concatenate(parts, out=out, casting="unsafe")  # numpy knows no order between float16 and bfloat16
         return self.keep(name, out)
 
     def quantized(self, *names: str) -> tuple[str, str, Quantized]:
@@ -126,7 +135,7 @@ class WeightSource:
         blocks = -(-columns // block_size)
         name = f"{'|'.join(names)}|{bits}x{block_size}"
         values = self._memory.array(f"{name}|values", (rows, blocks, block_size * bits // 8), np.uint8)
-        scales = self._memory.array(f"{name}|scales", (rows, blocks), np.float32)
+        scales = self._memory.array(f"{name}|scales", (rows, blocks), self.compute)
         first = 0
         for part in () if self._memory.complete else parts:
             own = slice(first, first := first + len(part))
