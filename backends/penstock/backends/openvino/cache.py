@@ -62,6 +62,7 @@ class PagedCache:
     Attributes:
         tensors: by the name of the graph's input.
         kv: how large it is and what it holds.
+        scratch: a block behind those, of which nobody knows but who computes.
     """
 
     def __init__(self, compiled: ov.CompiledModel, blocks: int) -> None:
@@ -71,6 +72,7 @@ class PagedCache:
         shape = [dimension.get_length() for dimension in list(shapes[names[0]])[1:]]
         held = _TYPES[types[names[0]]]
         self.kv = _describe(blocks, len(names) // 2, shape, types[names[0]])
+        self.scratch, blocks = blocks, blocks + 1
         self._raw = np.frombuffer(_allocate(blocks * self.kv.bytes_per_block), np.uint8).reshape(len(names), blocks, -1)
         arrays = self._raw.view(held).reshape(len(names), blocks, *shape)
         self.tensors = {name: shared_tensor(array) for name, array in zip(names, arrays, strict=True)}

@@ -14,6 +14,7 @@ from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
 from penstock.backends.openvino.embedding import embed
+from penstock.backends.openvino.padding import pad
 from penstock.backends.openvino.source import Source
 from penstock.backends.step_limits import StepLimits
 from penstock.common.service import StartError
@@ -46,6 +47,7 @@ class OpenVinoModel:
         with Source(spec, config, self._dtype) as source:
             # The graph's constants are these arrays: it keeps no reference of its own.
             compiled, self._held = source.compile()
+            self._pads = self._dtype.quantised and compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
             self._table = source.embedding
             self._request = compiled.create_infer_request()
             self._cache = self._allocate(compiled, spec, config, source)
@@ -78,7 +80,8 @@ class OpenVinoModel:
         return self._compute(batch)
 
     def _compute(self, batch: StepBatch) -> StepOutput:
-        request, _ = self._open()
+        request, cache = self._open()
+        batch = pad(batch, cache.scratch) if self._pads else batch
         self._longest[...] = (batch.past_lengths + np.diff(batch.starts)).max()
         embedded = embed(self._table, batch.token_ids)
         request.set_tensor("embedded", ov.Tensor(embedded, shared_memory=True))
