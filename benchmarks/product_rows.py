@@ -3,8 +3,8 @@
     python benchmarks/product_rows.py MODEL [ROWS …] [--repeats 7]
 
 MODEL is a folder; of it only the shape is used. The two products of a layer's feed-forward, in OpenVINO, set up as its backend does
-for a processor without bfloat16. Each number of rows and the one that `penstock.backends.openvino.padding` makes of it are computed in
-turn; milliseconds of both, medians, and their ratio: above 1 says that the padded one is quicker.
+for a processor without bfloat16. Each number of rows and the one that `penstock.backends.openvino.padding` makes of it are computed
+in turn; milliseconds of both, medians, and their ratio: above 1 says that the padded one is quicker.
 """
 
 from __future__ import annotations
