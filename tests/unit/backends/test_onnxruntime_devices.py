@@ -7,32 +7,22 @@ from functools import partial
 import numpy as np
 import onnxruntime as ort
 import pytest
+from allocated_lanes import DEVICE, ON_DEVICE, create
 
 from penstock.backends.conformance import CHECKS, NotApplicable, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.driver import NONE, Driver, Piece
-from penstock.backends.contract import Available, DeviceConfig, DType, Registration
+from penstock.backends.contract import Available, DeviceConfig, DType
 from penstock.backends.onnxruntime import REGISTRATION, accelerators, registration
 from penstock.backends.onnxruntime.accelerators import Proof, read
-from penstock.backends.onnxruntime.model import OnnxRuntimeModel
 from penstock.backends.onnxruntime.providers import HOST, PROVIDERS, Target
 from penstock.backends.onnxruntime.proving import decode, prove, small_decoder
-from penstock.backends.onnxruntime.registration import decide
 from penstock.common.service import StartError
 
-# The CPU as if it were an accelerator: memory that the runtime allocates, and short types where there are.
-DEVICE = Target("cpu", PROVIDERS["cpu"], "cpu")
 NAMED = ort.get_available_providers()
 
-
-def create(spec, config):
-    return OnnxRuntimeModel(spec, config, decide(config, {"cpu": registration.DTYPES})[1], DEVICE)
-
-
-ON_DEVICE = Registration("onnxruntime", REGISTRATION.probe, REGISTRATION.capabilities, create)
-
-# On top of them: threads and leaks are the runtime's, as in the other way, and take long to look for.
-LEFT_OUT = {"eight_models_run_at_once", "eight_threads_share_a_model", "failed_starts_leave_nothing"}
+# Threads are the runtime's, as in the other way.
+LEFT_OUT = {"eight_models_run_at_once", "eight_threads_share_a_model"}
 OF_NUMBERS = {
     "prompt_agrees_with_the_formulas",
     "chunks_agree_with_the_whole",
