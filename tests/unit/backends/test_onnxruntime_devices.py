@@ -70,19 +70,18 @@ def test_a_block_is_a_lane_of_the_type_that_is_computed_with(dtype, held, tmp_pa
     model.close()
 
 
-def test_lanes_that_are_not_side_by_side_are_moved_within_the_device(spec):
-    """What two of three sequences hold behind a swap and a move is, bit by bit, what they held before."""
+@pytest.mark.parametrize("together", [(0, 2), (0, 3, 4)], ids=["two change places", "one goes to an empty lane"])
+def test_lanes_that_are_not_side_by_side_are_moved_within_the_device(spec, together):
+    """What sequences hold behind that is, bit by bit, what they held before."""
     model = create(spec, DeviceConfig(dtype=DType.F32, kv_cache_bytes=1 << 20, max_context=64, threads=1))
     driver, ids = Driver(model), list(range(12))
-    sequences = [driver.sequence() for _ in range(3)]
+    sequences = [driver.sequence() for _ in range(5)]
     for i, sequence in enumerate(sequences):
         driver.step(Piece(sequence, ids[i:], NONE))
     before = [model.export_kv(s.blocks, range(s.length)).data for s in sequences]
-    driver.step(Piece(sequences[0], [1], NONE), Piece(sequences[2], [1], NONE))  # the second one is between them
-    driver.release(sequences[1])
-    driver.step(Piece(driver.sequence(), ids, NONE))
-    for i in (0, 2):
-        np.testing.assert_array_equal(model.export_kv(sequences[i].blocks, range(12 - i)).data, before[i])
+    driver.step(*(Piece(sequences[i], [1], NONE) for i in together))
+    for i, sequence in enumerate(sequences):
+        np.testing.assert_array_equal(model.export_kv(sequence.blocks, range(12 - i)).data, before[i])
     model.close()
 
 
