@@ -1,7 +1,7 @@
 """Penstock and the engines that it is compared with, in turn on the same work: ratios, and whether they meet their bars.
 
     python benchmarks/set_up_peers.py
-    python benchmarks/against_peers.py MODEL [--peer NAME …] [--precision NAME …] [--scenario NAME …] [--rounds 5]
+    python benchmarks/against_peers.py MODEL [--peer NAME …] [--precision NAME …] [--scenario NAME …] [--backend NAME] [--rounds 5]
 
 MODEL is a folder in Hugging Face's format; `random_checkpoint.py` writes the one that docs/benchmarks.md has figures of. A peer
 loads once, in an environment and a process of its own; beside it runs first the whole suite, over gRPC, and then the engine in a
@@ -16,6 +16,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from measuring import machine, suite
@@ -71,7 +72,7 @@ def hold(contest: Contest, decoder: DecoderSpec, options: argparse.Namespace, pr
             with of_ours(kind, options.model, contest, options.peers) as ours:
                 for scenario in named(tuple(options.scenario or ())):
                     comparison = Comparison(contest, kind, scenario)
-                    read = bytes_read(decoder, contest.dtype, scenario)
+                    read = bytes_read(decoder, contest.backend, contest.dtype, scenario)
                     roof = probe if scenario.name == ONE_SEQUENCE else None
                     compare(comparison, peer, ours, options.rounds, decoder.vocabulary_size, roof, read)
                     told(json.dumps(as_fields(comparison)))
@@ -90,6 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", action="append", choices=sorted({c.precision for c in CONTESTS}), help="of the peer")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="which; all without it")
     parser.add_argument("--ours", action="append", choices=OURS, help="the suite over gRPC, the engine in process; both without it")
+    parser.add_argument("--backend", help="of ours, in place of the one that the catalog names for a peer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for every figure")
     options = parser.parse_args()
@@ -107,7 +109,8 @@ def main() -> None:
         told("no C compiler: shares of the read bandwidth are left out")
     results: list[Comparison] = []
     failed: dict[str, str] = {}
-    for contest in CONTESTS:
+    for listed in CONTESTS:
+        contest = replace(listed, backend=options.backend or listed.backend)
         if contest.peer in (options.peer or PEERS) and contest.precision in (options.precision or [contest.precision]):
             try:
                 results.extend(hold(contest, decoder, options, probe))  # what came before an error stays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from penstock.backends.architectures.spec import DecoderSpec
@@ -13,8 +14,12 @@ from penstock.cli.bench.scenarios import Scenario
 __all__ = ["Probe", "bytes_read", "compiled_probe"]
 
 _BF16, _F32 = 2, 4
-# The OpenVINO backend's 4-bit matrices: a scale in float32 and a zero point of a byte for each group of a row.
-_GROUP, _GROUP_EXTRA = 128, _F32 + 1
+# By backend, how rounded weights lie: values to a group of a row, and bytes of a group's scale, with a zero point where it has one.
+_GROUPS: Mapping[tuple[str, str], tuple[int, int]] = {
+    ("openvino", "int4"): (128, _F32 + 1),
+    ("onnxruntime", "int4"): (64, _F32),
+    ("onnxruntime", "int8"): (128, _F32),
+}
 
 
 class Probe:
@@ -40,7 +45,7 @@ def compiled_probe(folder: Path) -> Probe | None:
     return Probe(program)
 
 
-def bytes_read(decoder: DecoderSpec, dtype: str, scenario: Scenario) -> int:
+def bytes_read(decoder: DecoderSpec, backend: str, dtype: str, scenario: Scenario) -> int:
     """What has to be read for a scenario of one sequence: every weight and scale once a step, and the cache so far.
 
     The prompt counts as one step. Norms and biases are left out, the cache counts as 16 bits an element, and a tied embedding
@@ -55,21 +60,20 @@ def bytes_read(decoder: DecoderSpec, dtype: str, scenario: Scenario) -> int:
         (decoder.intermediate_size, decoder.hidden_size),
         (decoder.hidden_size, decoder.intermediate_size),
     )
-    # The output projection stays at 8 bits where layers are at 4.
-    head = _matrix(decoder.vocabulary_size, decoder.hidden_size, "int8" if dtype == "int4" else dtype)
-    weights = decoder.layers * sum(_matrix(rows, columns, dtype) for rows, columns in layer) + head
+    # OpenVINO's output projection stays at 8 bits where layers are at 4.
+    wider = "int8" if (backend, dtype) == ("openvino", "int4") else dtype
+    head = _matrix(decoder.vocabulary_size, decoder.hidden_size, backend, wider)
+    weights = decoder.layers * sum(_matrix(rows, columns, backend, dtype) for rows, columns in layer) + head
     token = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _BF16
     cached = sum(scenario.prompt_tokens + k for k in range(scenario.new_tokens))
     return scenario.new_tokens * weights + cached * token
 
 
-def _matrix(rows: int, columns: int, dtype: str) -> int:
-    match dtype:
-        case "int4":
-            return rows * columns // 2 + rows * columns // _GROUP * _GROUP_EXTRA
-        case "int8":
-            return rows * columns + rows * _F32
-        case "bf16":
-            return rows * columns * _BF16
-        case _:
-            return rows * columns * _F32
+def _matrix(rows: int, columns: int, backend: str, dtype: str) -> int:
+    values = {"int4": rows * columns // 2, "int8": rows * columns, "bf16": rows * columns * _BF16, "f32": rows * columns * _F32}[
+        dtype
+    ]
+    if dtype not in {"int8", "int4"}:
+        return values
+    size, extra = _GROUPS.get((backend, dtype), (columns, _F32))
+    return values + rows * columns // size * extra

@@ -85,5 +85,5 @@ def bar(contest: Contest, scenario: str) -> Bar | None:
 
 
 def share_bar(contest: Contest) -> Bar | None:
-    """The bar of the share of read bandwidth: for the backend that is tuned for processors."""
-    return _SHARES.get(contest.dtype) if contest.backend == "openvino" else None
+    """The bar of the share of read bandwidth: for the backends that are made for processors."""
+    return _SHARES.get(contest.dtype) if contest.backend in {"openvino", "onnxruntime"} else None
