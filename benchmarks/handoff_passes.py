@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import xxhash
 
 from measuring import report
 from penstock.executor.handoff.transports import segments
 from penstock.executor.handoff.transports.port import checksum
-from penstock.executor.handoff.transports.shared_memory import PIECE_BYTES
+from penstock.executor.handoff.transports.shared_memory import copy_with_checksum
 
 _MIB = 1 << 20
 
@@ -32,11 +31,7 @@ def measure(size: int, push: int, window: int, rounds: int) -> dict[str, float]:
     places = [(begin, begin % (window - window % push)) for begin in range(0, size - push + 1, push)]
 
     def write(begin: int, at: int) -> None:
-        sum_ = xxhash.xxh3_64()
-        for offset in range(0, push, PIECE_BYTES):
-            piece = kv[begin + offset : begin + min(push, offset + PIECE_BYTES)]
-            np.copyto(shared[at + offset : at + offset + piece.size], piece)
-            sum_.update(piece.data)
+        copy_with_checksum(shared[at : at + push].data, kv[begin : begin + push].data)
 
     def check(_: int, at: int) -> None:
         checksum(shared[at : at + push].data)

@@ -14,6 +14,7 @@ from penstock.cli.bench.scenarios import Scenario
 __all__ = ["Probe", "bytes_read", "compiled_probe"]
 
 _BF16, _F32 = 2, 4
+_BYTES: Mapping[str, float] = {"int4": 0.5, "int8": 1, "bf16": _BF16, "f32": _F32}
 # By backend, how rounded weights lie: values to a group of a row, and bytes of a group's scale, with a zero point where it has one.
 _GROUPS: Mapping[tuple[str, str], tuple[int, int]] = {
     ("openvino", "int4"): (128, _F32 + 1),
@@ -70,9 +71,7 @@ def bytes_read(decoder: DecoderSpec, backend: str, dtype: str, scenario: Scenari
 
 
 def _matrix(rows: int, columns: int, backend: str, dtype: str) -> int:
-    values = {"int4": rows * columns // 2, "int8": rows * columns, "bf16": rows * columns * _BF16, "f32": rows * columns * _F32}[
-        dtype
-    ]
+    values = int(rows * columns * _BYTES[dtype])
     if dtype not in {"int8", "int4"}:
         return values
     size, extra = _GROUPS.get((backend, dtype), (columns, _F32))

@@ -134,7 +134,7 @@ class DeviceConfig:
         threads: of computation; None: every core of the process's affinity.
         kv_cache_bytes: None: from the memory that is free once the weights are loaded.
         kv_cache_share: of that memory, what the cache may take; the rest is for activations, logits and other processes.
-        kv_cache_dtype: of the cache; None: the type that the backend computes with.
+        kv_cache_dtype: of the cache; None: the backend's own choice.
         max_batch_tokens: tokens that one step computes at most.
         max_batch_size: sequences that one step holds at most.
         max_context: tokens that one sequence holds at most; at most the model's own.
@@ -166,7 +166,7 @@ class Capabilities:
         batch_invariant: whether a sequence's logits are the same bits whatever runs beside it.
         tasks: what it can do with the model.
         kv_layouts: in which its cache may lie, as `KvSpec.layout` names them; one that it is created with is among them.
-        kv_dtypes: in which its cache may be held if asked, beside the type that it computes with.
+        kv_dtypes: in which its cache may be held if asked, beside its own choice.
         max_context: tokens that one sequence may hold; None: as many as the model's own.
         max_batch_size: sequences that one step may hold; None: as many as asked.
         weight_bytes: memory that the weights take, by dtype; absent ones are estimated from their shapes.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from penstock.backends.contract import KvSpec
 from penstock.backends.kv_blocks import check_blocks, check_native
 
-__all__ = ["as_bits", "native_layout", "pieces", "read_blocks", "read_tokens", "write_blocks", "write_tokens"]
+__all__ = ["as_bits", "converted", "native_layout", "pieces", "read_blocks", "read_tokens", "write_blocks", "write_tokens"]
 
 
 def native_layout(order: str, kv: KvSpec, values: str) -> str:
@@ -33,6 +33,17 @@ def native_layout(order: str, kv: KvSpec, values: str) -> str:
 def as_bits(array: NDArray[Any]) -> NDArray[Any]:
     """The same memory as unsigned numbers of the same size."""
     return array.view(f"u{array.itemsize}")
+
+
+def converted(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Values in a type of `CANONICAL_DTYPES`, rounded to the nearest; themselves where they have it already.
+
+    What float16 can not reach becomes its greatest or least, since infinity would make NaN of a whole answer.
+    """
+    if dtype == np.float16 and values.dtype != dtype:
+        limit = np.finfo(np.float16)
+        values = np.clip(values.astype(np.float32, copy=False), limit.min, limit.max)
+    return values.astype(dtype, copy=False)
 
 
 def pieces(blocks: Sequence[int], tokens: range, block_size: int) -> Iterator[tuple[int, slice, slice]]:

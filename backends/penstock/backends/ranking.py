@@ -87,7 +87,7 @@ def rank(
     Args:
         reports: with capabilities for the model.
         dtype: the one that is asked for; None: each one's own first.
-        kv_dtype: the one that is asked for of the KV cache; None: the type that each computes with.
+        kv_dtype: the one that is asked for of the KV cache; None: each backend's own choice.
         speeds: what was measured.
         auto: whether the choice is free; else the one report there is was named.
     """

@@ -78,7 +78,7 @@ def choose(
         spec: the model.
         name: of the backend, or `auto`.
         dtype: None: each backend's own first.
-        kv_dtype: of the KV cache; None: the type that each backend computes with.
+        kv_dtype: of the KV cache; None: each backend's own choice.
         found: the backends; None: all that are installed.
         speeds: what was measured.
         seconds: that a backend has to say what it is.

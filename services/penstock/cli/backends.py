@@ -37,7 +37,7 @@ def backends(
     Args:
         model: Folder of a checkpoint, builtin, or a Hugging Face id.
         dtype: As the executor's; auto leaves it to each backend.
-        kv_cache_dtype: As the executor's; auto is the type that each backend computes with.
+        kv_cache_dtype: As the executor's; auto is each backend's own choice.
         threads: Of computation, whose measured speeds are compared; every core of the process where absent.
         cache_folder: The executor's cache folder, with the measured speeds; $XDG_CACHE_HOME/penstock or ~/.cache/penstock where
             absent.

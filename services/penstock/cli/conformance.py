@@ -33,7 +33,7 @@ def conformance(
         backend: Name of the backend, built in or from another package.
         model: Folder of a checkpoint, builtin, or a Hugging Face id; a small random one of each family where absent.
         dtype: How weights are held and computed; f32 where absent and the backend has it.
-        kv_cache_dtype: Type of the KV cache; the type that is computed with where absent.
+        kv_cache_dtype: Type of the KV cache; the backend's own choice where absent.
         against: Another backend, to compare answers with and to exchange KV with, both ways.
         check: Name of a check to run, more than once for several; all where absent.
         as_json: One JSON list instead of a table.

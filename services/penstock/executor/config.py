@@ -22,7 +22,7 @@ class ExecutorConfig:
         dtype: How weights are held and computed; auto leaves it to the backend.
         threads: Threads of computation; every core of the process where absent.
         kv_cache_gib: Memory of the KV cache, in GiB; what is free once the weights are loaded where absent.
-        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
+        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the backend's own choice.
         kv_cache_share: Share of the free memory that the KV cache takes where kv_cache_gib is absent.
         weight_cache: Whether weights rounded to int8 or int4, and engines of TensorRT, are kept in the cache folder, for the next
             start to find.

@@ -1,4 +1,4 @@
-"""The KV cache in 8 bits: near what float32 gives, the same however a prompt came, and in the canonical form for other caches."""
+"""The KV cache in 8 bits, and in float16: near what float32 gives, the same however a prompt came, and in the canonical form for other caches."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,6 @@ from penstock.backends.conformance.driver import NONE, Driver, Piece
 from penstock.backends.contract import CANONICAL_DTYPES, DeviceConfig, DType, KvChunk
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.kv_rounding import HEADER, round_to, unround
-from penstock.backends.openvino.properties import properties
 from penstock.backends.ranking import Speed
 from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
@@ -122,14 +121,6 @@ def test_kv_of_any_type_is_off_by_half_a_step_of_its_token_and_head_at_most(dtyp
     # What was rounded once is not rounded again: it goes to a cache of float32 and back by less than a hundredth of a step.
     model.import_kv([1, 6, 3], KvChunk(tokens, found))
     assert np.all(np.abs(model.export_kv([1, 6, 3], tokens).data - found) <= 0.01 * steps + 1e-6 * np.abs(right))
-
-
-@pytest.fixture
-def without_bf16(monkeypatch):
-    def as_if(*arguments, has_bf16, **settings):
-        return properties(*arguments, has_bf16=False, **settings)
-
-    monkeypatch.setattr("penstock.backends.openvino.source.properties", as_if)
 
 
 @pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])

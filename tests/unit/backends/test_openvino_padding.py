@@ -10,8 +10,7 @@ from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE
-from penstock.backends.openvino.padding import LONGEST, quick_count
-from penstock.backends.openvino.properties import properties
+from penstock.backends.openvino.padding import LONGEST, pad, quick_count
 
 
 @given(st.integers(1, 5000))
@@ -28,11 +27,7 @@ def test_no_step_has_few_divisors_but_small_ones(tokens):
 
 
 @pytest.fixture
-def model(monkeypatch, tmp_path):
-    def as_if(*arguments, has_bf16, **settings):
-        return properties(*arguments, has_bf16=False, **settings)
-
-    monkeypatch.setattr("penstock.backends.openvino.source.properties", as_if)
+def model(without_bf16, tmp_path):
     spec = write_checkpoint(tmp_path, CONFIGS["qwen3"])
     made = REGISTRATION.create(spec, DeviceConfig(dtype=DType.INT8, kv_cache_bytes=1 << 22, threads=1, max_batch_tokens=512))
     yield made
@@ -53,8 +48,6 @@ def answers(model, monkeypatch, *, padded):
 
 
 def pad_and_note(given):
-    from penstock.backends.openvino.padding import pad
-
     def noted(batch, block):
         given.append(pad(batch, block))
         return given[-1]

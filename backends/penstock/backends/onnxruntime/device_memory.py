@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 import onnxruntime as ort
+from penstock.backends.kv_copies import converted
 from penstock.backends.onnxruntime.providers import Target
 from penstock.backends.onnxruntime.session import open_session, options
 from penstock.common.service import StartError
@@ -73,11 +74,8 @@ class DeviceLanes:
         return data
 
     def write(self, name: str, lane: int, tokens: range, data: NDArray[Any]) -> None:
-        """Copy from main memory, rounded to the nearest that is held; what lies beyond the largest of float16 becomes that."""
-        if self._dtype == np.float16 and data.dtype != self._dtype:
-            limit = np.finfo(np.float16)
-            data = np.clip(data.astype(np.float32, copy=False), limit.min, limit.max)
-        held = np.ascontiguousarray(data, self._dtype)
+        """Copy from main memory."""
+        held = np.ascontiguousarray(converted(data, self._dtype))
         for head in range(self._heads):
             self._copy(_HOST, held[head].ctypes.data, self._place, self._at(name, lane, head, tokens.start), len(tokens))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import openvino as ov
 from penstock.backends.contract import KvChunk, KvSpec
 from penstock.backends.kv_blocks import check_chunk, check_transfer
-from penstock.backends.kv_copies import native_layout, pieces, read_blocks, read_tokens, write_blocks, write_tokens
+from penstock.backends.kv_copies import converted, native_layout, pieces, read_blocks, read_tokens, write_blocks, write_tokens
 from penstock.backends.openvino.kv_rounding import FORM, HEADER, round_to, unround
 from penstock.backends.openvino.weights import shared_tensor
 from penstock.common.service import StartError
@@ -103,7 +103,7 @@ class PagedCache:
             for part, block, slots, which in self._parts(blocks, chunk.tokens):
                 round_to(self._tokens[part, block, slots], planes[part, which])
         else:
-            write_tokens(self._tokens, blocks, chunk.tokens, _converted(planes, self._tokens.dtype))
+            write_tokens(self._tokens, blocks, chunk.tokens, converted(planes, self._tokens.dtype))
 
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
         """Copy whole blocks out as they lie: [block, bytes].
@@ -135,14 +135,6 @@ class PagedCache:
         for piece in pieces(blocks, tokens, size):
             for start in range(0, planes, some):
                 yield slice(start, start + some), *piece
-
-
-def _converted(planes: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """In this type; what float16 can not reach becomes its greatest or least, since infinity would make NaN of a whole answer."""
-    if dtype == np.float16 and planes.dtype != dtype:
-        limit = np.finfo(np.float16)
-        planes = np.clip(planes.astype(np.float32, copy=False), limit.min, limit.max)
-    return planes.astype(dtype, copy=False)
 
 
 def _describe(blocks: int, layers: int, shape: Sequence[int], dtype: str) -> KvSpec:

@@ -33,7 +33,7 @@ class EngineOptions:
         dtype: Precision of the weights; auto takes what the backend prefers.
         threads: Threads of computation; every core where absent.
         kv_cache_gib: KV cache in GiB; from the memory that is free where absent.
-        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
+        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the backend's own choice.
         max_batch_tokens: Tokens of one engine step at most; what measured step times ask for where absent.
         max_batch_size: Sequences of one engine step at most.
         prefix_cache: Whether requests share the KV of prefixes that are equal.

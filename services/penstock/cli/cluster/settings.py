@@ -34,7 +34,7 @@ class UpConfig:
         http: HOST:PORT of the OpenAI HTTP door; port 0 takes a free one.
         grpc: HOST:PORT of the gRPC door; port 0 takes a free one.
         kv_cache_gib: KV cache of each executor, in GiB; from the memory that is free where absent.
-        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the type that is computed with.
+        kv_cache_dtype: Type of the KV cache; int8 halves it or better, auto is the backend's own choice.
         max_batch_tokens: Tokens of one engine step at most.
         max_batch_size: Sequences of one engine step at most.
         prefix_cache: Whether requests share the KV of prefixes that are equal.

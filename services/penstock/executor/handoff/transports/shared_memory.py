@@ -27,10 +27,9 @@ from penstock.executor.handoff.transports.port import (
 )
 from penstock.executor.handoff.transports.window import Window
 
-__all__ = ["PIECE_BYTES", "SharedIncoming", "SharedOutgoing"]
+__all__ = ["SharedIncoming", "SharedOutgoing", "copy_with_checksum"]
 
-PIECE_BYTES = 256 << 10
-"""What is copied into the segment at a time, and its checksum taken while it is in the processor's cache."""
+_PIECE_BYTES = 256 << 10
 
 
 class SharedOutgoing:
@@ -54,7 +53,7 @@ class SharedOutgoing:
         if self._memory is None:
             raise LinkClosed("the link was closed")
         range_ = self._memory[begin : begin + data.nbytes]
-        copying = asyncio.get_running_loop().run_in_executor(None, _copy, range_, data)
+        copying = asyncio.get_running_loop().run_in_executor(None, copy_with_checksum, range_, data)
         try:
             sum_ = await asyncio.shield(copying)
         except asyncio.CancelledError:
@@ -119,12 +118,13 @@ class SharedIncoming:
         self._segment.close()
 
 
-def _copy(target: memoryview, source: memoryview) -> int:
+def copy_with_checksum(target: memoryview, source: memoryview) -> int:
+    """Copy bytes piece by piece, and take the checksum of each piece while it is in the processor's cache; the checksum of all."""
     # numpy copies without the interpreter lock; slices of memoryviews do not. The checksum is of what was meant to be copied.
     to, of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
     sum_ = xxhash.xxh3_64()
-    for begin in range(0, of.size, PIECE_BYTES):
-        piece = of[begin : begin + PIECE_BYTES]
-        np.copyto(to[begin : begin + PIECE_BYTES], piece)
+    for begin in range(0, of.size, _PIECE_BYTES):
+        piece = of[begin : begin + _PIECE_BYTES]
+        np.copyto(to[begin : begin + _PIECE_BYTES], piece)
         sum_.update(piece.data)
     return sum_.intdigest()
