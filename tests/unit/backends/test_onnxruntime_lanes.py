@@ -70,6 +70,35 @@ def test_kv_that_arrives_behind_other_kv_joins_it():
     assert store.lanes.find([7, 9]) is None
 
 
+@pytest.mark.parametrize("arrived", [[range(10, 20)], [range(10), range(15, 20)]])
+def test_no_step_goes_on_behind_kv_of_which_some_is_missing(arrived):
+    store = Store()
+    for tokens in arrived:
+        store.lanes.receive([7, 8], tokens)
+    with pytest.raises(RuntimeError, match="the KV of 20 tokens"):
+        store.step("sequence", [7, 8], 20)
+
+
+def test_a_sequence_whose_lane_was_taken_while_its_kv_came_does_not_go_on():
+    store = Store()
+    store.lanes.receive([0], range(10))
+    for block in range(1, COUNT + 1):  # one more than there are lanes
+        store.step(f"other {block}", [block], 0)
+    store.lanes.receive([0], range(10, 20))
+    with pytest.raises(RuntimeError, match="the KV of 20 tokens"):
+        store.step("sequence", [0], 20)
+
+
+def test_a_sequence_that_was_moved_while_its_kv_came_goes_on():
+    store = Store()
+    lanes = [store.step(name, [i], 0) for i, name in enumerate("ab")]
+    store.lanes.receive([9], range(10))
+    store.lanes.step(np.array([0]), 0, 1)
+    store.lanes.gather([lanes[0], store.lanes.find([9])])
+    store.lanes.receive([9], range(10, 20))
+    store.step("sequence", [9], 20)
+
+
 @given(st.lists(st.sets(st.integers(0, COUNT - 1), min_size=1), max_size=12), st.data())
 def test_every_running_sequence_finds_its_own_kv(steps, data):
     store, tokens = Store(), [0] * COUNT

@@ -4,6 +4,8 @@ The attention operator wants each sequence's past in one piece, and the sequence
 in blocks of tokens. A sequence is known by its first block, and a block is in one lane at most, so a lane that loses a block to
 another sequence belongs to nobody any more and is emptied. Lanes are address space; of memory, each takes what it holds. All of
 them together so never take more than the blocks.
+
+KV that arrives from elsewhere may arrive in a lane that was emptied meanwhile. It is taken, but no step goes on behind a gap.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class Lanes:
         swap: Callable[[int, int, int], None],
     ) -> None:
         self.lengths = [0] * count
+        self._whole = [0] * count  # tokens that are there with none missing before them
         self._held: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * count
         self._owner = np.full(blocks, _NOBODY, np.int64)
         self._used = [0] * count
@@ -59,10 +62,10 @@ class Lanes:
         lane = self._find(blocks)
         if not past:
             lane = self._begin(lane)
-        elif lane is None or self.lengths[lane] < past:
+        elif lane is None or self._whole[lane] < past:
             raise RuntimeError(f"the KV of {past} tokens, behind which a step begins, is not in the cache")
         self._extend(lane, blocks)
-        self.lengths[lane] = length
+        self.lengths[lane] = self._whole[lane] = length
         return lane
 
     def find(self, blocks: Sequence[int]) -> int | None:
@@ -78,6 +81,8 @@ class Lanes:
             lane = self._begin(lane)
         self._extend(lane, ids)
         self.lengths[lane] = max(self.lengths[lane], tokens.stop)
+        if tokens.start <= self._whole[lane]:
+            self._whole[lane] = max(self._whole[lane], tokens.stop)
         return lane
 
     def gather(self, lanes: Sequence[int]) -> list[int]:
@@ -118,7 +123,7 @@ class Lanes:
     def _drop(self, lane: int) -> None:
         self._owner[self._held[lane]] = _NOBODY
         self._held[lane] = self._held[lane][:0]
-        self.lengths[lane] = 0
+        self.lengths[lane] = self._whole[lane] = 0
         self._empty(lane)
         heapq.heappush(self._free, lane)
 
@@ -131,6 +136,7 @@ class Lanes:
             heapq.heapify(self._free)
             self._move(source, target, self.lengths[source])
         _exchange(self.lengths, source, target)
+        _exchange(self._whole, source, target)
         _exchange(self._held, source, target)
         _exchange(self._used, source, target)
         for lane in (source, target):
