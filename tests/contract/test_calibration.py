@@ -1,5 +1,7 @@
 """Step times are found of every backend that computes a model: each takes a measurement's batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
@@ -33,6 +35,11 @@ class Recorded:
     def clock(self):
         return self.now
 
+    def import_kv(self, blocks, chunk):
+        for place in chunk.tokens:
+            self._written[blocks[place // self.kv.block_size], place % self.kv.block_size] = blocks[0], place
+        self._model.import_kv(blocks, chunk)
+
     def step(self, batch):
         for i, past in enumerate(batch.past_lengths.tolist()):
             blocks = batch.block_ids[batch.block_starts[i] : batch.block_starts[i + 1]].tolist()
@@ -48,12 +55,13 @@ class Recorded:
         return self._model.step(batch)
 
 
+@pytest.mark.parametrize("imports", [False, True])
 @pytest.mark.parametrize("name", REAL)
-def test_every_past_of_a_measurement_was_computed(name, spec):
+def test_every_past_of_a_measurement_stands_in_the_cache(name, spec, imports):
     model = backends()[name].create(spec, DeviceConfig(threads=1, kv_cache_bytes=1 << 23, max_batch_size=8, max_batch_tokens=256))
     try:
         recorded = Recorded(model)
-        times = measure(recorded, SHAPE, 0.1, recorded.clock)
+        times = measure(recorded, replace(SHAPE, imports=imports), 0.1, recorded.clock)
     finally:
         model.close()
     assert times.decode.sizes == (1, 2, 4, 8)

@@ -5,9 +5,10 @@ each with much context, from which what context adds is found. Sizes double from
 once its measurement would take more than a share of the budget, and so are larger chunks once prefill gains nothing by them. A
 step is repeated for a while and the fastest counts: what disturbs a step makes it longer.
 
-What stands before a step was computed, in steps that are not timed but take of the budget. Decoding by batch so begins behind one
-token. Much context is what prefill has left in the cache, and a little more while the budget lasts; where prefill is fast, as on an
-accelerator, a batch of such sequences, which can be told from the noise.
+What stands before a step is imported where the model can, and a batch with much context is then measured before prefill. Where it
+can not, it is computed, in steps that are not timed but take of the budget; much context then is what prefill has left in the
+cache, and a little more while the budget lasts, or a batch of such sequences where prefill is fast, as on an accelerator.
+Decoding by batch begins behind one token either way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from penstock.backends.contract import GenerativeModel
 from penstock.common.step_times import Curve, StepTimes
@@ -28,6 +30,8 @@ _FIRST_CHUNK = 16
 _LONG_PAST = 2048
 # Less context is told from none by noise alone.
 _LEAST_CONTEXT = 128
+# Where pasts are imported: tokens of all sequences of a step, of each at most, and the largest batch that is measured with them.
+_IMPORTED, _LONGEST_IMPORTED, _IMPORTED_BATCH = 4096, 1024, 8
 # Of the budget: one measurement at most, repeats of one step, and what is spent once decoding without context, prefill, and what
 # stands before the chunk with context are done.
 _STEP_SHARE, _REPEAT_SHARE, _DECODE_SHARE, _PREFILL_SHARE, _PAST_SHARE = 0.3, 0.03, 0.35, 0.75, 0.85
@@ -45,12 +49,14 @@ class Shape:
         max_batch_tokens: tokens.
         context_length: tokens of one sequence.
         chunked: whether a prompt may come in several steps.
+        imports: whether the model takes in KV that it has not computed.
     """
 
     max_batch_size: int
     max_batch_tokens: int
     context_length: int
     chunked: bool = True
+    imports: bool = False
 
 
 def measure(model: GenerativeModel, shape: Shape, budget: float, clock: Callable[[], float] = time.perf_counter) -> StepTimes:
@@ -68,6 +74,13 @@ def measure(model: GenerativeModel, shape: Shape, budget: float, clock: Callable
     return _Measurement(model, shape, budget, clock).run()
 
 
+class _Far(NamedTuple):
+    """A step of decoding with much context."""
+
+    batch: int
+    context: int
+
+
 class _Measurement:
     def __init__(self, model: GenerativeModel, shape: Shape, budget: float, clock: Callable[[], float]) -> None:
         self._model = model
@@ -76,18 +89,29 @@ class _Measurement:
         self._clock = clock
         self._began = clock()
         self._longest = min(shape.context_length, model.kv.blocks * model.kv.block_size)
-        self._steps = MeasuredSteps(model, shape.max_batch_tokens, clock)
+        self._steps = MeasuredSteps(model, shape.max_batch_tokens, clock, imports=shape.imports)
 
     def run(self) -> StepTimes:
         context = min(_DECODE_CONTEXT, self._longest)
         decode = self._decode(context)
+        far = self._imported_context(decode)
+        behind_far = math.inf if far is None else self._time(far.batch, 1, far.context)
         prefill = self._prefill()
+        of_pair = self._pair_seconds(prefill)
+        if far is None:
+            of_token = self._token_seconds(decode, prefill, context)
+        else:
+            if self._affords(2 * (decode[far.batch] + behind_far), within=1.0):
+                # Once more, a while later: the difference of two times is spoilt by what disturbs either of them.
+                decode[far.batch] = min(decode[far.batch], self._time(far.batch, 1, context - 1))
+                behind_far = min(behind_far, self._time(far.batch, 1, far.context))
+            of_token = max(0.0, behind_far - decode[far.batch]) / (far.batch * (far.context + 1 - context))
         return StepTimes(
             prefill=Curve.through(prefill),
-            prefill_pair_seconds=self._pair_seconds(prefill),
+            prefill_pair_seconds=of_pair,
             decode=Curve.through(decode),
             decode_context=context,
-            decode_token_seconds=self._token_seconds(decode, prefill, context),
+            decode_token_seconds=of_token,
         )
 
     def _decode(self, context: int) -> dict[int, float]:
@@ -123,10 +147,27 @@ class _Measurement:
         if not chunks:
             return 0.0
         chunk = max(chunks, key=lambda c: c * room[c])
+        if self._shape.imports:
+            past = min(_LONGEST_IMPORTED, room[chunk])
+            return max(0.0, self._time(1, chunk, past) - prefill[chunk]) / (chunk * past)
         while self._steps.standing + chunk <= room[chunk] and self._affords(prefill[chunk], within=_PAST_SHARE):
             self._steps.run(1, chunk, self._steps.standing)
         past = min(self._steps.standing, room[chunk])
         return max(0.0, self._time(1, chunk, past) - prefill[chunk]) / (chunk * past)
+
+    def _imported_context(self, decode: dict[int, float]) -> _Far | None:
+        """The largest batch, not too large, that has room for much context, and can be measured; None: there is none."""
+        if not self._shape.imports:
+            return None
+        for batch in sorted((b for b in decode if b <= _IMPORTED_BATCH), reverse=True):
+            context = min(_IMPORTED // batch, _LONGEST_IMPORTED, self._longest - 1)
+            if (
+                self._steps.room(context + 1) >= batch
+                and context >= _LEAST_CONTEXT
+                and self._affords(2 * decode[batch], within=1.0)
+            ):
+                return _Far(batch, context)
+        return None
 
     def _token_seconds(self, decode: dict[int, float], prefill: dict[int, float], context: int) -> float:
         """Of the largest batch whose context can be computed; the one sequence that stands in the cache takes nothing."""

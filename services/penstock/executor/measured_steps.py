@@ -1,4 +1,4 @@
-"""Steps as a measurement takes them: equal sequences on the first blocks of a cache, each behind a past that was computed there."""
+"""Steps as a measurement takes them: equal sequences on the first blocks of a cache, each behind a past that stands there."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from penstock.backends.contract import GenerativeModel, StepBatch
+from penstock.backends.contract import CANONICAL_DTYPES, GenerativeModel, KvChunk, StepBatch
 
 __all__ = ["MeasuredSteps"]
 
+# Tokens of a sequence that are imported at a time.
+_PIECE = 128
+
 
 class MeasuredSteps:
-    """Runs and times steps of a model. Knows what stands in the cache, and computes what a step lacks.
+    """Runs and times steps of a model. Knows what stands in the cache, and puts there what a step lacks.
 
     Every sequence of a batch has as many blocks, end to end from block 0 on. So the first one's are the same in every batch.
 
@@ -20,10 +23,13 @@ class MeasuredSteps:
         model: nobody else may write to its cache.
         max_batch_tokens: of one step.
         clock: tells seconds.
+        imports: whether a past is imported, which takes next to no time; else it is computed. No step takes longer for what the
+            keys and values are, so these are zeros.
     """
 
-    def __init__(self, model: GenerativeModel, max_batch_tokens: int, clock: Callable[[], float]) -> None:
+    def __init__(self, model: GenerativeModel, max_batch_tokens: int, clock: Callable[[], float], *, imports: bool = False) -> None:
         self._model = model
+        self._imports = imports
         self._most = max_batch_tokens
         self._clock = clock
         self._lengths: list[int] = []
@@ -41,13 +47,17 @@ class MeasuredSteps:
     def run(self, sequences: int, tokens: int, past: int) -> float:
         """Seconds of one step with so many tokens for each sequence, behind `past` ones of each.
 
-        A past that is not in the cache is computed before, which does not count. What stood behind the past is written over.
+        A past that is not in the cache is put there before, which does not count. What stood behind the past is written over.
         """
         self._lay_out(sequences, self._blocks(past + tokens))
-        together = max(1, self._most // max(past, 1))
         lacking = [s for s, length in enumerate(self._lengths[:sequences]) if length < past]
-        for i in range(0, len(lacking), together):
-            self._step(lacking[i : i + together], past, 0)
+        if self._imports:
+            for sequence in lacking:
+                self._import(sequence, past)
+        else:
+            together = max(1, self._most // max(past, 1))
+            for i in range(0, len(lacking), together):
+                self._step(lacking[i : i + together], past, 0)
         began = self._clock()
         self._step(range(sequences), tokens, past)
         return max(self._clock() - began, 1e-9)
@@ -57,6 +67,15 @@ class MeasuredSteps:
             self._lengths = []
         self._blocks_each = blocks_each
         self._lengths += [0] * (sequences - len(self._lengths))
+
+    def _import(self, sequence: int, past: int) -> None:
+        kv, first = self._model.kv, sequence * self._blocks_each
+        blocks = range(first, first + self._blocks(past))
+        for start in range(self._lengths[sequence], past, _PIECE):
+            tokens = range(start, min(start + _PIECE, past))
+            zeros = np.zeros(kv.canonical_shape(len(tokens)), CANONICAL_DTYPES[kv.canonical_dtype])
+            self._model.import_kv(blocks, KvChunk(tokens, zeros))
+        self._lengths[sequence] = past
 
     def _step(self, sequences: list[int] | range, tokens: int, past: int) -> None:
         blocks = self._blocks(past + tokens)

@@ -93,6 +93,7 @@ def _measured(engine: Engine, config: EngineConfig, budget: float) -> StepTimes 
         max_batch_tokens=config.max_batch_tokens,
         context_length=engine.context_length,
         chunked=config.chunked_prefill,
+        imports=config.import_kv,
     )
     began = time.monotonic()
     try:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +37,11 @@ class Timed:
     def seconds(tokens, pairs, context):
         return max(0.010, 0.001 * tokens) + 1e-7 * pairs + 1e-6 * context
 
+    def import_kv(self, blocks, chunk):
+        assert len(blocks) * self.kv.block_size >= chunk.tokens.stop
+        assert 0 <= min(blocks) <= max(blocks) < self.kv.blocks
+        assert chunk.data.shape == self.kv.canonical_shape(len(chunk.tokens))
+
     def step(self, batch):
         counts = np.diff(batch.starts)
         decoding = counts.max() == 1
@@ -59,9 +66,22 @@ def test_step_times_of_a_model_are_found():
         )
 
 
+def test_context_of_a_slow_model_is_found_where_it_can_be_imported():
+    def most_context(imports):
+        model = Timed(scale=20)
+        times = measure(model, replace(SHAPE, imports=imports), 3.0, model.clock)
+        decoding = [b.past_lengths.sum() for b in model.batches if np.diff(b.starts).max() == 1]
+        return max(decoding), times.decode_token_seconds
+
+    assert most_context(imports=False)[0] < 1000
+    assert most_context(imports=True) == (4 * 1024, pytest.approx(2e-5))
+
+
 def test_batches_are_what_the_contract_asks_for():
-    for model in (Timed(), Timed(device="cuda:0"), Timed(blocks=5), Timed(blocks=1)):
-        measure(model, SHAPE, 3.0, model.clock)
+    shapes = (SHAPE, replace(SHAPE, imports=True))
+    for model, shape in product((Timed(), Timed(device="cuda:0"), Timed(blocks=5), Timed(blocks=1)), shapes):
+        model.batches = []
+        measure(model, shape, 3.0, model.clock)
         for batch in model.batches:
             assert len(set(batch.block_ids.tolist())) == len(batch.block_ids)
             assert 0 <= batch.block_ids.min() <= batch.block_ids.max() < model.kv.blocks
