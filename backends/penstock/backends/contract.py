@@ -170,6 +170,7 @@ class Capabilities:
         max_context: tokens that one sequence may hold; None: as many as the model's own.
         max_batch_size: sequences that one step may hold; None: as many as asked.
         weight_bytes: memory that the weights take, by dtype; absent ones are estimated from their shapes.
+        yields: by dtype, why any other backend that can is to be taken before it, as long as the two were not measured.
     """
 
     dtypes: tuple[DType, ...]
@@ -185,6 +186,7 @@ class Capabilities:
     max_context: int | None = None
     max_batch_size: int | None = None
     weight_bytes: Mapping[DType, int] = field(default_factory=dict)
+    yields: Mapping[DType, str] = field(default_factory=dict)
 
     @property
     def features(self) -> tuple[str, ...]:

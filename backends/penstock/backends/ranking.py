@@ -13,8 +13,6 @@ __all__ = ["Speed", "Speeds", "Standing", "Verdict", "no_speeds", "rank"]
 
 # Answers of this one are made up: it is taken by its name alone.
 _BY_NAME_ALONE = frozenset({"fake"})
-# What it does on accelerators was proven to be right where it runs, and has been measured nowhere: any other's go before them.
-_LAST_ACCELERATORS = frozenset({"onnxruntime"})
 
 
 class Verdict(StrEnum):
@@ -36,16 +34,19 @@ class Speed:
     Attributes:
         prefill: prompt tokens per second.
         decode: output tokens per second of `batch` sequences.
+        alone: of one.
         seconds: of the work that speeds are compared by.
     """
 
     prefill: float
     decode: float
+    alone: float
     batch: int
     seconds: float
 
     def __str__(self) -> str:
-        return f"prefill {self.prefill:,.0f} tokens/s, decode {self.decode:,.0f} tokens/s at batch {self.batch}"
+        decode = f"decode {self.alone:,.0f} tokens/s, {self.decode:,.0f} at batch {self.batch}"
+        return f"prefill {self.prefill:,.0f} tokens/s, {decode}"
 
 
 Speeds = Callable[[BackendReport, DType], Speed | None]
@@ -82,7 +83,8 @@ def rank(
 ) -> list[Standing]:
     """Judge backends, given in the order that holds where nothing was measured; at most one is chosen.
 
-    Those with an accelerator go before those without. Within a kind the first stands until another one was measured to be faster.
+    Those with an accelerator go before those without. Within a kind the first that does not yield stands, until another one was
+    measured to be faster.
 
     Args:
         reports: with capabilities for the model.
@@ -95,8 +97,8 @@ def rank(
     able = [s for s in standings if s.verdict is Verdict.CHOSEN]
     if not able:
         return standings
-    accelerated = sorted(filter(_accelerated, able), key=lambda s: s.report.name in _LAST_ACCELERATORS)
-    best, *others = accelerated or able
+    accelerated = [s for s in able if _accelerated(s)]
+    best, *others = sorted(accelerated or able, key=lambda s: bool(_yielding(s)))
     for other in others:
         if best.speed is not None and other.speed is not None and other.speed.seconds < best.speed.seconds:
             best = other
@@ -138,6 +140,14 @@ def _accelerated(standing: Standing) -> bool:
     return isinstance(availability, Available) and availability.devices[0] != "cpu"
 
 
+def _yielding(standing: Standing) -> str:
+    """Why it leaves others the way at its dtype; nothing where it does not."""
+    capabilities = standing.report.capabilities
+    if not isinstance(capabilities, Capabilities) or standing.dtype is None:
+        return ""
+    return capabilities.yields.get(standing.dtype, "")
+
+
 def _merit(best: Standing, able: Sequence[Standing]) -> str:
     """What made it the choice."""
     if best.speed is not None:
@@ -146,7 +156,7 @@ def _merit(best: Standing, able: Sequence[Standing]) -> str:
         return "no other one can"
     if _accelerated(best) and not all(_accelerated(s) for s in able):
         return "has an accelerator"
-    return "comes first in the standing order; it was not measured with this model here"
+    return "comes first as long as it was not measured with this model here"
 
 
 def _beaten(standing: Standing, best: Standing) -> Standing:
@@ -160,6 +170,7 @@ def _beaten(standing: Standing, best: Standing) -> Standing:
     else:
         unmeasured = [s.report.name for s in (best, standing) if s.speed is None]
         were = f"{' and '.join(unmeasured)} {'were' if len(unmeasured) > 1 else 'was'}"
-        starts = " and ".join(f"`penstock executor --backend {one}`" for one in unmeasured)
-        reason = f"{name} goes before it as long as {were} not measured with this model here; start {starts} with it once"
+        reason = f"{name} goes before it as long as {were} not measured with this model here; `penstock calibrate` does that"
+        if why := _yielding(standing):
+            reason = f"{why}: {reason}"
     return Standing(standing.report, Verdict.BEHIND, reason, standing.dtype, standing.speed)

@@ -20,6 +20,7 @@ from penstock.backends.validation import fault_of_availability, fault_of_capabil
 __all__ = ["read_answer", "write_answer"]
 
 _TUPLES = {"dtypes": DType, "tasks": Task, "kv_layouts": str, "kv_dtypes": DType}
+_BY_DTYPE = ("weight_bytes", "yields")
 
 
 def write_answer(availability: Availability, capabilities: Capabilities | Unsupported | None) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def _capabilities(told: Capabilities | Unsupported | None) -> dict[str, Any] | N
     if isinstance(told, Unsupported):
         return {"unsupported": told.reason}
     fields = {name: getattr(told, name) for name in Capabilities.__dataclass_fields__}
-    return fields | {name: list(fields[name]) for name in _TUPLES} | {"weight_bytes": dict(told.weight_bytes)}
+    return fields | {name: list(fields[name]) for name in _TUPLES} | {name: dict(fields[name]) for name in _BY_DTYPE}
 
 
 def _read_capabilities(told: Mapping[str, Any] | None) -> Capabilities | Unsupported | None:
@@ -68,5 +69,5 @@ def _read_capabilities(told: Mapping[str, Any] | None) -> Capabilities | Unsuppo
     if "unsupported" in told:
         return Unsupported(told["unsupported"])
     tuples = {name: tuple(kind(one) for one in told[name]) for name, kind in _TUPLES.items()}
-    weights = {DType(dtype): size for dtype, size in told["weight_bytes"].items()}
-    return Capabilities(**{**told, **tuples, "weight_bytes": weights})
+    mappings = {name: {DType(dtype): value for dtype, value in told[name].items()} for name in _BY_DTYPE}
+    return Capabilities(**{**told, **tuples, **mappings})

@@ -12,10 +12,13 @@ from penstock.common.calibrations import Calibrations, Key
 from penstock.common.machine import machine, usable_cores
 from penstock.common.step_times import StepTimes
 
-__all__ = ["kept_speeds", "speed_of"]
+__all__ = ["BATCH", "kept_speeds", "speed_of"]
 
-# The work by which speeds are compared: so many requests at a time, each of so many prompt tokens and answered by so many.
-_BATCH, _PROMPT, _ANSWER = 8, 512, 128
+BATCH = 8
+"""Requests at a time, in the work by which speeds are compared."""
+
+# Each of them: so many prompt tokens, and answered by so many.
+_PROMPT, _ANSWER = 512, 128
 
 
 def kept_speeds(cache: Path | None, fingerprint: str, threads: int | None = None) -> Speeds:
@@ -47,9 +50,15 @@ def kept_speeds(cache: Path | None, fingerprint: str, threads: int | None = None
 
 def speed_of(times: StepTimes) -> Speed:
     """What step times amount to in the work by which speeds are compared."""
-    step = times.step_seconds(_BATCH, _PROMPT + _ANSWER / 2)
+    step, alone = (times.step_seconds(batch, _PROMPT + _ANSWER / 2) for batch in (BATCH, 1))
     prompt = times.prefill_seconds(_PROMPT)
-    return Speed(prefill=_PROMPT / prompt, decode=_BATCH / step, batch=_BATCH, seconds=_BATCH * prompt + _ANSWER * step)
+    return Speed(
+        prefill=_PROMPT / prompt,
+        decode=BATCH / step,
+        alone=1 / alone,
+        batch=BATCH,
+        seconds=BATCH * prompt + _ANSWER * step,
+    )
 
 
 def _ran(key: Key) -> tuple[str, str, str, str]:

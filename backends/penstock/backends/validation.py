@@ -66,6 +66,11 @@ def _faults(told: Capabilities) -> Iterator[str]:
     weights = told.weight_bytes
     if not isinstance(weights, Mapping) or not all(isinstance(d, DType) and _is_size(n) for d, n in weights.items()):
         yield f"weight_bytes: must be whole numbers from 1 by DType, and is {weights!r}"
+    yields = told.yields
+    if not isinstance(yields, Mapping) or not all(
+        isinstance(d, DType) and isinstance(why, str) and why for d, why in yields.items()
+    ):
+        yield f"yields: must be reasons by DType, and is {yields!r}"
 
 
 def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | None:

@@ -40,6 +40,12 @@ app.command("penstock.cli.scale:scale", name="scale", group=_LOCAL, help="More o
 app.command("penstock.cli.role:role", name="role", group=_LOCAL, help="Another role for a live executor.")
 app.command("penstock.cli.backends:backends", name="backends", group=_LOCAL, help="What can run models here, or why it can not.")
 app.command(
+    "penstock.cli.calibrate:calibrate",
+    name="calibrate",
+    group=_LOCAL,
+    help="How fast each backend is with a model here; auto goes by it.",
+)
+app.command(
     "penstock.cli.conformance:conformance", name="conformance", group=_LOCAL, help="Hold a backend against what all have to do."
 )
 app.command(

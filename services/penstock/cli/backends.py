@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # numpy comes with them, and help is to be quick
     from penstock.backends.inspection import BackendReport
     from penstock.backends.ranking import Standing
 
-__all__ = ["backends"]
+__all__ = ["backends", "read_spec"]
 
 
 def backends(
@@ -56,7 +56,7 @@ def backends(
     if model is None:
         rows = [_row(report) for report in describe(seconds=probe_seconds)]
     else:
-        spec = _read(model)
+        spec = read_spec(model)
         asked = [None if name == "auto" else DType(name) for name in (dtype, kv_cache_dtype)]
         speeds = kept_speeds(found_cache(cache_folder), spec.fingerprint, threads)
         judged = standings(spec, *asked, speeds=speeds, seconds=probe_seconds)
@@ -76,7 +76,12 @@ def _check(option: str, value: float | None, least: float) -> None:
         raise ConfigError(f"{option}: must be a number of at least {least}, and is {value}")
 
 
-def _read(model: str) -> ModelSpec:
+def read_spec(model: str) -> ModelSpec:
+    """What a checkpoint is, by its headers.
+
+    Raises:
+        StartError: there is none, or it can not be read.
+    """
     from penstock.backends.checkpoint import CheckpointError, read_model
     from penstock.common.service import StartError
     from penstock.common.sources import resolve

@@ -15,7 +15,7 @@ _TUNABLE = "glibc.malloc.hugetlb"
 
 def computes(arguments: Sequence[str]) -> bool:
     """Whether this command line runs a model in its own process."""
-    return list(arguments[:1]) == ["executor"] or list(arguments[:2]) == ["bench", "engine"]
+    return list(arguments[:1]) in (["executor"], ["calibrate"]) or list(arguments[:2]) == ["bench", "engine"]
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str] | None:

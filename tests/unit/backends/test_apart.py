@@ -22,6 +22,7 @@ FULL = Capabilities(
     export_kv=True,
     max_context=9,
     weight_bytes={DType.INT4: 3},
+    yields={DType.INT4: "is slow"},
 )
 
 

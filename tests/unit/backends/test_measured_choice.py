@@ -69,8 +69,8 @@ def test_the_faster_one_is_taken_and_the_figures_are_told(spec, tmp_path):
     (one,) = (s for s in choice.standings if s.report.name == "one")
     assert one.verdict is Verdict.SLOWER
     assert one.reason == (
-        "two is 2.00 times as fast: prefill 2,000 tokens/s, decode 200 tokens/s at batch 8 in f32; "
-        "here prefill 1,000 tokens/s, decode 100 tokens/s at batch 8 in f32"
+        "two is 2.00 times as fast: prefill 2,000 tokens/s, decode 25 tokens/s, 200 at batch 8 in f32; "
+        "here prefill 1,000 tokens/s, decode 12 tokens/s, 100 at batch 8 in f32"
     )
 
 

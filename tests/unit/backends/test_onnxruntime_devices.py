@@ -54,6 +54,12 @@ def test_a_cache_in_a_devices_memory_conforms(family, dtype, check, tmp_path):
         pytest.skip(str(reason))
 
 
+@pytest.mark.parametrize(("device", "yielding"), [("cuda:0", [DType.BF16, DType.INT4]), ("cpu", [])])
+def test_an_accelerator_is_left_to_other_backends_as_long_as_neither_was_measured(device, yielding, spec, monkeypatch):
+    monkeypatch.setattr(registration, "_offered", lambda: {device: (DType.BF16, DType.INT4), "cpu": (DType.F32,)})
+    assert list(REGISTRATION.capabilities(spec).yields) == yielding
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.INT8, DType.INT4])
 def test_it_computes_what_the_cpu_does(dtype, spec):
     found, right = decode(spec, DEVICE, dtype), decode(spec, HOST, dtype)

@@ -171,7 +171,7 @@ def test_an_executor_is_told_of_it(spec):
 
 def test_auto_takes_the_backend_that_has_it_though_another_is_faster(spec, monkeypatch):
     def faster(*_):
-        return lambda report, _: Speed(1, 1, 1, seconds=1.0 if report.name == "torch" else 9.0)
+        return lambda report, _: Speed(1, 1, 1, 1, seconds=1.0 if report.name == "torch" else 9.0)
 
     monkeypatch.setattr("penstock.executor.loading.kept_speeds", faster)
     asked = ExecutorConfig(model=str(spec.folder), dtype="f32", kv_cache_gib=0.01)

@@ -10,7 +10,14 @@ ASK = "from penstock.cli.huge_pages import *; start_again_with_huge_pages(); imp
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [("executor --model x", True), ("bench engine x", True), ("bench serve", False), ("up builtin", False), ("", False)],
+    [
+        ("executor --model x", True),
+        ("bench engine x", True),
+        ("calibrate x", True),
+        ("bench serve", False),
+        ("up builtin", False),
+        ("", False),
+    ],
 )
 def test_what_computes_in_its_own_process(arguments, expected):
     assert computes(arguments.split()) is expected

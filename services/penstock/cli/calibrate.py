@@ -1,0 +1,133 @@
+"""`penstock calibrate`: how fast each backend is with a model on this machine, kept where starts find it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from penstock.cli.backends import read_spec
+from penstock.cli.tables import print_table
+from penstock.common import logs
+from penstock.common.service import StartError
+
+if TYPE_CHECKING:  # numpy comes with them, and help is to be quick
+    from penstock.backends.contract import ModelSpec
+    from penstock.backends.ranking import Standing
+    from penstock.common.calibrations import Calibrations
+    from penstock.executor.config import ExecutorConfig
+
+__all__ = ["calibrate"]
+
+_PASSED = ("backend", "dtype", "kv_cache_dtype", "kv_cache_gib", "threads", "cache_folder", "calibration_seconds", "probe_seconds")
+
+
+def calibrate(
+    model: str,
+    *,
+    backend: str = "auto",
+    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto",
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
+    kv_cache_gib: float | None = None,
+    threads: int | None = None,
+    cache_folder: str | None = None,
+    calibration_seconds: float = 20.0,
+    probe_seconds: float = 20.0,
+) -> int:
+    """Measure how fast backends run a model here, so that `--backend auto` takes the fastest from then on.
+
+    Each is loaded, measured and closed, one after the other. Speeds are kept in the cache folder, in place of those that executors
+    have left there. Nothing else should compute meanwhile.
+
+    Args:
+        model: Folder of a checkpoint, builtin, or a Hugging Face id.
+        backend: Name of the one to measure; auto measures each that can run the model.
+        dtype: As the executor's; auto leaves it to each backend.
+        kv_cache_dtype: As the executor's; auto is each backend's own choice.
+        kv_cache_gib: As the executor's; from the memory that is free where absent.
+        threads: Of computation, as the executor's; every core of the process where absent.
+        cache_folder: The executor's cache folder; $XDG_CACHE_HOME/penstock or ~/.cache/penstock where absent.
+        calibration_seconds: Seconds that measuring takes at most, of each; an executor's start takes fewer, and so is less exact.
+        probe_seconds: Seconds that a backend has to say what it is.
+    """
+    from penstock.backends.contract import DType
+    from penstock.backends.registry import AUTO, standings
+    from penstock.backends.speed import kept_speeds
+    from penstock.common.cache import found_cache
+    from penstock.common.calibrations import Calibrations
+    from penstock.executor.config import ExecutorConfig
+
+    logs.configure("calibrate", "warning")
+    config = ExecutorConfig(
+        model=model,
+        backend=backend,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_gib=kv_cache_gib,
+        threads=threads,
+        cache_folder=cache_folder,
+        calibration_seconds=calibration_seconds,
+        probe_seconds=probe_seconds,
+    )
+    folder = found_cache(cache_folder)
+    if folder is None:
+        raise StartError("--cache-folder: must be given where there is no home folder, for speeds are kept there")
+    if backend != AUTO:
+        return _measure(config, Calibrations(folder))
+    spec = read_spec(model)
+    asked = [None if name == AUTO else DType(name) for name in (dtype, kv_cache_dtype)]
+
+    def judged() -> list[Standing]:
+        return standings(spec, *asked, speeds=kept_speeds(folder, spec.fingerprint, threads), seconds=probe_seconds)
+
+    failed = [name for name in _able(judged()) if not _measured_apart(replace(config, backend=name))]
+    _tell(spec, judged())
+    return 1 if failed else 0
+
+
+def _measure(config: ExecutorConfig, kept: Calibrations) -> int:
+    """Measure one in this process, as an executor does at its start."""
+    from penstock.backends.speed import speed_of
+    from penstock.common.machine import machine, usable_cores
+    from penstock.executor.loading import create, prepare
+
+    prepared = prepare(config)
+    spec, choice, here = prepared.spec, prepared.choice, machine()
+    asked = (spec.fingerprint, config.backend, choice.dtype.value, config.threads or usable_cores(), here)
+    kept.forget(lambda key: (key.model, key.backend, key.dtype, key.threads, key.machine) == asked)
+    loaded = create(prepared)
+    loaded.engine.close()
+    if loaded.times is None:
+        raise StartError(f"{loaded.backend} could not be measured with {loaded.name}")
+    print(f"{loaded.backend} {loaded.model.dtype}: {speed_of(loaded.times)}")
+    return 0
+
+
+def _able(judged: Sequence[Standing]) -> list[str]:
+    from penstock.backends.ranking import Verdict
+
+    return [s.report.name for s in judged if s.verdict in {Verdict.CHOSEN, Verdict.SLOWER, Verdict.BEHIND}]
+
+
+def _measured_apart(config: ExecutorConfig) -> bool:
+    """Measure one by this command in a process of its own, so that none meets what another left; whether it could be."""
+    print(f"measuring {config.backend} …", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "penstock.cli", "calibrate", config.model]
+    for name in _PASSED:
+        if (value := getattr(config, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.run(command, stdout=sys.stderr, check=False).returncode == 0  # noqa: S603 - this interpreter and this command
+
+
+def _tell(spec: ModelSpec, judged: Sequence[Standing]) -> None:
+    from penstock.backends.speed import BATCH
+
+    rows = []
+    for standing in judged:
+        name, speed = standing.report.name, standing.speed
+        figures = ("",) * 3 if speed is None else [f"{value:,.0f}" for value in (speed.prefill, speed.alone, speed.decode)]
+        rows.append((name, standing.dtype or "", *figures, standing.verdict, standing.reason if speed is None else ""))
+    print(f"{spec.name}, tokens per second:")
+    print_table(("backend", "dtype", "prefill", "decode", f"at batch {BATCH}", "verdict", "why"), rows)
