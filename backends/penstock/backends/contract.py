@@ -319,6 +319,7 @@ class GenerativeModel(Protocol):
 
         Raises:
             ValueError: `tokens` are not within these blocks, or a block is not of this cache.
+            RuntimeError: the cache has had to give them up.
         """
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:

@@ -65,9 +65,16 @@ def test_a_first_block_that_begins_anew_begins_empty():
 def test_kv_that_arrives_behind_other_kv_joins_it():
     store = Store()
     lane = store.lanes.receive([7, 8], range(20))
-    assert store.lanes.receive([7, 8], range(20, 30)) == lane == store.lanes.find([7, 8])
+    assert store.lanes.receive([7, 8], range(20, 30)) == lane == store.lanes.find([7, 8], 30)
     assert store.lanes.lengths[lane] == 30
-    assert store.lanes.find([7, 9]) is None
+
+
+@pytest.mark.parametrize(("blocks", "tokens"), [([7, 9], 1), ([7, 8], 11), ([3], 1)])
+def test_what_is_not_here_is_not_found(blocks, tokens):
+    store = Store()
+    store.lanes.receive([7, 8], range(10))
+    with pytest.raises(RuntimeError, match=f"the KV of {tokens} tokens"):
+        store.lanes.find(blocks, tokens)
 
 
 @pytest.mark.parametrize("arrived", [[range(10, 20)], [range(10), range(15, 20)]])
@@ -94,7 +101,7 @@ def test_a_sequence_that_was_moved_while_its_kv_came_goes_on():
     lanes = [store.step(name, [i], 0) for i, name in enumerate("ab")]
     store.lanes.receive([9], range(10))
     store.lanes.step(np.array([0]), 0, 1)
-    store.lanes.gather([lanes[0], store.lanes.find([9])])
+    store.lanes.gather([lanes[0], store.lanes.find([9], 10)])
     store.lanes.receive([9], range(10, 20))
     store.step("sequence", [9], 20)
 

@@ -88,11 +88,12 @@ class LaneCache:
 
         Raises:
             ValueError: they are not consecutive positions within the blocks, or a block is none of the cache's.
+            RuntimeError: some of them, or of those before them, are not here.
         """
         transfer_slots(self.kv, blocks, tokens)
-        data = np.zeros(self.kv.canonical_shape(len(tokens)), self.dtype)
-        lane = self.lanes.find(blocks) if tokens else None
-        if lane is not None:
+        data = np.empty(self.kv.canonical_shape(len(tokens)), self.dtype)
+        if tokens:
+            lane = self.lanes.find(blocks, tokens.stop)
             for i, name in enumerate(self.memory.addresses):
                 data[i // 2, i % 2] = self.memory.read(name, lane, tokens).swapaxes(0, 1)
         return KvChunk(tokens, data)

@@ -68,10 +68,17 @@ class Lanes:
         self.lengths[lane] = self._whole[lane] = length
         return lane
 
-    def find(self, blocks: Sequence[int]) -> int | None:
-        """The lane that holds a sequence of these blocks; None: none does."""
-        lane = self._find(np.asarray(blocks, np.int64))
-        return lane if lane is not None and self._agrees(lane, np.asarray(blocks, np.int64)) else None
+    def find(self, blocks: Sequence[int], tokens: int) -> int:
+        """The lane that holds so many tokens of a sequence of these blocks.
+
+        Raises:
+            RuntimeError: some of them are not here.
+        """
+        ids = np.asarray(blocks, np.int64)
+        lane = self._find(ids)
+        if lane is None or self._whole[lane] < tokens or not self._agrees(lane, ids):
+            raise RuntimeError(f"the KV of {tokens} tokens, that is asked for, is not in the cache")
+        return lane
 
     def receive(self, blocks: Sequence[int], tokens: range) -> int:
         """The lane of a sequence of which `tokens` arrive from elsewhere; a new one where they are its first."""

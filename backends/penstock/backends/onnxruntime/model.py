@@ -95,6 +95,7 @@ class OnnxRuntimeModel:
 
         Raises:
             ValueError: `tokens` are not consecutive positions within these blocks.
+            RuntimeError: another sequence has taken the lane that they lay in.
         """
         return self._open()[1].read(blocks, tokens)
 
