@@ -9,7 +9,7 @@ from enum import StrEnum
 from penstock.backends.contract import Available, Broken, Capabilities, DType, Task, Unsupported
 from penstock.backends.inspection import BackendReport
 
-__all__ = ["Speed", "Speeds", "Standing", "Verdict", "no_speeds", "rank"]
+__all__ = ["Speed", "Speeds", "Standing", "Verdict", "no_speeds", "rank", "rivals"]
 
 # Answers of this one are made up: it is taken by its name alone.
 _BY_NAME_ALONE = frozenset({"fake"})
@@ -104,6 +104,12 @@ def rank(
             best = other
     taken = replace(best, reason=_merit(best, able) if auto else "was asked for by its name")
     return [taken if s is best else _beaten(s, best) if s in able else s for s in standings]
+
+
+def rivals(standings: Sequence[Standing]) -> list[Standing]:
+    """Those between which speed decides: the chosen one and others that could, on accelerators where it has one."""
+    able = [s for s in standings if s.verdict in {Verdict.CHOSEN, Verdict.SLOWER, Verdict.BEHIND}]
+    return [s for s in able if _accelerated(s)] or able
 
 
 def _judge(report: BackendReport, dtype: DType | None, kv_dtype: DType | None, speeds: Speeds, *, auto: bool) -> Standing:

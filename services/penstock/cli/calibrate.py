@@ -43,7 +43,7 @@ def calibrate(
 
     Args:
         model: Folder of a checkpoint, builtin, or a Hugging Face id.
-        backend: Name of the one to measure; auto measures each that can run the model.
+        backend: Name of the one to measure; auto measures each that can run the model, on accelerators alone where one of them can.
         dtype: As the executor's; auto leaves it to each backend.
         kv_cache_dtype: As the executor's; auto is each backend's own choice.
         kv_cache_gib: As the executor's; from the memory that is free where absent.
@@ -53,6 +53,7 @@ def calibrate(
         probe_seconds: Seconds that a backend has to say what it is.
     """
     from penstock.backends.contract import DType
+    from penstock.backends.ranking import rivals
     from penstock.backends.registry import AUTO, standings
     from penstock.backends.speed import kept_speeds
     from penstock.common.cache import found_cache
@@ -82,9 +83,10 @@ def calibrate(
     def judged() -> list[Standing]:
         return standings(spec, *asked, speeds=kept_speeds(folder, spec.fingerprint, threads), seconds=probe_seconds)
 
-    failed = [name for name in _able(judged()) if not _measured_apart(replace(config, backend=name))]
+    able = rivals(judged())
+    failed = [s for s in able if not _measured_apart(replace(config, backend=s.report.name))]
     _tell(spec, judged())
-    return 1 if failed else 0
+    return 1 if failed or not able else 0
 
 
 def _measure(config: ExecutorConfig, kept: Calibrations) -> int:
@@ -103,12 +105,6 @@ def _measure(config: ExecutorConfig, kept: Calibrations) -> int:
         raise StartError(f"{loaded.backend} could not be measured with {loaded.name}")
     print(f"{loaded.backend} {loaded.model.dtype}: {speed_of(loaded.times)}")
     return 0
-
-
-def _able(judged: Sequence[Standing]) -> list[str]:
-    from penstock.backends.ranking import Verdict
-
-    return [s.report.name for s in judged if s.verdict in {Verdict.CHOSEN, Verdict.SLOWER, Verdict.BEHIND}]
 
 
 def _measured_apart(config: ExecutorConfig) -> bool:

@@ -11,7 +11,7 @@ from penstock.backends.checkpoint import read_model
 from penstock.backends.contract import Available, Broken, Capabilities, DType, Registration, Unavailable, Unsupported
 from penstock.backends.discovery import Source
 from penstock.backends.inspection import inspect
-from penstock.backends.ranking import Speed, Verdict
+from penstock.backends.ranking import Speed, Verdict, rivals
 from penstock.backends.registry import AUTO, DuplicateBackend, NoBackend, backends, choose, describe, select, sources, standings
 
 
@@ -248,6 +248,17 @@ def test_an_accelerator_that_yields_goes_before_no_other_but_before_processors(s
     found = among(plain("cpu"), yielding("untried", "cuda:0"), plain("gpu", "cuda:0"))
     assert choose(spec, dtype=DType.INT4, found=found).registration.name == "gpu"
     assert choose(spec, dtype=DType.INT4, found=among(plain("cpu"), yielding("untried", "cuda:0"))).registration.name == "untried"
+
+
+def test_speed_decides_between_those_on_accelerators_or_else_all(spec):
+    def names(*registrations):
+        return [s.report.name for s in rivals(standings(spec, found=among(*registrations)))]
+
+    cpus = registration("one"), registration("two")
+    gone = registration("gone", Unavailable("no library"))
+    gpus = registration("gpu", Available(("cuda:0",), "1")), registration("npu", Available(("npu:0",), "1"))
+    assert names(*cpus, gone) == ["one", "two"]
+    assert names(*cpus, gone, *gpus) == ["gpu", "npu"]
 
 
 def reasons(spec, found, measured):
