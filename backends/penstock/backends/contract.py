@@ -328,6 +328,7 @@ class GenerativeModel(Protocol):
         Raises:
             ValueError: as for `export_kv`, or the chunk's shape is not this model's, or its type none of these; nothing is written
                 then.
+            RuntimeError: the cache has had to give up what stands before it.
         """
 
     def close(self) -> None:

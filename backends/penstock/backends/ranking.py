@@ -177,6 +177,6 @@ def _beaten(standing: Standing, best: Standing) -> Standing:
         unmeasured = [s.report.name for s in (best, standing) if s.speed is None]
         were = f"{' and '.join(unmeasured)} {'were' if len(unmeasured) > 1 else 'was'}"
         reason = f"{name} goes before it as long as {were} not measured with this model here; `penstock calibrate` does that"
-        if why := _yielding(standing):
+        if (why := _yielding(standing)) and not _yielding(best):
             reason = f"{why}: {reason}"
     return Standing(standing.report, Verdict.BEHIND, reason, standing.dtype, standing.speed)

@@ -59,6 +59,7 @@ def calibrate(
     from penstock.common.cache import found_cache
     from penstock.common.calibrations import Calibrations
     from penstock.executor.config import ExecutorConfig
+    from penstock.executor.loading import check
 
     logs.configure("calibrate", "warning")
     config = ExecutorConfig(
@@ -72,6 +73,9 @@ def calibrate(
         calibration_seconds=calibration_seconds,
         probe_seconds=probe_seconds,
     )
+    check(config)
+    if not calibration_seconds:
+        raise StartError("calibration_seconds: must be more than 0, for nothing is measured in none")
     folder = found_cache(cache_folder)
     if folder is None:
         raise StartError("--cache-folder: must be given where there is no home folder, for speeds are kept there")
@@ -92,17 +96,14 @@ def calibrate(
 def _measure(config: ExecutorConfig, kept: Calibrations) -> int:
     """Measure one in this process, as an executor does at its start."""
     from penstock.backends.speed import speed_of
-    from penstock.common.machine import machine, usable_cores
     from penstock.executor.loading import create, prepare
 
-    prepared = prepare(config)
-    spec, choice, here = prepared.spec, prepared.choice, machine()
-    asked = (spec.fingerprint, config.backend, choice.dtype.value, config.threads or usable_cores(), here)
-    kept.forget(lambda key: (key.model, key.backend, key.dtype, key.threads, key.machine) == asked)
-    loaded = create(prepared)
+    loaded = create(prepare(config), calibrate_anew=True)
     loaded.engine.close()
     if loaded.times is None:
         raise StartError(f"{loaded.backend} could not be measured with {loaded.name}")
+    if not any(record.times == loaded.times for record in kept.records()):
+        raise StartError(f"--cache-folder: what {loaded.backend} was measured to do could not be kept there")
     print(f"{loaded.backend} {loaded.model.dtype}: {speed_of(loaded.times)}")
     return 0
 
@@ -118,12 +119,14 @@ def _measured_apart(config: ExecutorConfig) -> bool:
 
 
 def _tell(spec: ModelSpec, judged: Sequence[Standing]) -> None:
+    from penstock.backends.ranking import Verdict
     from penstock.backends.speed import BATCH
 
     rows = []
     for standing in judged:
         name, speed = standing.report.name, standing.speed
         figures = ("",) * 3 if speed is None else [f"{value:,.0f}" for value in (speed.prefill, speed.alone, speed.decode)]
-        rows.append((name, standing.dtype or "", *figures, standing.verdict, standing.reason if speed is None else ""))
+        why = "" if speed is not None and standing.verdict in {Verdict.CHOSEN, Verdict.SLOWER} else standing.reason
+        rows.append((name, standing.dtype or "", *figures, standing.verdict, why))
     print(f"{spec.name}, tokens per second:")
     print_table(("backend", "dtype", "prefill", "decode", f"at batch {BATCH}", "verdict", "why"), rows)

@@ -16,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,17 +99,6 @@ class Calibrations:
             Path(file.name).replace(path)
         except OSError as error:
             logger().warning("calibration not kept", file=str(path), error=str(error))
-
-    def forget(self, told: Callable[[Key], bool]) -> None:
-        """Remove the records of keys of which `told` says so.
-
-        Raises:
-            OSError: the folder can not be written to.
-        """
-        for path in self._folder.glob("*.json"):
-            record = _read(path)
-            if record is not None and told(record.key):
-                path.unlink(missing_ok=True)
 
     def records(self) -> Iterator[Record]:
         """All that can be read, the newest first: which backend has run which model here, and how fast."""

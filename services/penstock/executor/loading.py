@@ -23,7 +23,7 @@ from penstock.executor.engine import Engine, EngineConfig, EngineDead
 from penstock.executor.sequence import Finish, Frame, SequenceRequest
 from penstock.executor.tuning import Identity, tune
 
-__all__ = ["Loaded", "Prepared", "create", "load", "prepare"]
+__all__ = ["Loaded", "Prepared", "check", "create", "load", "prepare"]
 
 _WARM_UP_PROMPT = 128
 _WARM_UP_TOKENS = 4
@@ -72,7 +72,7 @@ def prepare(config: ExecutorConfig) -> Prepared:
     Raises:
         StartError: the settings, the checkpoint, every backend or the memory does not allow it.
     """
-    _check(config)
+    check(config)
     folder = resolve(config.model)
     name = config.served_name or (config.model if not Path(config.model).is_dir() else folder.resolve().name)
     dtype, kv_dtype = _asked(config.dtype), _asked(config.kv_cache_dtype)
@@ -90,8 +90,12 @@ def prepare(config: ExecutorConfig) -> Prepared:
     return Prepared(config, spec, choice, device)
 
 
-def create(prepared: Prepared) -> Loaded:
+def create(prepared: Prepared, *, calibrate_anew: bool = False) -> Loaded:
     """Have the chosen backend load the model, make its engine, and run a first sequence.
+
+    Args:
+        prepared: by `prepare`.
+        calibrate_anew: whether steps are measured even where their times are kept.
 
     Raises:
         StartError: the backend can not.
@@ -103,7 +107,7 @@ def create(prepared: Prepared) -> Loaded:
         engine = Engine(model, engine_config)
         fastest = _warm_up(engine)
         identity = Identity(spec.fingerprint, choice.registration.name, choice.version)
-        times = tune(engine, engine_config, prepared.config, identity, fastest)
+        times = tune(engine, engine_config, prepared.config, identity, fastest, anew=calibrate_anew)
     except EngineDead as error:
         model.close()
         raise StartError(str(error)) from error
@@ -152,7 +156,12 @@ def _device_config(config: ExecutorConfig, spec: ModelSpec, choice: Choice) -> D
     )
 
 
-def _check(config: ExecutorConfig) -> None:
+def check(config: ExecutorConfig) -> None:
+    """See that settings are possible.
+
+    Raises:
+        StartError: one is not; names it.
+    """
     least = {
         "threads": (config.threads, 1),
         "max_batch_size": (config.max_batch_size, 1),

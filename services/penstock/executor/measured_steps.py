@@ -12,6 +12,8 @@ __all__ = ["MeasuredSteps"]
 
 # Tokens of a sequence that are imported at a time.
 _PIECE = 128
+# A past of fewer is quicker computed.
+_LONG = 16
 
 
 class MeasuredSteps:
@@ -23,13 +25,17 @@ class MeasuredSteps:
         model: nobody else may write to its cache.
         max_batch_tokens: of one step.
         clock: tells seconds.
-        imports: whether a past is imported, which takes next to no time; else it is computed. No step takes longer for what the
-            keys and values are, so these are zeros.
+        imports: whether a long past is imported; else it is computed. No step takes longer for what the keys and values are, so
+            these are zeros.
+
+    Attributes:
+        import_seconds: that the longest import took.
     """
 
     def __init__(self, model: GenerativeModel, max_batch_tokens: int, clock: Callable[[], float], *, imports: bool = False) -> None:
         self._model = model
         self._imports = imports
+        self.import_seconds = 0.0
         self._most = max_batch_tokens
         self._clock = clock
         self._lengths: list[int] = []
@@ -51,9 +57,11 @@ class MeasuredSteps:
         """
         self._lay_out(sequences, self._blocks(past + tokens))
         lacking = [s for s, length in enumerate(self._lengths[:sequences]) if length < past]
-        if self._imports:
+        if self._imports and past >= _LONG:
+            began = self._clock()
             for sequence in lacking:
                 self._import(sequence, past)
+            self.import_seconds = max(self.import_seconds, self._clock() - began)
         else:
             together = max(1, self._most // max(past, 1))
             for i in range(0, len(lacking), together):

@@ -32,7 +32,13 @@ class Identity(NamedTuple):
 
 
 def tune(
-    engine: Engine, engine_config: EngineConfig, config: ExecutorConfig, identity: Identity, fastest_decode: float
+    engine: Engine,
+    engine_config: EngineConfig,
+    config: ExecutorConfig,
+    identity: Identity,
+    fastest_decode: float,
+    *,
+    anew: bool = False,
 ) -> StepTimes | None:
     """Let an engine that has not started make the steps that its model is good at; tell how long these take.
 
@@ -42,6 +48,7 @@ def tune(
         config: the operator's settings; what these say of steps stays.
         identity: of what runs.
         fastest_decode: seconds of one decoding step of a single sequence, lately.
+        anew: measure, whatever is kept.
 
     Returns:
         None where the operator wants no measurement, or the model raises in one.
@@ -50,7 +57,7 @@ def tune(
         return None
     store = _store(config)
     key = _key(engine.model, config, identity)
-    times = None if store is None else _kept(store, key, fastest_decode)
+    times = None if store is None or anew else _kept(store, key, fastest_decode)
     if times is None:
         times = _measured(engine, engine_config, config.calibration_seconds)
         if times is not None and store is not None:

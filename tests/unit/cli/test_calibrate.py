@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from penstock.backends.contract import DType
+from penstock.backends.ranking import rivals
+from penstock.backends.registry import standings
+from penstock.cli.backends import read_spec
 from penstock.common.calibrations import Calibrations
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.loading import load
@@ -17,12 +21,17 @@ def run(*arguments, **options):
     return subprocess.run([*PENSTOCK, *arguments], capture_output=True, text=True, check=False, **options)
 
 
+def rivals_in(dtype):
+    """Names of the backends between which speed decides here."""
+    return [s.report.name for s in rivals(standings(read_spec("builtin"), dtype))]
+
+
 def test_every_backend_that_can_is_measured_and_auto_goes_by_it(tmp_path):
     asked = ("--dtype", "bf16", "--threads", "1", "--cache-folder", str(tmp_path))
     first = run("calibrate", "builtin", "--kv-cache-gib", "0.05", "--calibration-seconds", "0.3", *asked)
     assert first.returncode == 0, first.stderr
     able = [line.split()[1] for line in first.stderr.splitlines() if line.startswith("measuring")]
-    assert able == ["openvino", "torch"]
+    assert able == rivals_in(DType.BF16)
     told = json.loads(run("backends", "--model", "builtin", "--json", *asked).stdout)
     measured = [row for row in told if row["speed"]]
     assert [row["name"] for row in measured] == able
@@ -49,8 +58,15 @@ def test_what_an_executor_has_left_is_measured_anew(tmp_path):
 def test_one_that_can_not_be_measured_does_not_keep_the_others_from_it(tmp_path):
     done = run("calibrate", "builtin", "--dtype", "bf16", "--kv-cache-gib", "1e-9", "--cache-folder", str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.count("measuring") == 2
+    assert done.stderr.count("measuring") == len(rivals_in(DType.BF16))
     assert "not measured" in done.stdout
+
+
+def test_speeds_that_can_not_be_kept_are_none(tmp_path):
+    (tmp_path / "calibrations").write_text("in the way of a folder")
+    done = run("calibrate", "builtin", "--backend", "fake", "--cache-folder", str(tmp_path), "--calibration-seconds", "0.1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "penstock: --cache-folder: what fake was measured to do could not be kept there"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +74,10 @@ def test_one_that_can_not_be_measured_does_not_keep_the_others_from_it(tmp_path)
     [
         (("builtin", "--backend", "npu"), "there is no backend npu"),
         (("/nowhere",), "/nowhere"),
-        (("builtin", "--backend", "onnxruntime", "--dtype", "bf16"), "onnxruntime: has no bf16 for it"),
+        (("builtin", "--backend", "fake", "--dtype", "bf16"), "fake: has no bf16 for it"),
+        (("builtin", "--threads", "0"), "threads: must be a number of at least 1"),
+        (("builtin", "--calibration-seconds", "0"), "calibration_seconds: must be more than 0"),
+        (("builtin", "--probe-seconds", "nan"), "probe_seconds: must be a number"),
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line(tmp_path, arguments, reason):

@@ -74,7 +74,9 @@ def test_context_of_a_slow_model_is_found_where_it_can_be_imported():
         return max(decoding), times.decode_token_seconds
 
     assert most_context(imports=False)[0] < 1000
-    assert most_context(imports=True) == (4 * 1024, pytest.approx(2e-5))
+    context, seconds = most_context(imports=True)
+    assert context >= 2000
+    assert seconds == pytest.approx(2e-5)
 
 
 def test_batches_are_what_the_contract_asks_for():

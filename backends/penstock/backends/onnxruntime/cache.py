@@ -103,6 +103,7 @@ class LaneCache:
 
         Raises:
             ValueError: its positions are not within the blocks, a block is none of the cache's, or its shape is not this model's.
+            RuntimeError: what stands before it is not here.
         """
         transfer_slots(self.kv, blocks, chunk.tokens)
         check_chunk(self.kv, chunk)

@@ -5,7 +5,7 @@ in blocks of tokens. A sequence is known by its first block, and a block is in o
 another sequence belongs to nobody any more and is emptied. Lanes are address space; of memory, each takes what it holds. All of
 them together so never take more than the blocks.
 
-KV that arrives from elsewhere may arrive in a lane that was emptied meanwhile. It is taken, but no step goes on behind a gap.
+KV that arrives from elsewhere arrives in order. Where another sequence has taken the lane meanwhile, the rest of it is refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class Lanes:
         swap: Callable[[int, int, int], None],
     ) -> None:
         self.lengths = [0] * count
-        self._whole = [0] * count  # tokens that are there with none missing before them
         self._held: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * count
         self._owner = np.full(blocks, _NOBODY, np.int64)
         self._used = [0] * count
@@ -62,10 +61,10 @@ class Lanes:
         lane = self._find(blocks)
         if not past:
             lane = self._begin(lane)
-        elif lane is None or self._whole[lane] < past:
+        elif lane is None or self.lengths[lane] < past:
             raise RuntimeError(f"the KV of {past} tokens, behind which a step begins, is not in the cache")
         self._extend(lane, blocks)
-        self.lengths[lane] = self._whole[lane] = length
+        self.lengths[lane] = length
         return lane
 
     def find(self, blocks: Sequence[int], tokens: int) -> int:
@@ -76,20 +75,20 @@ class Lanes:
         """
         ids = np.asarray(blocks, np.int64)
         lane = self._find(ids)
-        if lane is None or self._whole[lane] < tokens or not self._agrees(lane, ids):
+        if lane is None or self.lengths[lane] < tokens or not self._agrees(lane, ids):
             raise RuntimeError(f"the KV of {tokens} tokens, that is asked for, is not in the cache")
         return lane
 
     def receive(self, blocks: Sequence[int], tokens: range) -> int:
-        """The lane of a sequence of which `tokens` arrive from elsewhere; a new one where they are its first."""
+        """The lane of a sequence of which `tokens` arrive from elsewhere; a new one where they are its first.
+
+        Raises:
+            RuntimeError: what stands before them is not here.
+        """
         ids = np.asarray(blocks, np.int64)
-        lane = self._find(ids)
-        if lane is None or not tokens.start or not self._agrees(lane, ids):
-            lane = self._begin(lane)
+        lane = self.find(blocks, tokens.start) if tokens.start else self._begin(self._find(ids))
         self._extend(lane, ids)
         self.lengths[lane] = max(self.lengths[lane], tokens.stop)
-        if tokens.start <= self._whole[lane]:
-            self._whole[lane] = max(self._whole[lane], tokens.stop)
         return lane
 
     def gather(self, lanes: Sequence[int]) -> list[int]:
@@ -130,7 +129,7 @@ class Lanes:
     def _drop(self, lane: int) -> None:
         self._owner[self._held[lane]] = _NOBODY
         self._held[lane] = self._held[lane][:0]
-        self.lengths[lane] = self._whole[lane] = 0
+        self.lengths[lane] = 0
         self._empty(lane)
         heapq.heappush(self._free, lane)
 
@@ -143,7 +142,6 @@ class Lanes:
             heapq.heapify(self._free)
             self._move(source, target, self.lengths[source])
         _exchange(self.lengths, source, target)
-        _exchange(self._whole, source, target)
         _exchange(self._held, source, target)
         _exchange(self._used, source, target)
         for lane in (source, target):

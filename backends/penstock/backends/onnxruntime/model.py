@@ -104,6 +104,7 @@ class OnnxRuntimeModel:
 
         Raises:
             ValueError: its positions are not within these blocks, or its shape is not this model's.
+            RuntimeError: another sequence has taken the lane that the tokens before it lay in.
         """
         self._open()[1].write(blocks, chunk)
 

@@ -1,44 +1,63 @@
 """Steps of a few decoding sequences, computed in two halves where that is quicker.
 
-A processor without bfloat16 widens weights of 8 bits to float32 as it multiplies. With AVX2 a step of five rows takes nearly twice
-as long there as one of four, so that eight sequences may take longer than two times four. Where memory is what limits, reading every
-weight twice is worse. So both are tried on the first steps of each size. The logits are the same bits, with AVX2 at least.
+A processor without bfloat16 widens rounded weights to float32 as it multiplies. With AVX2 and weights of 8 bits a step of five rows
+takes nearly twice as long there as one of four, so that eight sequences may take longer than two times four. Where memory is what
+limits, reading every weight twice is worse. So both are tried when a model is loaded.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from penstock.backends.contract import StepBatch
 
-__all__ = ["SIZES", "Halving", "halves"]
+__all__ = ["LARGEST", "SIZES", "decoding", "halves", "halves_are_quicker"]
 
 SIZES = range(5, 9)
 """Numbers of sequences whose halves a kernel takes at a time."""
 
-_TRIALS = 4
+LARGEST = SIZES[-1]
+
+# Of each way; fewer where these take longer than so many seconds.
+_MOST_RUNS, _SECONDS = 5, 1.0
 
 
-class Halving:
-    """What steps of each size took, whole and in halves."""
+def halves_are_quicker(
+    whole: Callable[[], object], halved: Callable[[], object], clock: Callable[[], float] = time.perf_counter
+) -> bool:
+    """Whether a step takes less time in halves. Both are run a few times in turn; the fastest of each counts."""
+    began, fastest_whole, fastest_halved = clock(), math.inf, math.inf
+    for _ in range(_MOST_RUNS):
+        fastest_whole = min(fastest_whole, _seconds(whole, clock))
+        fastest_halved = min(fastest_halved, _seconds(halved, clock))
+        if clock() - began >= _SECONDS:
+            break
+    return fastest_halved < fastest_whole
 
-    def __init__(self) -> None:
-        self._times: dict[tuple[int, bool], list[float]] = {(size, halved): [] for size in SIZES for halved in (False, True)}
 
-    def wanted(self, size: int) -> bool:
-        """Whether the next step of so many sequences is to be computed in halves."""
-        whole, halved = self._times[size, False], self._times[size, True]
-        if len(halved) < _TRIALS or len(whole) < _TRIALS:
-            return len(halved) < len(whole)
-        return min(halved) < min(whole)
+def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
+    run()
+    return clock() - began
 
-    def took(self, size: int, seconds: float, *, halved: bool) -> None:
-        """A step of so many sequences is done. What disturbs one makes it longer, so the shortest counts."""
-        times = self._times[size, halved]
-        if len(times) < _TRIALS:
-            times.append(seconds)
+
+def decoding(count: int) -> StepBatch:
+    """A step of so many sequences behind one token each, in the first blocks of a cache."""
+    each = np.arange(count + 1, dtype=np.int32)
+    return StepBatch(
+        token_ids=np.zeros(count, np.int64),
+        positions=np.ones(count, np.int64),
+        past_lengths=np.ones(count, np.int32),
+        starts=each,
+        block_ids=each[:-1],
+        block_starts=each,
+        logits_rows=np.arange(count, dtype=np.int64),
+    )
 
 
 def halves(batch: StepBatch) -> tuple[StepBatch, StepBatch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
 from penstock.backends.openvino.embedding import embed
-from penstock.backends.openvino.halving import SIZES, Halving, halves
+from penstock.backends.openvino.halving import LARGEST, SIZES, decoding, halves, halves_are_quicker
 from penstock.backends.openvino.padding import pad
 from penstock.backends.openvino.source import Source
 from penstock.backends.step_limits import StepLimits
@@ -46,15 +45,18 @@ class OpenVinoModel:
         self._cache: PagedCache | None = None
         self._table: NDArray[Any] = np.empty((0, 0), np.float32)
         self._longest = np.zeros((), np.int32)
-        self._halving = Halving()
+        self._halves = False
         with Source(spec, config, self._dtype) as source:
             # The graph's constants are these arrays: it keeps no reference of its own.
             compiled, self._held = source.compile()
-            self._widens = self._dtype.quantised and compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
+            self._in_float32 = self._dtype.quantised and compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
             self._table = source.embedding
             self._request = compiled.create_infer_request()
             self._cache = self._allocate(compiled, spec, config, source)
             source.keep()
+        if self._in_float32 and min(config.max_batch_size, self._kv.blocks) >= LARGEST:
+            step = decoding(LARGEST)
+            self._halves = halves_are_quicker(lambda: self._compute(step), lambda: self._in_halves(step))
 
     @property
     def kv(self) -> KvSpec:
@@ -81,12 +83,9 @@ class OpenVinoModel:
         self._open()
         self._limits.check(batch)
         size = len(batch.past_lengths)
-        if not (self._widens and size in SIZES and len(batch.token_ids) == size):
-            return self._compute(batch)
-        halved, began = self._halving.wanted(size), time.perf_counter()
-        output = self._in_halves(batch) if halved else self._compute(batch)
-        self._halving.took(size, time.perf_counter() - began, halved=halved)
-        return output
+        if self._halves and size in SIZES and len(batch.token_ids) == size:
+            return self._in_halves(batch)
+        return self._compute(batch)
 
     def _in_halves(self, batch: StepBatch) -> StepOutput:
         # What one gives is valid until the next.
@@ -95,7 +94,7 @@ class OpenVinoModel:
 
     def _compute(self, batch: StepBatch) -> StepOutput:
         request, cache = self._open()
-        batch = pad(batch, cache.scratch) if self._widens else batch
+        batch = pad(batch, cache.scratch) if self._in_float32 else batch
         self._longest[...] = (batch.past_lengths + np.diff(batch.starts)).max()
         embedded = embed(self._table, batch.token_ids)
         request.set_tensor("embedded", ov.Tensor(embedded, shared_memory=True))
