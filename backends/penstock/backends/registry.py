@@ -72,7 +72,7 @@ def choose(
     """The backend that is to run a model.
 
     `auto` takes what is available and can, those with an accelerator before those without; of these the fastest as far as both were
-    measured with this model here, and otherwise in the order in which `sources` gives them; never `fake`.
+    measured with this model here, and otherwise in the order in which `sources` gives them, those that yield last; never `fake`.
 
     Args:
         spec: the model.

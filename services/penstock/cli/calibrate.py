@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 from penstock.cli.backends import read_spec
 from penstock.cli.tables import print_table
@@ -19,30 +21,14 @@ if TYPE_CHECKING:  # numpy comes with them, and help is to be quick
     from penstock.common.calibrations import Calibrations
     from penstock.executor.config import ExecutorConfig
 
-__all__ = ["calibrate"]
-
-_PASSED = ("backend", "dtype", "kv_cache_dtype", "kv_cache_gib", "threads", "cache_folder", "calibration_seconds", "probe_seconds")
+__all__ = ["Options", "calibrate"]
 
 
-def calibrate(
-    model: str,
-    *,
-    backend: str = "auto",
-    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto",
-    kv_cache_dtype: Literal["auto", "int8"] = "auto",
-    kv_cache_gib: float | None = None,
-    threads: int | None = None,
-    cache_folder: str | None = None,
-    calibration_seconds: float = 20.0,
-    probe_seconds: float = 20.0,
-) -> int:
-    """Measure how fast backends run a model here, so that `--backend auto` takes the fastest from then on.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and how: settings of the executor that is to be served with.
 
-    Each is loaded, measured and closed, one after the other. Speeds are kept in the cache folder, in place of those that executors
-    have left there. Nothing else should compute meanwhile.
-
-    Args:
-        model: Folder of a checkpoint, builtin, or a Hugging Face id.
+    Attributes:
         backend: Name of the one to measure; auto measures each that can run the model, on accelerators alone where one of them can.
         dtype: As the executor's; auto leaves it to each backend.
         kv_cache_dtype: As the executor's; auto is each backend's own choice.
@@ -51,6 +37,30 @@ def calibrate(
         cache_folder: The executor's cache folder; $XDG_CACHE_HOME/penstock or ~/.cache/penstock where absent.
         calibration_seconds: Seconds that measuring takes at most, of each; an executor's start takes fewer, and so is less exact.
         probe_seconds: Seconds that a backend has to say what it is.
+    """
+
+    backend: str = "auto"
+    dtype: Literal["auto", "f32", "bf16", "int8", "int4"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    kv_cache_gib: float | None = None
+    threads: int | None = None
+    cache_folder: str | None = None
+    calibration_seconds: float = 20.0
+    probe_seconds: float = 20.0
+
+
+_DEFAULTS = Options()
+
+
+def calibrate(model: str, *, options: Annotated[Options, Parameter(name="*")] = _DEFAULTS) -> int:
+    """Measure how fast backends run a model here, so that `--backend auto` takes the fastest from then on.
+
+    Each is loaded, measured and closed, one after the other. Speeds are kept in the cache folder, in place of those that executors
+    have left there. Nothing else should compute meanwhile.
+
+    Args:
+        model: Folder of a checkpoint, builtin, or a Hugging Face id.
+        options: See its fields.
     """
     from penstock.backends.contract import DType
     from penstock.backends.ranking import rivals
@@ -62,33 +72,24 @@ def calibrate(
     from penstock.executor.loading import check
 
     logs.configure("calibrate", "warning")
-    config = ExecutorConfig(
-        model=model,
-        backend=backend,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_gib=kv_cache_gib,
-        threads=threads,
-        cache_folder=cache_folder,
-        calibration_seconds=calibration_seconds,
-        probe_seconds=probe_seconds,
-    )
+    config = ExecutorConfig(model=model, **asdict(options))
     check(config)
-    if not calibration_seconds:
+    if not options.calibration_seconds:
         raise StartError("calibration_seconds: must be more than 0, for nothing is measured in none")
-    folder = found_cache(cache_folder)
+    folder = found_cache(options.cache_folder)
     if folder is None:
         raise StartError("--cache-folder: must be given where there is no home folder, for speeds are kept there")
-    if backend != AUTO:
+    if options.backend != AUTO:
         return _measure(config, Calibrations(folder))
     spec = read_spec(model)
-    asked = [None if name == AUTO else DType(name) for name in (dtype, kv_cache_dtype)]
+    asked = [None if name == AUTO else DType(name) for name in (options.dtype, options.kv_cache_dtype)]
 
     def judged() -> list[Standing]:
-        return standings(spec, *asked, speeds=kept_speeds(folder, spec.fingerprint, threads), seconds=probe_seconds)
+        speeds = kept_speeds(folder, spec.fingerprint, options.threads)
+        return standings(spec, *asked, speeds=speeds, seconds=options.probe_seconds)
 
     able = rivals(judged())
-    failed = [s for s in able if not _measured_apart(replace(config, backend=s.report.name))]
+    failed = [s for s in able if not _measured_apart(model, replace(options, backend=s.report.name))]
     _tell(spec, judged())
     return 1 if failed or not able else 0
 
@@ -108,12 +109,12 @@ def _measure(config: ExecutorConfig, kept: Calibrations) -> int:
     return 0
 
 
-def _measured_apart(config: ExecutorConfig) -> bool:
+def _measured_apart(model: str, options: Options) -> bool:
     """Measure one by this command in a process of its own, so that none meets what another left; whether it could be."""
-    print(f"measuring {config.backend} …", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "penstock.cli", "calibrate", config.model]
-    for name in _PASSED:
-        if (value := getattr(config, name)) is not None:
+    print(f"measuring {options.backend} …", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "penstock.cli", "calibrate", model]
+    for name, value in asdict(options).items():
+        if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
     return subprocess.run(command, stdout=sys.stderr, check=False).returncode == 0  # noqa: S603 - this interpreter and this command
 
