@@ -79,7 +79,7 @@ IN_A_SHORTER_CACHE = [
     "chunks_agree_with_the_whole",
     "mixed_batch_agrees_with_each_alone",
     "preempted_sequences_are_replayed",
-    "shared_blocks_are_only_read",
+    "cached_prefixes_stay_as_they_are",
     "exported_kv_is_canonical",
     "exported_kv_is_a_copy",
     "imported_kv_is_used",

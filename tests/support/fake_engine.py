@@ -1,10 +1,12 @@
 """An engine over the fake backend, stepped by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from penstock.backends.architectures.spec import DecoderSpec, LayerWeights, Rope, WeightNames
 from penstock.backends.contract import DeviceConfig, ModelSpec
 from penstock.backends.fake import BLOCK_SIZE, FakeModel, next_token
+from penstock.backends.kv_blocks import check_copy
 from penstock.executor.engine import Engine, EngineConfig
 from penstock.executor.sampling import SamplingParameters
 from penstock.executor.sequence import SequenceRequest
@@ -37,6 +39,26 @@ def expected(prompt, count):
     for _ in range(count):
         ids.append(next_token(ids, VOCABULARY))
     return ids[len(prompt) :]
+
+
+class CopyingModel(FakeModel):
+    """Lets no two sequences share a block. What `gone` tells of a number of blocks, so many of them can not be copied any more."""
+
+    def __init__(self, blocks, gone=lambda blocks: 0):
+        super().__init__(fake_spec(), DeviceConfig(kv_cache_bytes=blocks * BLOCK_SIZE * 8))
+        self.kv = replace(self.kv, copies_prefixes=True)
+        self.gone = gone
+
+    def step(self, batch):
+        assert len(set(batch.block_ids.tolist())) == len(batch.block_ids)
+        return super().step(batch)
+
+    def copy_prefix(self, source, target):
+        check_copy(self.kv, source, target)
+        copied = len(source) - self.gone(len(source))
+        self.storage[target[:copied]] = self.storage[source[:copied]]
+        self.storage[target[copied:]] = -1
+        return copied
 
 
 class Bench:

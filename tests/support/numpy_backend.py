@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from penstock.backends.contract import Available, Capabilities, DType, KvChunk, KvSpec, Registration, StepOutput, TopOutput
-from penstock.backends.kv_blocks import check_chunk, slots_of, transfer_slots
+from penstock.backends.kv_blocks import check_chunk, check_copy, slots_of, transfer_slots
 from penstock.backends.kv_copies import native_layout, read_blocks, write_blocks
 from penstock.backends.kv_memory import count_blocks, free_memory
 from penstock.backends.safetensors import Weights
@@ -146,6 +146,18 @@ class NumpyModel:
 
     def close(self):
         self.weights, self.cache = {}, np.empty((0, 2, 0, 0, 0), np.float32)
+
+
+class CopiesPrefixes(NumpyModel):
+    """Lets no sequences share a block."""
+
+    def make_kv(self):
+        return replace(super().make_kv(), copies_prefixes=True)
+
+    def copy_prefix(self, source, target):
+        check_copy(self.kv, source, target)
+        self.import_blocks(target, self.export_blocks(source))
+        return len(source)
 
 
 def registration(model=NumpyModel, **claims):

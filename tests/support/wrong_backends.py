@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-from numpy_backend import BLOCK_SIZE, NumpyModel
+from numpy_backend import BLOCK_SIZE, CopiesPrefixes, NumpyModel
 
 from penstock.backends.contract import KvChunk
-from penstock.backends.kv_blocks import slots_of
+from penstock.backends.kv_blocks import check_copy, slots_of
 
 # --- what a step computes
 
@@ -128,6 +128,33 @@ class ClearsTheBlockBefore(NumpyModel):
         if self.before is not None:
             self.cache[:, :, self.before] = 0
         return output
+
+
+class CopiesNothing(CopiesPrefixes):
+    def copy_prefix(self, source, target):
+        check_copy(self.kv, source, target)
+        return len(source)
+
+
+class CopiesOneBlockAlone(CopiesPrefixes):
+    def copy_prefix(self, source, target):
+        return super().copy_prefix(source[:1], target[:1])
+
+
+class MovesPrefixes(CopiesPrefixes):
+    def copy_prefix(self, source, target):
+        copied = super().copy_prefix(source, target)
+        self.import_blocks(source, np.zeros_like(self.export_blocks(source)))
+        return copied
+
+
+class CopiesWhateverIsAsked(CopiesPrefixes):
+    def copy_prefix(self, source, target):
+        count = min(len(source), len(target))
+        self.cache[:, :, slots_of(target, np.arange(count * BLOCK_SIZE), BLOCK_SIZE)] = self.cache[
+            :, :, slots_of(source, np.arange(count * BLOCK_SIZE), BLOCK_SIZE) % self.cache.shape[2]
+        ]
+        return count
 
 
 # --- KV that leaves and enters

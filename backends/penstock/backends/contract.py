@@ -38,6 +38,7 @@ __all__ = [
     "ModelLost",
     "ModelSpec",
     "NativeKv",
+    "PrefixCopies",
     "Registration",
     "StepBatch",
     "StepOutput",
@@ -161,7 +162,8 @@ class Capabilities:
     Attributes:
         dtypes: in order of preference; the first is what ``dtype=None`` takes, so a quantised one only where there is no other.
         chunked_prefill: whether a prompt may come in several steps, beside decodes.
-        prefix_cache: whether blocks may be shared between sequences.
+        prefix_cache: whether a sequence may begin with what others computed of the same tokens: in blocks that they share, or in
+            copies of them, where `KvSpec.copies_prefixes` says so.
         prompt_logits: whether logits of every prompt token can be asked for.
         batch_invariant: whether a sequence's logits are the same bits whatever runs beside it.
         tasks: what it can do with the model.
@@ -218,6 +220,7 @@ class KvSpec:
         native_layout: names how a block lies, byte for byte, with all that the bytes depend on (shapes, types, scales, the version
             of the form); two models of one fingerprint with the same name may exchange blocks as they are. Empty where the model is
             no `NativeKv`.
+        copies_prefixes: whether no block may be shared, and the model is `PrefixCopies`.
     """
 
     block_size: int
@@ -228,6 +231,7 @@ class KvSpec:
     token_shape: tuple[int, int, int]
     canonical_dtype: str = "float32"
     native_layout: str = ""
+    copies_prefixes: bool = False
 
     def canonical_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
         """Of a `KvChunk` of so many tokens."""
@@ -245,7 +249,7 @@ class StepBatch:
 
     The new tokens of all sequences lie end to end, T in all. Sequence s owns ``token_ids[starts[s]:starts[s + 1]]`` and the blocks
     ``block_ids[block_starts[s]:block_starts[s + 1]]``, in order, exactly as many as P_s + T_s tokens need. Sequences may share
-    blocks that are full of past tokens; no block that a step writes to is shared.
+    blocks that are full of past tokens, unless the cache copies prefixes; no block that a step writes to is shared.
 
     Attributes:
         token_ids: int64 [T].
@@ -351,6 +355,26 @@ class NativeKv(Protocol):
 
         Raises:
             ValueError: a block is not of this cache, or the bytes are not so many; nothing is written then.
+        """
+
+
+@runtime_checkable
+class PrefixCopies(Protocol):
+    """What a `GenerativeModel` has beside it whose sequences share no blocks, as where each one's KV has to lie in one piece."""
+
+    def copy_prefix(self, source: Sequence[int], target: Sequence[int]) -> int:
+        """Copy KV of computed tokens into the first blocks of a sequence that has none yet.
+
+        Args:
+            source: blocks that are full; the i-th is the i-th of a sequence whose tokens up to its end are those of the new one.
+            target: as many blocks, none of them a source.
+
+        Returns:
+            how many were copied, from the first on: fewer than asked where the cache has had to give one up.
+
+        Raises:
+            ValueError: a block is not of this cache, or they are not as many; nothing is written then.
+            ModelLost: there is no more model.
         """
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from penstock.backends.contract import CANONICAL_DTYPES, KvChunk, KvSpec
 
-__all__ = ["check_blocks", "check_chunk", "check_native", "check_transfer", "slots_of", "transfer_slots"]
+__all__ = ["check_blocks", "check_chunk", "check_copy", "check_native", "check_transfer", "slots_of", "transfer_slots"]
 
 
 def slots_of(blocks: NDArray[np.int32] | Sequence[int], positions: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
@@ -46,6 +46,17 @@ def check_blocks(kv: KvSpec, blocks: Sequence[int]) -> None:
     """
     if any(not 0 <= block < kv.blocks for block in blocks):
         raise ValueError(f"block ids go from 0 to {kv.blocks - 1}")
+
+
+def check_copy(kv: KvSpec, source: Sequence[int], target: Sequence[int]) -> None:
+    """Take blocks that a prefix is copied from and into.
+
+    Raises:
+        ValueError: a block is not of this cache or on both sides, or they are not as many.
+    """
+    check_blocks(kv, (*source, *target))
+    if len(source) != len(target) or not set(source).isdisjoint(target):
+        raise ValueError(f"{len(source)} blocks can not be copied into {len(target)}, which must be as many others")
 
 
 def check_native(kv: KvSpec, blocks: Sequence[int], data: NDArray[np.uint8]) -> None:

@@ -17,6 +17,7 @@ from penstock.backends.contract import (
     GenerativeModel,
     KvSpec,
     NativeKv,
+    PrefixCopies,
     Task,
     Tuned,
     Unavailable,
@@ -75,11 +76,9 @@ def _faults(told: Capabilities) -> Iterator[str]:
 
 def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | None:
     """What is wrong with a model that a backend has made, measured by what it said that it can do; None: nothing."""
-    fault = _fault_of_kv(model.kv)
+    fault = _fault_of_kv(model.kv) or _missing(model)
     if fault is not None:
         return fault
-    if model.kv.native_layout and not isinstance(model, NativeKv):
-        return "kv.native_layout: names a form, and export_blocks and import_blocks are not there"
     if isinstance(model, Tuned) and not _names_names(model.ways):
         return f"ways: must be names by what they are for, and is {model.ways!r}"
     if capabilities.kv_layouts and model.kv.layout not in capabilities.kv_layouts:
@@ -87,6 +86,15 @@ def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | 
     if model.dtype not in capabilities.dtypes:
         return f"dtype: is {model.dtype!r}, and not one of {', '.join(capabilities.dtypes)}"
     return None if isinstance(model.device, str) and model.device else f"device: must be a name, and is {model.device!r}"
+
+
+def _missing(model: GenerativeModel) -> str | None:
+    """What its cache says that the model has, and it has not."""
+    if model.kv.native_layout and not isinstance(model, NativeKv):
+        return "kv.native_layout: names a form, and export_blocks and import_blocks are not there"
+    if model.kv.copies_prefixes and not isinstance(model, PrefixCopies):
+        return "kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there"
+    return None
 
 
 def _fault_of_kv(kv: object) -> str | None:
@@ -99,6 +107,8 @@ def _fault_of_kv(kv: object) -> str | None:
         return f"kv.token_shape: must be the numbers of layers, kv heads and head dim, and is {kv.token_shape!r}"
     if kv.canonical_dtype not in CANONICAL_DTYPES:
         return f"kv.canonical_dtype: must be one of {', '.join(CANONICAL_DTYPES)}, and is {kv.canonical_dtype!r}"
+    if not isinstance(kv.copies_prefixes, bool):
+        return f"kv.copies_prefixes: must be True or False, and is {kv.copies_prefixes!r}"
     return None if isinstance(kv.native_layout, str) else f"kv.native_layout: must be text, and is {kv.native_layout!r}"
 
 

@@ -24,16 +24,25 @@ class BlockManager:
 
     A full block whose tokens have been computed can be registered under the hash of all tokens up to its end. Then other sequences
     may share it, and when no sequence uses it any more it stays until its room is needed; the one unused for longest goes first.
+
+    Args:
+        count: how many.
+        caching: whether any is found again.
+        copying: whether sequences copy what they find instead of sharing it. Then all blocks of one content stay, not the first
+            alone: each of them lies before others of its own sequence, which can be copied only as long as it is there.
     """
 
-    def __init__(self, count: int, *, caching: bool = True) -> None:
+    def __init__(self, count: int, *, caching: bool = True, copying: bool = False) -> None:
         self.count = count
         self.log = KvLog()
         self.caching = caching
+        self._copying = copying
         self._free = list(range(count - 1, -1, -1))
         self._users = [0] * count
         self._hashes: list[bytes | None] = [None] * count
         self._by_hash: dict[bytes, int] = {}
+        # Others of the same content, where they stay.
+        self._copies: dict[bytes, dict[int, None]] = {}
         # Registered blocks without users, the one to evict next first: a dict keeps the order of insertion.
         self._unused: dict[int, None] = {}
 
@@ -71,10 +80,15 @@ class BlockManager:
 
     def register(self, block: int, key: bytes) -> None:
         """Let a used, full and computed block be found. Where another is found under the same hash already, that one stays."""
-        if self.caching and self._hashes[block] is None and key not in self._by_hash:
+        if not self.caching or self._hashes[block] is not None:
+            return
+        if key not in self._by_hash:
             self._hashes[block] = key
             self._by_hash[key] = block
             self.log.stored(key)
+        elif self._copying:
+            self._hashes[block] = key
+            self._copies.setdefault(key, {})[block] = None
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give a sequence's blocks back. The end of a prefix is evicted before its begin, without which it can't be found."""
@@ -92,6 +106,7 @@ class BlockManager:
         self._free.extend(self._unused)
         self._unused.clear()
         self._by_hash.clear()
+        self._copies.clear()
         self._hashes = [None] * self.count
         self.log.cleared()
 
@@ -106,6 +121,18 @@ class BlockManager:
         key = self._hashes[block]
         if key is not None:
             self._hashes[block] = None
+            self._forget(block, key)
+        return block
+
+    def _forget(self, block: int, key: bytes) -> None:
+        copies = self._copies.get(key)
+        if copies is None:
             del self._by_hash[key]
             self.log.removed(key)
-        return block
+            return
+        if self._by_hash[key] == block:
+            self._by_hash[key], _ = copies.popitem()
+        else:
+            del copies[block]
+        if not copies:
+            del self._copies[key]

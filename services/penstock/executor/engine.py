@@ -34,7 +34,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from penstock.backends.contract import GenerativeModel, ModelLost
+from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies
 from penstock.executor.acceptance import fault_of, refusal_of
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
@@ -86,7 +86,8 @@ class Engine:
         self.model = model
         self.block_size = model.kv.block_size
         self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
-        self.blocks = BlockManager(model.kv.blocks, caching=config.prefix_cache)
+        copier = _copier(model) if config.prefix_cache else None
+        self.blocks = BlockManager(model.kv.blocks, caching=config.prefix_cache, copying=copier is not None)
         self.meter = Meter()
         self.failure: str | None = None
         self._config = config
@@ -99,7 +100,7 @@ class Engine:
             chunked=config.chunked_prefill,
             caching=config.prefix_cache,
         )
-        self.scheduler = Scheduler(self.blocks, self.block_size, limits)
+        self.scheduler = Scheduler(self.blocks, self.block_size, limits, copier)
         self._sampler = Sampler(config.vocabulary_size)
         self._moves = KvMoves(model)
         self._sequences: dict[Sink, dict[int, Sequence]] = {}
@@ -495,6 +496,26 @@ class Engine:
         with self._wake:
             self._over = True
         self._obey()
+
+
+def _copier(model: GenerativeModel) -> Callable[[list[int], list[int]], int] | None:
+    """How a model copies prefixes; None where sequences share them.
+
+    Raises:
+        TypeError: its cache says that they are copied, and the model can not.
+    """
+    if not model.kv.copies_prefixes:
+        return None
+    if not isinstance(model, PrefixCopies):
+        raise TypeError("kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there")
+
+    def copy(source: list[int], target: list[int]) -> int:
+        try:
+            return model.copy_prefix(source, target)
+        except ModelLost as error:
+            raise EngineDead(str(error)) from error
+
+    return copy
 
 
 def _sequence(handle: Handle) -> Sequence:

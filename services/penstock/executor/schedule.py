@@ -4,6 +4,8 @@ There is one view of a sequence: it has tokens, and so many of them are computed
 a preempted sequence is one with nothing computed. Decodes go first, so that no prompt delays them by more than its chunk; as they
 take one token each and there are fewer of them than tokens in a step, prompts always get room as well.
 
+A sequence begins with what is cached of its prompt: in blocks that it shares, or with copies where a backend can not share them.
+
 A sequence whose KV comes from elsewhere is admitted in its turn too, and then computes nothing until the KV is there. One whose KV
 goes elsewhere is never preempted: what was sent of it has to stay what it is.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
@@ -95,9 +98,22 @@ class _Plan:
 
 
 class Scheduler:
-    """Sequences of one engine: waiting and running ones in the order of rank, receiving and sending ones as they came."""
+    """Sequences of one engine: waiting and running ones in the order of rank, receiving and sending ones as they came.
 
-    def __init__(self, blocks: BlockManager, block_size: int, limits: Limits) -> None:
+    Args:
+        blocks: of the cache; not to be shared where prefixes are copied.
+        block_size: tokens of each.
+        limits: what a step may hold.
+        copy_prefix: copies blocks into others, as `PrefixCopies` does; None: sequences share them.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        block_size: int,
+        limits: Limits,
+        copy_prefix: Callable[[list[int], list[int]], int] | None = None,
+    ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.receiving: dict[Sequence, None] = {}
@@ -105,6 +121,7 @@ class Scheduler:
         self.counts = SchedulerCounts()
         self._blocks = blocks
         self._block_size = block_size
+        self._copy_prefix = copy_prefix
         self.limits = limits
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []
@@ -225,30 +242,45 @@ class Scheduler:
         place = 0
         while place < len(self.waiting) and (taken := len(self.running) + len(self.receiving)) < self.limits.max_batch_size:
             sequence = self.waiting[place]
-            shared = self._find_cached(sequence)
-            fresh = -(-len(sequence.ids) // self._block_size) - len(shared)
+            needed = -(-len(sequence.ids) // self._block_size)
+            found = self._find_cached(sequence, needed + taken)
+            fresh = needed if self._copy_prefix else needed - len(found)
             if sequence.awaits_kv:
                 waits = self._enough_receive(fresh)
             else:
-                waits = self._should_wait(sequence, len(shared), coming, awaited.get(_request_of(sequence), frozenset()))
+                waits = self._should_wait(sequence, len(found), coming, awaited.get(_request_of(sequence), frozenset()))
             if waits:
                 place += 1
                 continue
-            cached = len(shared) * self._block_size
-            count = 0 if sequence.awaits_kv else self._chunk(sequence, plan.room, cached)
+            may_begin = sequence.awaits_kv or self._chunk(sequence, plan.room, len(found) * self._block_size) > 0
             # Each that runs may need a block soon; a newcomer that takes the last ones would only be preempted.
-            if not (count or sequence.awaits_kv) or not self._blocks.can_allocate(shared, fresh, spare=taken):
+            if not may_begin or not self._blocks.can_allocate(found, fresh, spare=taken):
                 return
+            self._hold(sequence, found, fresh)
             del self.waiting[place]
-            sequence.hold(self._blocks.allocate(shared, fresh))
-            sequence.computed = cached
-            sequence.registered = len(shared)
-            self._count_cached(sequence, cached)
-            self._begin(sequence, count, plan)
+            self._count_cached(sequence)
+            self._begin(sequence, plan)
             if self.limits.caching:
                 (awaited.setdefault(_request_of(sequence), set()) if sequence.awaits_kv else coming).update(sequence.fresh_hashes)
 
-    def _begin(self, sequence: Sequence, count: int, plan: _Plan) -> None:
+    def _hold(self, sequence: Sequence, found: list[int], fresh: int) -> None:
+        """Give a sequence its blocks, the first of them with what was found."""
+        blocks = self._blocks.allocate(found, fresh)
+        if self._copy_prefix is None:
+            sequence.hold(blocks)
+            sequence.registered = len(found)
+            sequence.computed = len(found) * self._block_size
+            return
+        own = blocks[len(found) :]
+        sequence.hold(own)
+        try:
+            copied = self._copy_prefix(found, own[: len(found)]) if found else 0
+        finally:
+            self._blocks.release(found)
+        sequence.computed = copied * self._block_size
+        self._register(sequence)
+
+    def _begin(self, sequence: Sequence, plan: _Plan) -> None:
         if sequence.awaits_kv:
             sequence.status = Status.RECEIVING
             self.receiving[sequence] = None
@@ -256,7 +288,8 @@ class Scheduler:
             return
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
-        plan.add(sequence, count)
+        if count := self._chunk(sequence, plan.room):
+            plan.add(sequence, count)
 
     def _enough_receive(self, fresh: int) -> bool:
         """Whether those that receive have all that is meant for them. One alone may have any number of blocks."""
@@ -300,18 +333,22 @@ class Scheduler:
             room = min(room, PROMPT_LOGITS_CHUNK)
         return max(0, min(left, room))
 
-    def _find_cached(self, sequence: Sequence) -> list[int]:
-        """Cached blocks that the sequence can begin with. Its last token is computed in any case, for its logits."""
+    def _find_cached(self, sequence: Sequence, needed: int) -> list[int]:
+        """Cached blocks that the sequence can begin with. Its last token is computed in any case, for its logits.
+
+        Where it copies them, no more than there is room for beside what it `needed` without them.
+        """
         if not self.limits.caching or sequence.wants_prompt_logprobs:
             return []
-        return self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
+        found = self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
+        return found[: max(0, self._blocks.available - needed)] if self._copy_prefix else found
 
-    def _count_cached(self, sequence: Sequence, cached: int) -> None:
+    def _count_cached(self, sequence: Sequence) -> None:
         if sequence.preemptions or not self.limits.caching:
             return
-        sequence.cached_tokens = cached
+        sequence.cached_tokens = sequence.computed
         self.counts.prefix_queries += len(sequence.ids)
-        self.counts.prefix_hits += cached
+        self.counts.prefix_hits += sequence.computed
 
     def _make_room(self, sequence: Sequence, plan: _Plan) -> bool:
         """See to it that the sequence has a block for its next token, if need be by preempting the last in rank that may be."""

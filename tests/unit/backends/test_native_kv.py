@@ -72,7 +72,12 @@ def test_what_a_cache_says_of_itself_is_checked(spec):
     model = FakeModel(spec, DeviceConfig())
     capabilities = FAKE.capabilities(spec)
     assert fault_of_model(model, capabilities) is None
-    for wrong, field in (({"native_layout": 7}, "native_layout"), ({"canonical_dtype": "int8"}, "canonical_dtype")):
+    for wrong, field in (
+        ({"native_layout": 7}, "native_layout"),
+        ({"canonical_dtype": "int8"}, "canonical_dtype"),
+        ({"copies_prefixes": 1}, "copies_prefixes: must be True or False"),
+        ({"copies_prefixes": True}, "copy_prefix is not there"),
+    ):
         model.kv = replace(model.kv, **wrong)
         assert field in fault_of_model(model, capabilities)
         model.kv = FakeModel(spec, DeviceConfig()).kv

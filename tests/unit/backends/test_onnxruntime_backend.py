@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from penstock.backends.apart.model import ModelApart
+from penstock.backends.conformance import CHECKS, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.driver import NONE, Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType, Unavailable, Unsupported
@@ -112,7 +114,9 @@ def test_a_lane_takes_the_memory_of_what_it_holds_and_gives_it_back(spec):
         array[lane, :, :8192] = 1
     taken = resident() - before
     assert 60 << 20 < taken < 80 << 20  # 8,192 tokens of 8 KiB
-    cache.lanes.step(np.array([255], np.int32), 0, 1)  # another sequence has one of its blocks now
+    cache.lanes.step(np.array([128], np.int32), 0, 1)  # another sequence has one of its blocks now
+    assert taken - (40 << 20) < resident() - before < taken - (30 << 20)
+    cache.lanes.step(np.array([0], np.int32), 0, 1)
     assert resident() - before < taken - (60 << 20)
 
 
@@ -200,3 +204,20 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
     answer = REGISTRATION.probe()
     assert isinstance(answer, Unavailable)
     assert answer.reason == "onnx_ir not installed; install penstock[onnxruntime]"
+
+
+@pytest.mark.parametrize("check", ["cached_prefixes_stay_as_they_are", "prefixes_are_copied_as_far_as_they_are_there"])
+def test_prefixes_are_copied_in_a_process_of_its_own_too(check, tmp_path):
+    apart = replace(REGISTRATION, create=lambda spec, config: ModelApart("onnxruntime", spec, config))
+    (subject,) = subjects(apart, tmp_path, families=("qwen3",))
+    CHECKS[check](subject)
+
+
+def test_ended_sequences_keep_their_lanes_as_far_as_address_space_goes(create, monkeypatch):
+    def lanes(**settings):
+        return len(create(max_batch_size=2, **settings)._cache.lanes.lengths)
+
+    assert lanes(kv_cache_bytes=1 << 26) == 32
+    assert lanes(kv_cache_bytes=1 << 19) == 8  # there are no more blocks
+    monkeypatch.setattr("penstock.backends.onnxruntime.model._ADDRESS_SPACE", 0)
+    assert lanes(kv_cache_bytes=1 << 26) == 4

@@ -57,7 +57,9 @@ def test_a_cache_in_a_devices_memory_conforms(family, dtype, check, tmp_path):
 @pytest.mark.parametrize(("device", "yielding"), [("cuda:0", [DType.BF16, DType.INT4]), ("cpu", [])])
 def test_an_accelerator_is_left_to_other_backends_as_long_as_neither_was_measured(device, yielding, spec, monkeypatch):
     monkeypatch.setattr(registration, "_offered", lambda: {device: (DType.BF16, DType.INT4), "cpu": (DType.F32,)})
-    assert list(REGISTRATION.capabilities(spec).yields) == yielding
+    capabilities = REGISTRATION.capabilities(spec)
+    assert list(capabilities.yields) == yielding
+    assert capabilities.prefix_cache == (device == "cpu")  # a block that is as long as the context is never full
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.INT8, DType.INT4])

@@ -14,9 +14,11 @@ PROMPTS = st.lists(st.sampled_from("ab"), min_size=1, max_size=7)
 class Blocks(RuleBasedStateMachine):
     """Sequences come and go; `content` is what a device would hold in each block."""
 
+    copying = False
+
     def __init__(self):
         super().__init__()
-        self.blocks = BlockManager(COUNT)
+        self.blocks = BlockManager(COUNT, copying=self.copying)
         self.held = []
         self.content = {}
         self.told = set()
@@ -74,8 +76,29 @@ class Blocks(RuleBasedStateMachine):
         assert len(set(self.blocks.allocate((), COUNT))) == COUNT
 
 
+class CopiedBlocks(Blocks):
+    """Each sequence has blocks of its own, into which what was found is copied."""
+
+    copying = True
+
+    @rule(prompt=PROMPTS)
+    def begin(self, prompt):
+        hashes = block_hashes([ord(p) for p in prompt], 1, b"")
+        found = self.blocks.find(hashes)
+        assert [self.content[b] for b in found] == hashes[: len(found)]
+        if self.blocks.can_allocate(found, len(hashes)):
+            own = self.blocks.allocate(found, len(hashes))[len(found) :]
+            assert not set(own) & {b for held in [*self.held, found] for b in held}
+            self.blocks.release(found)
+            self.held.append(own)
+            for block, key in zip(own, hashes, strict=True):
+                self.content[block] = key
+                self.blocks.register(block, key)
+
+
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCopiedBlocks = CopiedBlocks.TestCase
+TestBlocks.settings = TestCopiedBlocks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def filled(blocks, prompt):
@@ -113,3 +136,19 @@ def test_what_comes_and_goes_between_two_readings_is_not_told():
     blocks.release(got)
     blocks.release(blocks.allocate((), 2))
     assert blocks.log.take() is None
+
+
+def test_of_blocks_that_were_copied_one_is_found_until_all_are_gone():
+    blocks = BlockManager(4, copying=True)
+    one, hashes = filled(blocks, [1, 2])
+    other, _ = filled(blocks, [1, 2])
+    blocks.release(one)
+    blocks.release(other)
+    blocks.log.take()
+    taken = [blocks.allocate((), 2)]
+    assert blocks.find(hashes) == other
+    assert blocks.log.take() is None
+    taken.append(blocks.allocate((), 2))
+    assert blocks.find(hashes) == []
+    assert sorted(block for each in taken for block in each) == [0, 1, 2, 3]
+    assert sorted(blocks.log.take().removed) == sorted(hashes)

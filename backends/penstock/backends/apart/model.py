@@ -33,7 +33,7 @@ from penstock.backends.contract import (
     Unsupported,
 )
 from penstock.backends.inspection import BackendReport, manner_of_death
-from penstock.backends.kv_blocks import check_chunk, check_native, check_transfer
+from penstock.backends.kv_blocks import check_chunk, check_copy, check_native, check_transfer
 from penstock.common.service import StartError
 
 __all__ = ["ModelApart", "registration_apart"]
@@ -155,6 +155,20 @@ class ModelApart:
         """
         check_native(self._kv, blocks, data)
         self._ask("import_blocks", {"blocks": list(blocks)}, {"data": data})
+
+    def copy_prefix(self, source: Sequence[int], target: Sequence[int]) -> int:
+        """Copy the KV of a prefix there; how many blocks of it were.
+
+        Raises:
+            ValueError: a block is not of this cache, or they are not as many.
+            ModelLost: the process died, or tells what can not be.
+            RuntimeError: it copies none.
+        """
+        check_copy(self._kv, source, target)
+        copied = self._ask("copy_prefix", {"source": list(source), "target": list(target)})[0]["copied"]
+        if not isinstance(copied, int) or not 0 <= copied <= len(source):
+            raise ModelLost(f"backend {self._name} says that it copied {copied!r} of {len(source)} blocks")
+        return copied
 
     def close(self) -> None:
         """End the process, and with it all that it holds. Idempotent."""

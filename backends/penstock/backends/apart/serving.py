@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from penstock.backends.apart.frames import Arrays, Ended, read_device_config, receive, send
-from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, StepBatch, Tuned
+from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, PrefixCopies, StepBatch, Tuned
 from penstock.backends.discovery import Source
 
 __all__ = ["serve"]
@@ -66,6 +66,7 @@ class _Rooms:
             "import_kv": self._import_kv,
             "export_blocks": self._export_blocks,
             "import_blocks": self._import_blocks,
+            "copy_prefix": self._copy_prefix,
         }
 
     def close(self) -> None:
@@ -77,6 +78,8 @@ class _Rooms:
         model = self._model = self._source.registration().create(self._spec, read_device_config(told))
         if model.kv.native_layout:
             self._native()
+        if model.kv.copies_prefixes:
+            self._copies()
         ways = dict(model.ways) if isinstance(model, Tuned) else {}
         return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device, "ways": ways}, {}
 
@@ -102,10 +105,19 @@ class _Rooms:
         self._native().import_blocks(told["blocks"], arrays["data"])
         return {}, {}
 
+    def _copy_prefix(self, told: dict[str, Any], _: Arrays) -> Answer:
+        return {"copied": self._copies().copy_prefix(told["source"], told["target"])}, {}
+
     def _native(self) -> NativeKv:
         model = self._open()
         if not isinstance(model, NativeKv):
             raise TypeError("kv.native_layout: names a form, and export_blocks and import_blocks are not there")
+        return model
+
+    def _copies(self) -> PrefixCopies:
+        model = self._open()
+        if not isinstance(model, PrefixCopies):
+            raise TypeError("kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there")
         return model
 
     def _open(self) -> GenerativeModel:

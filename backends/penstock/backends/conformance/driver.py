@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.backends.contract import GenerativeModel, StepBatch
+from penstock.backends.contract import GenerativeModel, PrefixCopies, StepBatch
 
-__all__ = ["ALL", "LAST", "NONE", "Driver", "Piece", "SequenceState", "step_batch"]
+__all__ = ["ALL", "LAST", "NONE", "Driver", "Piece", "SequenceState", "copies_of", "step_batch"]
 
 
 @dataclass(slots=True)
@@ -52,9 +52,15 @@ class Driver:
         self._prompt_logits = prompt_logits
         self._free = list(reversed(order if order is not None else range(model.kv.blocks)))
 
-    def sequence(self, shared: Sequence[int] = ()) -> SequenceState:
-        """A new sequence behind full blocks that another one filled."""
-        return SequenceState(len(shared) * self.model.kv.block_size, list(shared))
+    def sequence(self, prefix: Sequence[int] = ()) -> SequenceState:
+        """A new sequence behind full blocks that another one filled, shared or copied as the cache wants it."""
+        size = self.model.kv.block_size
+        if not prefix or not self.model.kv.copies_prefixes:
+            return SequenceState(len(prefix) * size, list(prefix))
+        sequence = SequenceState()
+        self.extend(sequence, len(prefix) * size)
+        sequence.length = copies_of(self.model).copy_prefix(prefix, sequence.blocks) * size
+        return sequence
 
     def extend(self, sequence: SequenceState, tokens: int) -> None:
         """Give a sequence the blocks that it needs to hold so many tokens."""
@@ -108,6 +114,17 @@ class Driver:
             found += self.step(Piece(sequence, ids[-1:]))
             ids.append(int(found[-1].argmax()))
         return ids[:-1], np.concatenate(found)
+
+
+def copies_of(model: GenerativeModel) -> PrefixCopies:
+    """The model, of which its cache says that it copies prefixes.
+
+    Raises:
+        AssertionError: it can not.
+    """
+    if not isinstance(model, PrefixCopies):
+        raise AssertionError("kv.copies_prefixes says that prefixes are copied, and copy_prefix is not there")  # noqa: TRY004
+    return model
 
 
 def step_batch(pieces: Sequence[Piece]) -> StepBatch:

@@ -1,18 +1,20 @@
-"""Checks of blocks: they lie anywhere, are shared, given back and taken again, and a sequence that lost its own is replayed."""
+"""Checks of blocks: they lie anywhere, are shared or copied, given back and taken again; who lost its own is replayed."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from penstock.backends.conformance.driver import Piece
-from penstock.backends.conformance.subject import NotApplicable, Subject
+from penstock.backends.conformance.driver import Piece, copies_of
+from penstock.backends.conformance.refusals import refused
+from penstock.backends.conformance.subject import NotApplicable, Subject, require
 
 __all__ = [
     "blocks_are_used_again",
     "blocks_lie_anywhere",
+    "cached_prefixes_stay_as_they_are",
     "preempted_sequences_are_replayed",
-    "prefixes_are_shared",
-    "shared_blocks_are_only_read",
+    "prefixes_are_copied_as_far_as_they_are_there",
+    "sequences_begin_with_cached_prefixes",
 ]
 
 
@@ -66,33 +68,62 @@ def preempted_sequences_are_replayed(subject: Subject) -> None:
         subject.assert_close(kept, alone, "a sequence that went on beside it")
 
 
-def prefixes_are_shared(subject: Subject) -> None:
-    """Sequences that read the same full blocks give what they give with blocks of their own."""
+def sequences_begin_with_cached_prefixes(subject: Subject) -> None:
+    """Sequences behind the same full blocks, or behind copies of them, give what they give when they computed all themselves."""
     if not subject.capabilities.prefix_cache:
-        raise NotApplicable("it shares no blocks")
+        raise NotApplicable("it has no prefix cache")
     with subject.model() as model:
         driver, size = subject.driver(model), model.kv.block_size
         prefix = subject.ids(2 * size)
         first, _ = driver.prefill(prefix)
         tails = [subject.ids(length, seed) for seed, length in ((1, 1), (2, 7), (3, size))]
-        sharing = [driver.sequence(first.blocks) for _ in tails]
-        together = driver.step(*(Piece(s, tail) for s, tail in zip(sharing, tails, strict=True)))
+        behind = [driver.sequence(first.blocks) for _ in tails]
+        require(all(sequence.length == len(prefix) for sequence in behind), "not all of a prefix was copied that is there")
+        together = driver.step(*(Piece(s, tail) for s, tail in zip(behind, tails, strict=True)))
         for tail, found in zip(tails, together, strict=True):
-            subject.assert_close(found, driver.logits(prefix + tail)[-1:], f"{len(tail)} tokens behind a shared prefix")
+            subject.assert_close(found, driver.logits(prefix + tail)[-1:], f"{len(tail)} tokens behind a cached prefix")
 
 
-def shared_blocks_are_only_read(subject: Subject) -> None:
-    """What sequences do behind a shared prefix changes nothing in it: not for its first owner, nor for one that comes later."""
+def cached_prefixes_stay_as_they_are(subject: Subject) -> None:
+    """What sequences do behind a cached prefix changes nothing in it: not for its first owner, nor for one that comes later."""
     if not subject.capabilities.prefix_cache:
-        raise NotApplicable("it shares no blocks")
+        raise NotApplicable("it has no prefix cache")
     with subject.model() as model:
         driver, size = subject.driver(model), model.kv.block_size
         prefix, tail, answer = subject.ids(2 * size), subject.ids(5, 1), subject.ids(4, 2)
         alone, _ = driver.prefill(prefix)
         right = driver.follow(alone, answer)
         first, _ = driver.prefill(prefix)
-        sharing = [driver.sequence(first.blocks) for _ in range(2)]
-        driver.step(*(Piece(sequence, tail) for sequence in sharing))
-        driver.step(*(Piece(sequence, answer[:1]) for sequence in sharing))
-        subject.assert_close(driver.follow(driver.sequence(first.blocks), answer), right, "one that comes later")
+        prefix_blocks = list(first.blocks)
+        behind = [driver.sequence(prefix_blocks) for _ in range(2)]
+        driver.step(*(Piece(sequence, tail) for sequence in behind))
+        driver.step(*(Piece(sequence, answer[:1]) for sequence in behind))
+        subject.assert_close(driver.follow(driver.sequence(prefix_blocks), answer), right, "one that comes later")
         subject.assert_close(driver.follow(first, answer), right, "the first owner")
+
+
+def prefixes_are_copied_as_far_as_they_are_there(subject: Subject) -> None:
+    """Of blocks of several ended sequences, of which one has lost its begin, as many are copied as are still what they were."""
+    if not subject.capabilities.prefix_cache:
+        raise NotApplicable("it has no prefix cache")
+    with subject.model() as model:
+        if not model.kv.copies_prefixes:
+            raise NotApplicable("its sequences share prefixes")
+        driver, size, copies = subject.driver(model), model.kv.block_size, copies_of(model)
+        prefix, tail = subject.ids(3 * size), subject.ids(9, 1)
+        first, second = (list(driver.prefill(prefix)[0].blocks) for _ in range(2))
+        taker = driver.sequence()
+        taker.blocks.append(first[1])
+        driver.step(Piece(taker, subject.ids(3, 2)))
+        behind = driver.sequence()
+        driver.extend(behind, 3 * size)
+        copied = copies.copy_prefix([first[0], second[1], first[2]], behind.blocks)
+        require(2 <= copied <= 3, f"{copied} of 3 blocks were copied, of which at least the first 2 are what they were")
+        del behind.blocks[copied:]
+        behind.length = copied * size
+        right = driver.logits(prefix[: behind.length] + tail)[-1:]
+        subject.assert_close(driver.step(Piece(behind, tail))[0], right, f"behind {copied} blocks of a prefix")
+        refused(lambda: copies.copy_prefix([model.kv.blocks], behind.blocks[:1]), "a block that is not there")
+        refused(lambda: copies.copy_prefix(second[:1], [-1]), "a negative block")
+        refused(lambda: copies.copy_prefix(second[:2], behind.blocks[:1]), "two blocks into one")
+        refused(lambda: copies.copy_prefix(second[:1], second[:1]), "a block into itself")

@@ -11,7 +11,7 @@ import numpy as np
 
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import KvChunk, KvSpec
-from penstock.backends.kv_blocks import check_chunk, transfer_slots
+from penstock.backends.kv_blocks import check_chunk, check_copy, transfer_slots
 from penstock.backends.onnxruntime.device_memory import DeviceLanes
 from penstock.backends.onnxruntime.lanes import Lanes
 from penstock.backends.onnxruntime.memory import HostLanes, LaneMemory
@@ -80,8 +80,10 @@ class LaneCache:
         self.memory = memory or HostLanes(_inputs(decoder), lanes, self.shape)
         size = bytes_per_block(decoder, block_size, dtype)
         tokens = decoder.layers, decoder.kv_heads, decoder.head_dim
-        self.kv = KvSpec(block_size, blocks, size, LAYOUT, _NAMES[dtype.name], tokens, canonical_dtype=dtype.name)
-        self.lanes = Lanes(lanes, blocks, empty=self.memory.empty, move=self.memory.move, swap=self.memory.swap)
+        self.kv = KvSpec(
+            block_size, blocks, size, LAYOUT, _NAMES[dtype.name], tokens, canonical_dtype=dtype.name, copies_prefixes=True
+        )
+        self.lanes = Lanes(lanes, blocks, block_size, self.memory)
 
     def read(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy `tokens` out, which are positions in a sequence whose blocks these are.
@@ -112,6 +114,15 @@ class LaneCache:
         lane = self.lanes.receive(blocks, chunk.tokens)
         for i, name in enumerate(self.memory.addresses):
             self.memory.write(name, lane, chunk.tokens, chunk.data[i // 2, i % 2].swapaxes(0, 1))
+
+    def copy_prefix(self, source: Sequence[int], target: Sequence[int]) -> int:
+        """Copy whole blocks into the first of a new sequence; how many were there to be copied.
+
+        Raises:
+            ValueError: a block is not of this cache or on both sides, or they are not as many.
+        """
+        check_copy(self.kv, source, target)
+        return self.lanes.copy(source, target) if source else 0
 
 
 def _inputs(decoder: DecoderSpec) -> list[str]:

@@ -48,14 +48,15 @@ class DeviceLanes:
         self.addresses: Mapping[str, int] = {name: value.data_ptr() for name, value in self._values.items()}
         self._clear(lanes)
 
-    def empty(self, lane: int) -> None:
-        """Nothing: what it holds is written over."""
+    def keep(self, lane: int, tokens: int) -> None:
+        """Nothing: what else it holds is written over."""
 
-    def move(self, source: int, target: int, tokens: int) -> None:
+    def copy(self, source: int, target: int, tokens: range) -> None:
         """Copy on the device."""
         for name in self.addresses:
             for head in range(self._heads):
-                self._copy(self._place, self._at(name, source, head), self._place, self._at(name, target, head), tokens)
+                held, into = (self._at(name, lane, head, tokens.start) for lane in (source, target))
+                self._copy(self._place, held, self._place, into, len(tokens))
 
     def swap(self, one: int, other: int, tokens: int) -> None:
         """Exchange on the device, a head at a time."""

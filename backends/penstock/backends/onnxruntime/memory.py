@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.backends.onnxruntime.lanes import LaneContents
 from penstock.common.service import StartError
 
 __all__ = ["HostLanes", "LaneMemory"]
@@ -17,7 +18,7 @@ __all__ = ["HostLanes", "LaneMemory"]
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
-class LaneMemory(Protocol):
+class LaneMemory(LaneContents, Protocol):
     """Keys or values of each layer, by the name of the graph's input: [lane, kv head, position, head dim], without gaps.
 
     Attributes:
@@ -25,15 +26,6 @@ class LaneMemory(Protocol):
     """
 
     addresses: Mapping[str, int]
-
-    def empty(self, lane: int) -> None:
-        """What a lane holds is wanted no more."""
-
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of a lane to another; the first one is wanted no more."""
-
-    def swap(self, one: int, other: int, tokens: int) -> None:
-        """Exchange the first tokens of two lanes."""
 
     def read(self, name: str, lane: int, tokens: range) -> NDArray[Any]:
         """[kv head, token, head dim]: good until the lane is next written."""
@@ -55,21 +47,29 @@ class HostLanes:
     """
 
     def __init__(self, names: Sequence[str], lanes: int, shape: tuple[int, int, int]) -> None:
-        self._lane_bytes = int(np.prod(shape)) * np.dtype(np.float32).itemsize
+        self._token_bytes = shape[2] * np.dtype(np.float32).itemsize
+        self._head_bytes = shape[1] * self._token_bytes
+        self._lane_bytes = shape[0] * self._head_bytes
         self._memory = {name: _reserve(lanes * self._lane_bytes) for name in names}
         self.arrays = {name: np.frombuffer(m, np.float32).reshape(lanes, *shape) for name, m in self._memory.items()}
         self.addresses: Mapping[str, int] = {name: array.ctypes.data for name, array in self.arrays.items()}
 
-    def empty(self, lane: int) -> None:
-        """Give back its pages."""
-        for memory in self._memory.values():
-            memory.madvise(mmap.MADV_DONTNEED, lane * self._lane_bytes, self._lane_bytes)
+    def keep(self, lane: int, tokens: int) -> None:
+        """Give back the pages that lie wholly behind them."""
+        first, last = lane * self._lane_bytes, (lane + 1) * self._lane_bytes
+        heads = range(first, last, self._head_bytes)
+        unused = [(head + tokens * self._token_bytes, head + self._head_bytes) for head in heads] if tokens else [(first, last)]
+        for begin, end in unused:
+            page = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = end // mmap.PAGESIZE * mmap.PAGESIZE - page
+            if size > 0:
+                for memory in self._memory.values():
+                    memory.madvise(mmap.MADV_DONTNEED, page, size)
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy, and give back the pages of the first one."""
+    def copy(self, source: int, target: int, tokens: range) -> None:
+        """Copy."""
         for array in self.arrays.values():
-            array[target, :, :tokens] = array[source, :, :tokens]
-        self.empty(source)
+            array[target, :, tokens.start : tokens.stop] = array[source, :, tokens.start : tokens.stop]
 
     def swap(self, one: int, other: int, tokens: int) -> None:
         """Exchange, a layer's keys or values at a time."""

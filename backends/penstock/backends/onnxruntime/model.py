@@ -22,8 +22,10 @@ from penstock.common.service import StartError
 
 __all__ = ["OnnxRuntimeModel"]
 
-# Ended sequences keep their lanes until others take their blocks.
-_LANES_PER_SEQUENCE = 2
+# Ended sequences keep their lanes, of which new ones copy prefixes, until others take their blocks: so many for each that may run,
+# if their address space is not beyond this, but always as many as do run.
+_LANES_PER_SEQUENCE = 16
+_ADDRESS_SPACE = 1 << 43
 _BINDINGS = 64
 
 
@@ -108,6 +110,15 @@ class OnnxRuntimeModel:
         """
         self._open()[1].write(blocks, chunk)
 
+    def copy_prefix(self, source: Sequence[int], target: Sequence[int]) -> int:
+        """Copy whole blocks of KV into the first ones of a new sequence; how many were there to be copied.
+
+        Raises:
+            ValueError: a block is not of this cache or on both sides, or they are not as many.
+            RuntimeError: the model is closed.
+        """
+        return self._open()[1].copy_prefix(source, target)
+
     def close(self) -> None:
         """Give all memory back. Idempotent."""
         self._bindings.clear()
@@ -156,4 +167,6 @@ def _make_cache(decoder: DecoderSpec, config: DeviceConfig, dtype: np.dtype[Any]
         lanes = count_blocks(decoder, config, context, bytes_per_block(decoder, context, dtype), free=0)
         return device_cache(decoder, lanes, context, dtype, target)
     blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block(decoder), free_memory())
-    return LaneCache(decoder, blocks, min(blocks, _LANES_PER_SEQUENCE * config.max_batch_size), context)
+    addressable = _ADDRESS_SPACE // (bytes_per_block(decoder) * -(-context // BLOCK_SIZE))
+    lanes = max(2 * config.max_batch_size, min(_LANES_PER_SEQUENCE * config.max_batch_size, addressable))
+    return LaneCache(decoder, blocks, min(blocks, lanes), context)

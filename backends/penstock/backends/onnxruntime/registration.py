@@ -75,7 +75,7 @@ def _capabilities(spec: ModelSpec) -> Capabilities | Unsupported:
     return Capabilities(
         dtypes=dtypes,
         yields=untried,
-        prefix_cache=False,
+        prefix_cache=device == "cpu",
         export_kv=True,
         import_kv=True,
         kv_layouts=("lane.head.position.dim",),
