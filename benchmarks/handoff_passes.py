@@ -2,12 +2,15 @@
 
     python benchmarks/handoff_passes.py [--mib 256] [--push-mib 16] [--window-mib 48] [--rounds 9]
 
-One thread, a segment as two executors share it, and pieces one behind the other through its window. Every figure is a median.
+One thread, a segment as two executors share it, and pieces one behind the other through its window. Beside them what gRPC has to go
+through: a socket to another process of this host, written and read in pieces, with nothing made of them. Every figure is a median.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -49,6 +52,35 @@ def measure(size: int, push: int, window: int, rounds: int) -> dict[str, float]:
     }
 
 
+def through_a_socket(size: int, piece: int, rounds: int) -> float:
+    """GB/s from one process to another over loopback."""
+    data = memoryview(np.ones(piece, np.uint8))
+    sizes = [piece] * (size // piece)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reader = multiprocessing.Process(target=_read, args=(server.getsockname(), sum(sizes), piece, rounds))
+        reader.start()
+        with server.accept()[0] as connection:
+            seconds = []
+            for _ in range(rounds):
+                began = time.perf_counter()
+                for _ in sizes:
+                    connection.sendall(data)
+                connection.recv(1)  # all of it was read
+                seconds.append(time.perf_counter() - began)
+        reader.join()
+    return sum(sizes) / statistics.median(seconds) / 1e9
+
+
+def _read(address: tuple[str, int], size: int, piece: int, rounds: int) -> None:
+    buffer = bytearray(piece)
+    with socket.create_connection(address) as connection:
+        for _ in range(rounds):
+            left = size
+            while left:
+                left -= connection.recv_into(buffer, min(left, piece))
+            connection.sendall(b"!")
+
+
 def _timed(one: Callable[[int, int], None], places: list[tuple[int, int]], rounds: int) -> float:
     seconds = []
     for _ in range(rounds):
@@ -69,9 +101,12 @@ def main() -> None:
     asked = parser.parse_args()
     rates = measure(asked.mib * _MIB, asked.push_mib * _MIB, asked.window_mib * _MIB, asked.rounds)
     passes = [rate for name, rate in rates.items() if name != "memcpy"]
+    loopback = through_a_socket(asked.mib * _MIB, asked.push_mib * _MIB, asked.rounds)
     figures = {
         "gb_per_second": {name: round(rate, 2) for name, rate in rates.items()},
         "cpu_ms_per_gb": round(sum(1000 / rate for rate in passes)),
+        "socket_gb_per_second": round(loopback, 2),
+        "socket_of_memcpy": round(loopback / rates["memcpy"], 2),
         "two_cores_at_most_of_memcpy": round(2 / sum(1 / rate for rate in passes) / rates["memcpy"], 2),
     }
     report("handoff_passes", {"mib": asked.mib, "push_mib": asked.push_mib, "window_mib": asked.window_mib, **figures})
