@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from penstock.backends.architectures.config import Config
 from penstock.backends.architectures.families import UnsupportedConfig, read_decoder
 from penstock.backends.architectures.spec import DecoderSpec, SamplingDefaults
 from penstock.backends.contract import ModelSpec
+from penstock.backends.fingerprint import fingerprint
 from penstock.backends.safetensors import CheckpointError, TensorEntry, Weights, read_header
 
 __all__ = ["CheckpointError", "Weights", "read_model"]
@@ -22,21 +22,19 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WEIGHT_TYPES = ("F32", "BF16", "F16")
 # Buffers that old exporters wrote among the weights, computed anew here.
 _COMPUTED = ".rotary_emb.inv_freq"
-# Keys of config.json that tell who wrote it, not what it is.
-_PROVENANCE = ("transformers_version", "_name_or_path")
 # Less may be 0 in single precision, which keeps no token.
 _LEAST_TOP_P = 1e-6
 _MOST_TOP_K = 2**32 - 1
-# Bytes of each tensor that the fingerprint reads: enough to tell a fine-tune from its base, which has the same headers.
-_SAMPLE_BYTES = 256
 
 
-def read_model(folder: Path, name: str) -> ModelSpec:
-    """Read what a folder holds from its configuration and its weights' headers.
+def read_model(folder: Path, name: str, *, cache: Path | None = None, known: str | None = None) -> ModelSpec:
+    """Read what a folder holds from its configuration and its weights' headers, and then, for its identity, the weights' bytes.
 
     Args:
         folder: with config.json, tokenizer.json and model.safetensors or its shards and their index.
         name: under which the model is served.
+        cache: folder in which digests of files are kept for the next time; None: nowhere.
+        known: its fingerprint, where somebody has just computed it.
 
     Raises:
         CheckpointError: it can not be served, and why.
@@ -57,7 +55,7 @@ def read_model(folder: Path, name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         folder=folder,
-        fingerprint=_fingerprint(values, entries),
+        fingerprint=known or fingerprint(values, entries, cache),
         decoder=replace(decoder, eos_token_ids=eos) if eos else decoder,
         shards=shards,
         defaults=defaults,
@@ -145,26 +143,3 @@ def _check_tensors(folder: Path, decoder: DecoderSpec, entries: Mapping[str, Ten
     for name in entries.keys() - expected.keys():
         if not name.endswith(_COMPUTED) and not (decoder.tied_embeddings and name == "lm_head.weight"):
             raise CheckpointError(f"{entries[name].shard}: tensor {name} has no place in the {decoder.architecture} of config.json")
-
-
-def _fingerprint(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> str:
-    """Identity of a model: its configuration, its tensors' types and shapes and a few bytes of each, however they are sharded."""
-    digest = hashlib.blake2b(digest_size=16)
-    said = {key: value for key, value in config.items() if key not in _PROVENANCE}
-    digest.update(json.dumps(said, sort_keys=True).encode())
-    samples = {name: sample for shard in {e.shard for e in entries.values()} for name, sample in _samples(shard, entries)}
-    for name, entry in sorted(entries.items()):
-        digest.update(f"{name}:{entry.dtype}:{entry.shape}".encode())
-        digest.update(samples[name])
-    return digest.hexdigest()
-
-
-def _samples(shard: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, bytes]]:
-    try:
-        with shard.open("rb") as file:
-            for name, entry in entries.items():
-                if entry.shard == shard:
-                    file.seek(entry.begin)
-                    yield name, file.read(min(_SAMPLE_BYTES, entry.end - entry.begin))
-    except OSError as error:
-        raise CheckpointError(f"{shard}: can not be read: {error.strerror}") from error

@@ -108,11 +108,11 @@ Availability = Available | Unavailable | Broken
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A checkpoint, read by its headers: nothing of a weight has been touched.
+    """A checkpoint, read by its headers.
 
     Attributes:
         folder: where config.json and the safetensors files are.
-        fingerprint: identity of configuration and weights' headers.
+        fingerprint: identity of its configuration and of every byte of its weights.
         shards: the safetensors files that hold the weights.
     """
 

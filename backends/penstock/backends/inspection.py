@@ -111,7 +111,7 @@ class _Apart:
         self.source = source
         # A file and not a pipe: what the backend prints or leaves running can neither spoil the answer nor hold it up.
         self._told = tempfile.TemporaryFile()  # noqa: SIM115  closed when it has been read
-        model = [] if spec is None else [str(spec.folder), spec.name]
+        model = [] if spec is None else [str(spec.folder), spec.name, spec.fingerprint]
         argv = [sys.executable, "-P", "-m", "penstock.backends.apart", "inspect", source.name, str(self._told.fileno()), *model]
         self._process = subprocess.Popen(  # noqa: S603  this interpreter and a module of this package
             argv,

@@ -38,10 +38,8 @@ def weight_arrays(backend: str, spec: ModelSpec, config: DeviceConfig, dtype: DT
     """Where a backend's joined and rounded weights lie. Rounded ones are worth keeping for the next start, others are not."""
     if config.weight_cache is None or not dtype.quantised:
         return MappedArrays(scratch_folder())
-    # The fingerprint reads a little of each tensor; a file that was written to since is another one.
-    written = max(shard.stat().st_mtime_ns for shard in spec.shards)
     folder = config.weight_cache / backend
-    return MappedArrays(folder, folder / f"{spec.fingerprint}-{written:x}-{dtype}.arrays")
+    return MappedArrays(folder, folder / f"{spec.fingerprint}-{dtype}.arrays")
 
 
 class MappedArrays:

@@ -56,9 +56,10 @@ def backends(
     if model is None:
         rows = [_row(report) for report in describe(seconds=probe_seconds)]
     else:
-        spec = read_spec(model)
+        cache = found_cache(cache_folder)
+        spec = read_spec(model, cache)
         asked = [None if name == "auto" else DType(name) for name in (dtype, kv_cache_dtype)]
-        speeds = kept_speeds(found_cache(cache_folder), spec.fingerprint, threads)
+        speeds = kept_speeds(cache, spec.fingerprint, threads)
         judged = standings(spec, *asked, speeds=speeds, seconds=probe_seconds)
         rows = [_row(standing.report) | _judged(standing, spec) for standing in judged]
     if as_json:
@@ -76,8 +77,8 @@ def _check(option: str, value: float | None, least: float) -> None:
         raise ConfigError(f"{option}: must be a number of at least {least}, and is {value}")
 
 
-def read_spec(model: str) -> ModelSpec:
-    """What a checkpoint is, by its headers.
+def read_spec(model: str, cache: Path | None) -> ModelSpec:
+    """What a checkpoint is, by its headers; `cache` is where digests of its files are kept.
 
     Raises:
         StartError: there is none, or it can not be read.
@@ -88,7 +89,7 @@ def read_spec(model: str) -> ModelSpec:
 
     folder = resolve(model)
     try:
-        return read_model(folder, folder.resolve().name if Path(model).is_dir() else model)
+        return read_model(folder, folder.resolve().name if Path(model).is_dir() else model, cache=cache)
     except CheckpointError as error:
         raise StartError(str(error)) from error
 

@@ -81,7 +81,7 @@ def calibrate(model: str, *, options: Annotated[Options, Parameter(name="*")] = 
         raise StartError("--cache-folder: must be given where there is no home folder, for speeds are kept there")
     if options.backend != AUTO:
         return _measure(config, Calibrations(folder))
-    spec = read_spec(model)
+    spec = read_spec(model, folder)
     asked = [None if name == AUTO else DType(name) for name in (options.dtype, options.kv_cache_dtype)]
 
     def judged() -> list[Standing]:

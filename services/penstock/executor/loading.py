@@ -67,7 +67,7 @@ def load(config: ExecutorConfig) -> Loaded:
 
 
 def prepare(config: ExecutorConfig) -> Prepared:
-    """Fetch and read the checkpoint's headers, choose a backend, and see that the model fits. Nothing of a weight is read.
+    """Fetch the checkpoint and read its headers, choose a backend, and see that the model fits.
 
     Raises:
         StartError: the settings, the checkpoint, every backend or the memory does not allow it.
@@ -77,8 +77,9 @@ def prepare(config: ExecutorConfig) -> Prepared:
     name = config.served_name or (config.model if not Path(config.model).is_dir() else folder.resolve().name)
     dtype, kv_dtype = _asked(config.dtype), _asked(config.kv_cache_dtype)
     try:
-        spec = read_model(folder, name)
-        speeds = kept_speeds(found_cache(config.cache_folder), spec.fingerprint, config.threads)
+        cache = found_cache(config.cache_folder)
+        spec = read_model(folder, name, cache=cache)
+        speeds = kept_speeds(cache, spec.fingerprint, config.threads)
         choice = choose(spec, config.backend, dtype, kv_dtype, speeds=speeds, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error

@@ -206,6 +206,41 @@ class TestFingerprint:
         rewrite(checkpoint, tune)
         assert read_model(checkpoint, "m").fingerprint != before
 
+    def test_tells_a_single_element_anywhere(self, checkpoint):
+        found = {read_model(checkpoint, "m").fingerprint}
+        for place in (-1, 1000):
+
+            def edit(tensors, place=place):
+                tensors["model.embed_tokens.weight"].flat[place] += 1
+
+            rewrite(checkpoint, edit)
+            found.add(read_model(checkpoint, "m").fingerprint)
+        assert len(found) == 3
+
+    def test_reads_what_it_has_read_before_only_if_it_was_written_to(self, checkpoint, tmp_path, monkeypatch):
+        cache = tmp_path / "cache"
+        before = read_model(checkpoint, "m", cache=cache).fingerprint
+        assert before == read_model(checkpoint, "m").fingerprint
+        with monkeypatch.context() as patch:
+            patch.setattr("penstock.backends.fingerprint._digest", None)
+            assert read_model(checkpoint, "m", cache=cache).fingerprint == before
+
+        def tune(tensors):
+            tensors["model.embed_tokens.weight"].flat[-1] += 1
+
+        rewrite(checkpoint, tune)
+        after = read_model(checkpoint, "m", cache=cache).fingerprint
+        assert after == read_model(checkpoint, "m").fingerprint != before
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b'{"state": 1}', b"\xff", b"[" * 100_000])
+    def test_is_right_whatever_was_kept(self, checkpoint, tmp_path, content):
+        before = read_model(checkpoint, "m", cache=tmp_path / "cache").fingerprint
+        (kept,) = (tmp_path / "cache" / "digests").iterdir()
+        kept.write_bytes(content)
+        assert read_model(checkpoint, "m", cache=tmp_path / "cache").fingerprint == before
+        (tmp_path / "file").touch()
+        assert read_model(checkpoint, "m", cache=tmp_path / "file").fingerprint == before  # where nothing can be kept
+
     def test_does_not_depend_on_where_it_lies(self, tmp_path):
         one, two = (write_checkpoint(tmp_path / name, CONFIGS["qwen3"]) for name in ("one", "two"))
         assert one.fingerprint == two.fingerprint

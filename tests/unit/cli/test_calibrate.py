@@ -23,7 +23,7 @@ def run(*arguments, **options):
 
 def rivals_in(dtype):
     """Names of the backends between which speed decides here."""
-    return [s.report.name for s in rivals(standings(read_spec("builtin"), dtype))]
+    return [s.report.name for s in rivals(standings(read_spec("builtin", None), dtype))]
 
 
 def test_every_backend_that_can_is_measured_and_auto_goes_by_it(tmp_path):

@@ -1,7 +1,7 @@
 """The process of an outside backend.
 
-``python -m penstock.backends.apart inspect NAME FD [FOLDER MODEL]`` writes what it says of itself to a file,
-``… serve NAME SOCKET_FD SHARED_FD LIFE_FD FOLDER MODEL`` runs a model.
+``python -m penstock.backends.apart inspect NAME FD [FOLDER MODEL FINGERPRINT]`` writes what it says of itself to a file,
+``… serve NAME SOCKET_FD SHARED_FD LIFE_FD FOLDER MODEL FINGERPRINT`` runs a model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["main"]
 def main(arguments: list[str]) -> None:
     """Do the one thing, and leave without waiting for anything that the backend has started."""
     what, name, fd, *rest = arguments
-    *others, folder, model = rest or ("", "")
-    spec = read_model(Path(folder), model) if folder else None
+    *others, folder, model, fingerprint = rest or ("", "", "")
+    spec = read_model(Path(folder), model, known=fingerprint) if folder else None
     if what == "inspect":
         tell(int(fd), sources()[name], spec)
     elif spec is not None:

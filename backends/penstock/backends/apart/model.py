@@ -64,7 +64,7 @@ class ModelApart:
             life, self._life = os.pipe()
             fds = (theirs.fileno(), shared.fileno(), life)
             self._process = subprocess.Popen(  # noqa: S603  this interpreter and a module of this package
-                [*_COMMAND, "serve", name, *map(str, fds), str(spec.folder), spec.name],
+                [*_COMMAND, "serve", name, *map(str, fds), str(spec.folder), spec.name, spec.fingerprint],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a backend prints is a log line, and never the executor's own
                 pass_fds=fds,
