@@ -33,7 +33,8 @@ def up(tmp_path_factory):
     assert process.returncode == 0, log.read_text()
     assert rest == ""
     assert psutil.wait_procs(children, timeout=30)[1] == []
-    assert all(re.match(r"(up|gateway|tokenizer|scheduler|executor-[01]) *\|", line) for line in log.read_text().splitlines())
+    names = {told.get("process", told["service"]) for told in map(json.loads, log.read_text().splitlines())}
+    assert names == {"up", "gateway", "tokenizer", "scheduler", "executor-0", "executor-1"}
 
 
 def test_the_model_is_listed_with_every_executor(up):
@@ -92,7 +93,8 @@ def test_a_service_that_can_not_start_is_named(tmp_path):
     done = penstock("up", "builtin", *flags)
     assert done.returncode == 1
     assert done.stdout == ""
-    told = [line for line in done.stderr.splitlines() if line.startswith("penstock")]
-    assert len(told) == 1
-    assert told[0].startswith("penstock up: gateway can not start: ")
-    assert "none.yaml" in told[0]
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    why = [line["why"] for line in told if (line["service"], line["event"]) == ("up", "failed")]
+    assert len(why) == 1
+    assert why[0].startswith("gateway can not start: ")
+    assert "none.yaml" in why[0]

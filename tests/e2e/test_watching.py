@@ -40,9 +40,18 @@ def suite(collector):
 
 
 def lines(suite, request_id):
-    """The log lines of a request, as (service, line)."""
-    told = [line.partition("|")[::2] for line in list(suite.log) if request_id in line]
-    return [(name.strip(), json.loads(text)) for name, text in told]
+    """The log lines of a request, as (process, line)."""
+    told = [json.loads(line) for line in list(suite.log) if request_id in line]
+    return [(line["process"], line) for line in told]
+
+
+def test_every_line_on_stderr_is_json_that_tells_its_process(suite):
+    told = [json.loads(line) for line in list(suite.log)]
+    assert all({"event", "service", "level", "timestamp"} <= line.keys() for line in told)
+    by_supervisor = [(line["event"], line.get("process")) for line in told if line["service"] == "up"]
+    assert by_supervisor[0] == ("serving", None)
+    assert {("metrics", "executor"), ("metrics", "scheduler")} <= set(by_supervisor)
+    assert {"executor", "scheduler"} <= {line["process"] for line in told if line["service"] != "up"}
 
 
 def services_that_told(suite, request_id):

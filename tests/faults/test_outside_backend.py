@@ -184,5 +184,6 @@ def test_a_backend_that_dies_in_a_step_costs_a_pause(faulty, fault, why):
         assert answer.closing.replacements == 1
         suite.assert_idle()
         assert suite.stop() == 0
-    assert [line for line in suite.log if line.startswith("executor") and "died (" in line and why in line], suite.log
-    assert [line for line in suite.log if line.startswith("scheduler") and "executor stalled" in line and why in line], suite.log
+    told = [json.loads(line) for line in suite.log]
+    assert [line for line in told if line["event"] == "died" and line["process"] == "executor" and why in line["why"]], suite.log
+    assert [line for line in told if line["event"] == "executor stalled" and why in line["failure"]], suite.log

@@ -1,4 +1,4 @@
-"""A service that does nothing but live and die as it is told: tiny_service.py NAME BEHAVIOUR [--listen A] [--supervisor-fd N]."""
+"""A service that does nothing but live and die as it is told: tiny_service.py NAME BEHAVIOUR [--listen A] [--process NAME] [--supervisor-fd N]."""
 
 import argparse
 import asyncio
@@ -58,12 +58,13 @@ def main() -> int:
     parser.add_argument("behaviour")
     parser.add_argument("--listen", default="127.0.0.1:0")
     parser.add_argument("--grace", type=float, default=60)
+    parser.add_argument("--process")
     parser.add_argument("--supervisor-fd", type=int)
     arguments = parser.parse_args()
     if arguments.behaviour == "misconfigured":
         sys.stderr.write("penstock: settings.yaml: worker: unknown setting x\n")
         return 1
-    logs.configure(arguments.name)
+    logs.configure(arguments.name, process=arguments.process)
     if arguments.supervisor_fd is not None:
         lifecycle.die_with(arguments.supervisor_fd)
     return lifecycle.run(TinyService(arguments.name, arguments.behaviour, arguments.listen), arguments.grace)

@@ -1,5 +1,6 @@
 """`penstock up` as a user starts it, and what a test wants to know of it: its processes, its counts, what it wrote."""
 
+import json
 import os
 import signal
 import subprocess
@@ -136,8 +137,8 @@ class Suite:
 
     def metrics_urls(self) -> dict[str, str]:
         """Each service's Prometheus endpoint, as the suite has told them."""
-        told = (line.partition("|") for line in self.log)
-        urls = {name.strip(): text.strip().removeprefix("metrics at ") for name, _, text in told if text.startswith(" metrics at ")}
+        events = [json.loads(line) for line in self.log]
+        urls = {told["process"]: told["url"] for told in events if told["event"] == "metrics"}
         return {**urls, "gateway": f"http://{self.http}/metrics"}
 
     def _scheduler(self):

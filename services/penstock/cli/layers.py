@@ -15,7 +15,7 @@ __all__ = ["CONFIG_LAYERS", "SERVICES"]
 SERVICES = ("gateway", "tokenizer", "scheduler", "executor")
 
 # What belongs to a start rather than to a setting.
-_NOT_SETTINGS = {"help", "version", "config", "supervisor_fd", "faults"}
+_NOT_SETTINGS = {"help", "version", "config", "process", "supervisor_fd", "faults"}
 
 
 def _environment_is_known(app: App, commands: tuple[str, ...], _: ArgumentCollection) -> None:

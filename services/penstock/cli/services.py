@@ -30,7 +30,7 @@ class _Common(Protocol):
 def _run(name: str, settings: _Common, start: Start, assemble: Callable[[], Service]) -> int:
     if start.supervisor_fd is not None:
         lifecycle.die_with(start.supervisor_fd)
-    logs.configure(name, settings.log_level, settings.log_format)
+    logs.configure(name, settings.log_level, settings.log_format, start.process)
     if start.faults is not None:
         faults.arm(start.faults)
     return lifecycle.run(assemble(), settings.grace_seconds)

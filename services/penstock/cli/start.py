@@ -17,10 +17,12 @@ class Start:
 
     Attributes:
         config: YAML file of these settings, or of a section per service, named like the commands.
+        process: Name of the process among those of its supervisor; stands in its log lines where they are JSON.
         supervisor_fd: Descriptor of a pipe; the process ends when its other end closes.
         faults: Folder of the rules by which a test has the process fail, as `penstock.common.faults` tells.
     """
 
     config: Path | None = None
+    process: Annotated[str | None, Parameter(show=False)] = None
     supervisor_fd: Annotated[int | None, Parameter(show=False)] = None
     faults: Annotated[Path | None, Parameter(show=False)] = None

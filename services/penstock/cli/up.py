@@ -23,6 +23,7 @@ from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.cluster.sockets import socket_path
 from penstock.cli.cluster.supervisor import supervise
 from penstock.cli.layers import SERVICES
+from penstock.common import logs
 from penstock.common.config import ConfigError, sections_of
 from penstock.common.sources import resolve
 
@@ -47,7 +48,8 @@ def up(
     """
     sections = config if config and sections_of(config, SERVICES) else None
     check(settings, sections)
-    console = Console(sys.stderr)
+    logs.configure("up", settings.log_level, settings.log_format)
+    console = Console(sys.stderr, as_json=logs.are_json(settings.log_format))
     folder = resolve(model)
     plan = Plan(
         served_name=settings.served_name or (folder.name if Path(model).expanduser().is_dir() else model),
@@ -63,7 +65,8 @@ def up(
 async def bring_up(plan: Plan, console: Console, group: Group) -> str:
     """Start every process of a plan, and return the line that tells that all of them serve."""
     settings = plan.settings
-    console.line("up", f"serving {plan.folder} as {plan.served_name}{_apart(settings)}")
+    text = f"serving {plan.folder} as {plan.served_name}{_apart(settings)}"
+    console.line("up", text, event="serving", folder=str(plan.folder), model=plan.served_name, executors=settings.pools)
     scheduler = (await group.start(plan.scheduler(), stage=0))["grpc"]
     executors = Executors(plan, group, console, scheduler)
 
@@ -88,7 +91,7 @@ async def _open(door: ClusterServicer, group: Group, console: Console, address: 
     try:
         await door.open(socket_path(address))
     except (ConfigError, OSError, RuntimeError) as error:
-        console.line("up", f"penstock scale and penstock role can not reach this cluster: {error}")
+        console.line("up", f"penstock scale and penstock role can not reach this cluster: {error}", level="warning")
     else:
         group.close_first(door.close)
 

@@ -23,7 +23,7 @@ class Program:
     """What to start.
 
     Attributes:
-        name: how its lines are prefixed: ``decode-1``.
+        name: how its lines are told from those of others: ``decode-1``.
         service: what it is, as its command is named: ``executor``.
         argv: the command line, without what follows.
         listen: by protocol, as the process tells it, the flag that says where to listen and the address for the first start. A
@@ -38,7 +38,7 @@ class Program:
     def command(self, bound: Mapping[str, str], supervisor_fd: int) -> list[str]:
         """The whole command line, for a process that finds its supervisor's pipe at this descriptor."""
         listen = [word for protocol, (flag, first) in self.listen.items() for word in (flag, bound.get(protocol, first))]
-        return [*self.argv, *listen, "--supervisor-fd", str(supervisor_fd)]
+        return [*self.argv, *listen, "--process", self.name, "--supervisor-fd", str(supervisor_fd)]
 
 
 class Child:
@@ -112,7 +112,7 @@ class Child:
             async with asyncio.timeout(grace):
                 await self.exited()
         except TimeoutError:
-            self._console.line(self._name, f"did not end within {grace:g} s and is killed")
+            self._console.line(self._name, f"did not end within {grace:g} s and is killed", level="warning")
             self.kill()
             await self.exited()
 
@@ -135,7 +135,7 @@ class Child:
     def _take_stdout(self, line: str) -> None:
         endpoints = parse_listening(line)
         if endpoints is None or self._endpoints.done():
-            self._console.line(self._name, line)
+            self._console.said(self._name, self._service, line)
         else:
             self._endpoints.set_result(endpoints)
 
@@ -145,4 +145,4 @@ class Child:
         if colon and who in {f"penstock {self._service}", "penstock"}:
             self._complaint = why  # the supervisor says it, once
         else:
-            self._console.line(self._name, line)
+            self._console.said(self._name, self._service, line)

@@ -52,7 +52,8 @@ class Group:
             del self._members[program.name]
             raise
         if "metrics" in endpoints:
-            self._console.line(program.name, f"metrics at http://{endpoints['metrics']}/metrics")
+            url = f"http://{endpoints['metrics']}/metrics"
+            self._console.line(program.name, f"metrics at {url}", event="metrics", url=url)
         member.keeping = asyncio.create_task(member.keep())
         member.keeping.add_done_callback(self._on_kept)
         return endpoints

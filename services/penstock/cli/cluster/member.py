@@ -77,7 +77,7 @@ class Member:
             self.state = State.RESTARTING
             lived = time.monotonic() - self._since
             while (delay := self._backoff.after_death(lived)) is not None:
-                self._console.line(self.program.name, f"died ({why}); starts again in {delay:g} s (restart {self._backoff.deaths})")
+                self._tell_death(why, delay)
                 await asyncio.sleep(delay)
                 try:
                     await self.start()
@@ -86,6 +86,11 @@ class Member:
                     why, lived = str(error), 0.0
             else:
                 raise GaveUp(f"{self.program.name} died {self._backoff.deaths} times in a row, last: {why}")
+
+    def _tell_death(self, why: str, delay: float) -> None:
+        text = f"died ({why}); starts again in {delay:g} s (restart {self._backoff.deaths})"
+        facts = {"why": why, "starts_again_seconds": delay, "restart": self._backoff.deaths}
+        self._console.line(self.program.name, text, level="warning", event="died", **facts)
 
     async def let_go(self) -> None:
         """Start it no more."""

@@ -118,7 +118,7 @@ async def told(console: Console, what: str, every: float = 10.0) -> AsyncIterato
         while True:
             await asyncio.sleep(every)
             waited += every
-            console.line("up", f"waiting for {what} ({waited:.0f} s)")
+            console.line("up", f"waiting for {what} ({waited:.0f} s)", event="waiting", what=what, seconds=waited)
 
     telling = asyncio.create_task(tell())
     try:

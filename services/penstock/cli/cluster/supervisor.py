@@ -37,8 +37,7 @@ async def supervise(bring_up: BringUp, console: Console, policy: RestartPolicy, 
     try:
         await signals.first_of(_live(group, bring_up), signals.first)
     except (StartError, GaveUp) as error:
-        sys.stderr.write(f"penstock up: {error}\n")
-        sys.stderr.flush()
+        console.failed(str(error))
         status = 1
     if await signals.first_of(group.stop(grace), signals.second):
         return status
