@@ -2,7 +2,8 @@
 
     PenstockError
     ├── InvalidRequest          a field is wrong; names the field and what would be right
-    │   └── UnsupportedField    the field is right, but no live executor supports it
+    │   ├── UnsupportedField    the field is right, but not supported here, or by no live executor
+    │   └── ContextOverflow     prompt and answer are longer than the model's context
     ├── UnknownModel
     ├── UnknownExecutor
     ├── Unauthenticated
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -32,6 +33,7 @@ __all__ = [
     "MAX_VIOLATIONS",
     "STATUS",
     "Cancelled",
+    "ContextOverflow",
     "DeadlineExceeded",
     "FieldViolation",
     "InternalError",
@@ -90,7 +92,11 @@ class InvalidRequest(PenstockError):
 
 
 class UnsupportedField(InvalidRequest):
-    """A field that is right in itself, which no live executor of the model supports."""
+    """A field that is right in itself, which is not supported here, or by no live executor of the model."""
+
+
+class ContextOverflow(InvalidRequest):
+    """Prompt and answer are longer than the model's context: what a client may mend by leaving out a part of the prompt."""
 
 
 class UnknownModel(PenstockError):
@@ -135,6 +141,7 @@ class InternalError(PenstockError):
 
 STATUS: Mapping[type[PenstockError], grpc.StatusCode] = {
     UnsupportedField: grpc.StatusCode.INVALID_ARGUMENT,
+    ContextOverflow: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownExecutor: grpc.StatusCode.NOT_FOUND,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
@@ -159,6 +166,13 @@ HTTP_STATUS: Mapping[grpc.StatusCode, int] = {
     grpc.StatusCode.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
+# Errors of one status that a client can tell apart by google.rpc.ErrorInfo.
+_REASONS: Mapping[type[InvalidRequest], str] = {
+    UnsupportedField: "UNSUPPORTED_FIELD",
+    ContextOverflow: "CONTEXT_OVERFLOW",
+}
+_DOMAIN = "penstock.v1"
+
 _INTERNAL_MESSAGE = "internal error; the server's log has the details under this request's id"
 _CODE_NUMBER = {code: code.value[0] for code in grpc.StatusCode}
 
@@ -169,21 +183,20 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, status_pb2.Status]
     code = STATUS[kind]
     message = _INTERNAL_MESSAGE if kind is InternalError else str(error)
     status = status_pb2.Status(code=_CODE_NUMBER[code], message=_clip(message, _MESSAGE_BYTES))
-    details: Message | None = None
+    details: list[Message] = []
     if isinstance(error, InvalidRequest):
         room = _VIOLATIONS_BYTES // max(1, len(error.violations)) - _FIELD_BYTES
         told = [(_clip(v.field, _FIELD_BYTES), _clip(v.description, room)) for v in error.violations]
-        details = error_details_pb2.BadRequest(
-            field_violations=[error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in told]
-        )
+        violations = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in told]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+        if type(error) in _REASONS:
+            details.append(error_details_pb2.ErrorInfo(reason=_REASONS[type(error)], domain=_DOMAIN))
     elif isinstance(error, Overloaded):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
-        details = error_details_pb2.RetryInfo(retry_delay=delay)
-    if details is not None:
-        packed = any_pb2.Any()
-        packed.Pack(details)
-        status.details.append(packed)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    for detail in details:
+        status.details.add().Pack(detail)
     return code, status
 
 
@@ -198,10 +211,10 @@ def error_from_status(code: grpc.StatusCode, status: status_pb2.Status) -> Penst
     for packed in status.details:
         bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         if packed.Unpack(bad):
-            return InvalidRequest(*(FieldViolation(v.field, v.description) for v in bad.field_violations))
+            return _invalid(status)(*(FieldViolation(v.field, v.description) for v in bad.field_violations))
         if packed.Unpack(retry):
             return Overloaded(status.message, retry.retry_delay.ToTimedelta().total_seconds())
-    kind = {v: k for k, v in STATUS.items() if k not in {UnsupportedField, UnknownExecutor}}.get(code, InternalError)
+    kind = {v: k for k, v in STATUS.items() if k not in {*_REASONS, UnknownExecutor}}.get(code, InternalError)
     if kind is InvalidRequest:
         return InvalidRequest.field("request", status.message)
     if kind is Overloaded:
@@ -209,3 +222,10 @@ def error_from_status(code: grpc.StatusCode, status: status_pb2.Status) -> Penst
     if status.code == code_pb2.UNKNOWN:
         return InternalError(status.message)
     return kind(status.message)
+
+
+def _invalid(status: status_pb2.Status) -> type[InvalidRequest]:
+    """Which of its kinds a status with violations tells."""
+    info = error_details_pb2.ErrorInfo()
+    reasons = {info.reason for packed in status.details if packed.Unpack(info) and info.domain == _DOMAIN}
+    return next((kind for kind, reason in _REASONS.items() if reason in reasons), InvalidRequest)

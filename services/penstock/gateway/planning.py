@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from penstock.common.errors import InvalidRequest
+from penstock.common.errors import ContextOverflow, InvalidRequest
 from penstock.common.prefix import block_hashes, tenant_salt, wire_form
 from penstock.gateway.catalog import GenerationDefaults, Model
 from penstock.gateway.request import Generation, Plan, PlannedSampling, Sampling
@@ -22,19 +22,23 @@ def plan(
     """What to run for a validated request whose prompt has these ids.
 
     Raises:
-        InvalidRequest: prompt and answer do not fit into the context.
+        ContextOverflow: prompt and answer do not fit into the context.
+        InvalidRequest: the least that is asked for is more than there is room for.
     """
     # An executor draws at least one token.
     max_tokens = max(_max_tokens(generation, model, len(ids), limits), 1)
     salt = tenant_salt(tenant, generation.cache_salt)
     stopping = generation.stopping
+    min_tokens = stopping.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest.field("stopping.min_tokens", f"at most {max_tokens}: there is room for no more new tokens")
     return Plan(
         model=model.name,
         tokenizer_fingerprint=fingerprint,
         prompt_ids=ids,
         sampling=_sampling(generation.sampling, model.first.defaults),
         max_tokens=max_tokens,
-        min_tokens=min(stopping.min_tokens or 0, max_tokens),
+        min_tokens=min_tokens,
         stop=tuple(stopping.stop),
         stop_ids=frozenset(stopping.stop_token_ids)
         | (frozenset() if stopping.ignore_eos else frozenset(model.first.eos_token_ids)),
@@ -56,7 +60,7 @@ def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits
         raise InvalidRequest.field("prompt", "is empty; give at least one token")
     left = context - prompt_tokens
     if left < 1:
-        raise InvalidRequest.field(
+        raise ContextOverflow.field(
             # As the tokenizer says it of a text.
             "prompt",
             f"{prompt_tokens} tokens; at most {context - 1} fit",
@@ -65,7 +69,7 @@ def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits
     if asked is None:
         return min(left, limits.max_tokens // generation.n)
     if asked > left:
-        raise InvalidRequest.field(
+        raise ContextOverflow.field(
             "stopping.max_tokens", f"at most {left}: the prompt has {prompt_tokens} tokens, and the context holds {context}"
         )
     return asked

@@ -96,7 +96,7 @@ def _public(error: grpc.aio.AioRpcError) -> Exception:
     status = rpc_status.from_call(error)
     told = error_from_status(error.code(), status) if status is not None else Unavailable("the tokenizer failed")
     if isinstance(told, InvalidRequest):
-        return InvalidRequest(*(FieldViolation(_public_name(v.field), v.description) for v in told.violations))
+        return type(told)(*(FieldViolation(_public_name(v.field), v.description) for v in told.violations))
     return told
 
 

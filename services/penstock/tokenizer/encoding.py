@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from penstock.common.errors import InvalidRequest, UnknownModel
+from penstock.common.errors import ContextOverflow, InvalidRequest, UnknownModel
 from penstock.tokenizer.detokenizers import Detokenizer, PrefixDetokenizer, TableDetokenizer
 from penstock.tokenizer.loading import Vocabulary
 from penstock.tokenizer.pieces import token_bytes
@@ -31,7 +31,7 @@ class Model:
         """The ids of a text. `max_tokens` 0 is no limit; `field` is what an error names.
 
         Raises:
-            InvalidRequest: it is longer than `max_tokens`.
+            ContextOverflow: it is longer than `max_tokens`.
         """
         if len(text) <= _INLINE_CHARACTERS:
             ids = self._encode(text, add_special_tokens=add_special_tokens)
@@ -40,14 +40,14 @@ class Model:
                 await self._refuse_by_its_head(text, max_tokens, field)
             ids = await asyncio.to_thread(self._encode, text, add_special_tokens=add_special_tokens)
         if max_tokens and len(ids) > max_tokens:
-            raise InvalidRequest.field(field, f"{len(ids)} tokens; at most {max_tokens} fit")
+            raise ContextOverflow.field(field, f"{len(ids)} tokens; at most {max_tokens} fit")
         return ids
 
     async def _refuse_by_its_head(self, text: str, max_tokens: int, field: str) -> None:
         """Spare the work on a text of which a small part is too much already, by far."""
         head = await asyncio.to_thread(self._encode, text[: _HEAD_CHARACTERS * max_tokens], add_special_tokens=False)
         if len(head) > 2 * max_tokens:
-            raise InvalidRequest.field(field, f"more than {len(head)} tokens; at most {max_tokens} fit")
+            raise ContextOverflow.field(field, f"more than {len(head)} tokens; at most {max_tokens} fit")
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, max_tokens: int = 0
@@ -55,7 +55,8 @@ class Model:
         """The ids of a conversation, rendered by the chat template.
 
         Raises:
-            InvalidRequest: there is no template, it refuses these messages, or they are longer than `max_tokens`.
+            InvalidRequest: there is no template, or it refuses these messages.
+            ContextOverflow: they are longer than `max_tokens`.
         """
         if self._templates is None:
             raise InvalidRequest.field("messages", f"model {self.name!r} has no chat template; send a prompt instead")

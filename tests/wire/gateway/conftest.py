@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from google.protobuf.message import Message
 
-from penstock.common.errors import InvalidRequest
+from penstock.common.errors import ContextOverflow, InvalidRequest
 from penstock.common.server import GrpcServer
 from penstock.gateway.config import GatewayConfig
 from penstock.gateway.server import GatewayServer
@@ -83,7 +83,7 @@ class FakeTokenizer(Served, tokenizer_pb2_grpc.TokenizerServiceServicer):
             raise InvalidRequest.field("messages", "take too long to render")
         ids = list(text.encode())
         if request.max_tokens and len(ids) > request.max_tokens:
-            raise InvalidRequest.field("text", f"{len(ids)} tokens; at most {request.max_tokens} fit")
+            raise ContextOverflow.field("text", f"{len(ids)} tokens; at most {request.max_tokens} fit")
         return tokenizer_pb2.EncodeResponse(token_ids=ids, fingerprint="bytes")
 
     async def Detokenize(self, request, context):

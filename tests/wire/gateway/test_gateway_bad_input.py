@@ -12,6 +12,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from penstock.client import ContextOverflow
+from penstock.client.errors import from_rpc
 from penstock.v1 import inference_pb2
 
 PROMPT = {"text": "Tell me"}
@@ -83,10 +85,35 @@ async def grpc_failure(suite, request):
 
 
 def violations(error):
-    (packed,) = rpc_status.from_call(error).details
     bad = error_details_pb2.BadRequest()
-    assert packed.Unpack(bad)
+    assert rpc_status.from_call(error).details[0].Unpack(bad)
     return {v.field: v.description for v in bad.field_violations}
+
+
+OVERFLOWS = ["longer than the context", "as long as the context", "context and answer"]
+
+
+@pytest.mark.parametrize("case", OVERFLOWS)
+async def test_what_the_context_can_not_hold_is_told_apart_from_other_faults(suite, case):
+    fields, body, _, _ = TABLE[case]
+    error = await grpc_failure(suite, inference_pb2.GenerateRequest(**{"model": "story", "prompt": PROMPT} | fields))
+    info = error_details_pb2.ErrorInfo()
+    assert rpc_status.from_call(error).details[1].Unpack(info)
+    assert (info.reason, info.domain) == ("CONTEXT_OVERFLOW", "penstock.v1")
+    assert type(from_rpc(error)) is ContextOverflow
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/completions", json={"model": "story", "prompt": "Tell me"} | body)
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_a_least_length_that_there_is_no_room_for_is_refused(suite):
+    stopping = inference_pb2.Stopping(min_tokens=100_000)
+    error = await grpc_failure(suite, inference_pb2.GenerateRequest(model="story", prompt=PROMPT, stopping=stopping))
+    assert "at most" in violations(error)["stopping.min_tokens"]
+    body = {"model": "story", "messages": [{"role": "user", "content": "x"}], "min_tokens": 100_000}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "min_tokens")
 
 
 @pytest.mark.parametrize("case", TABLE)
@@ -121,7 +148,10 @@ HTTP_ONLY = {
     "json": ({"response_format": {"type": "json_schema"}}, "response_format"),
     "bias by text": ({"logit_bias": {"word": 1}}, "logit_bias"),
     "prompts and budget": ({"prompt": ["a"] * 200, "max_tokens": 2000}, "max_tokens"),
+    "best_of that is no number": ({"best_of": True}, "best_of"),
+    "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
 }
+UNSUPPORTED = {"best_of", "suffix", "tools", "json", "best_of that is no number"}
 
 
 @pytest.mark.parametrize("case", HTTP_ONLY)
@@ -131,6 +161,16 @@ async def test_http_refuses_what_only_it_can_be_sent(suite, case):
         reply = await client.post("/v1/completions", json={"model": "story", "prompt": "Tell me"} | body)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == field
+    assert reply.json()["error"]["code"] == ("unsupported_parameter" if case in UNSUPPORTED else "invalid_value")
+
+
+@pytest.mark.parametrize(("role", "status"), [("user", 400), ("system", 400), ("assistant", 200)])
+async def test_only_an_answer_may_be_without_content(suite, role, status):
+    body = {"model": "story", "messages": [{"role": "user", "content": "x"}, {"role": role}], "max_tokens": 3}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/chat/completions", json=body)
+    assert reply.status_code == status
+    assert status == 200 or reply.json()["error"]["param"] == "messages[1].content"
 
 
 async def test_a_misspelt_field_is_told_the_right_one(suite):

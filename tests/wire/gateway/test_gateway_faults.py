@@ -105,11 +105,13 @@ async def test_an_executor_that_stalls_is_left_when_the_scheduler_tells_and_hear
 
 async def test_a_choice_that_is_complete_takes_no_place_again(suite):
     """The first choice's stop text is found while the second one goes on."""
-    call = suite.inference.Generate(request(n=2, tokens=4000))
+    asked = request(n=2, tokens=4000)
+    asked.stopping.stop.append("no such text")
+    call = suite.inference.Generate(asked)
     await call.read()
     suite.executors[0].gate.clear()
     (live,) = suite.gateway.admission.requests.values()
-    live.text(live.choices[0], Text("", live.choices[0].told_bytes, live.choices[0].told_tokens, last=True))
+    live.text(live.choices[0], Text("", live.choices[0].told_bytes, live.choices[0].told_tokens, stop_index=0, last=True))
     await suite.executors[0].kill()
     await suite.eventually(lambda: len(suite.scheduler.placings) == 2)
     assert [p.choices for p in suite.scheduler.placings] == [2, 1]
@@ -145,6 +147,20 @@ async def test_a_tokenizer_that_dies_loses_and_doubles_no_text(suite):
     rest = await told(call)
     assert text_of([first, *rest]) == story(suite)
     assert bytes(i for m in [first, *rest] for i in m.token_ids) == suite.story.encode()[:60]
+    await suite.rest()
+
+
+async def test_a_tokenizer_that_comes_back_without_the_model_is_an_error_and_no_end(suite):
+    """An answer that was cut off must not look like one that is complete."""
+    suite.executors[0].hold_after = 1
+    call = suite.inference.Generate(request())
+    await call.read()
+    (live,) = suite.gateway.admission.requests.values()
+    live.text(live.choices[0], Text("", live.choices[0].told_bytes, live.choices[0].told_tokens, last=True))
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await told(call)
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    suite.executors[0].gate.set()
     await suite.rest()
 
 
@@ -234,9 +250,11 @@ async def test_the_doors_own_deadline_is_an_error_over_http(suite_with, stage):
         await suite.rest()
 
 
-async def test_a_deadline_behind_the_first_token_is_a_finish_reason(suite_with):
-    async with suite_with(default_deadline_seconds=0.5) as suite:
-        call = suite.inference.Generate(request(tokens=4000))
+@pytest.mark.parametrize(("seconds", "given"), [(0.5, None), (60, 0.5)])
+async def test_a_deadline_behind_the_first_token_is_a_finish_reason(suite_with, seconds, given):
+    """The door's own, and the call's: the client hears of it before its own timer ends the call."""
+    async with suite_with(default_deadline_seconds=seconds) as suite:
+        call = suite.inference.Generate(request(tokens=4000), timeout=given)
         first = await call.read()
         suite.executors[0].gate.clear()
         answers = [first, *await told(call)]

@@ -30,6 +30,7 @@ from penstock.client._results import (
 from penstock.client._sync import Client, Stream
 from penstock.client.errors import (
     Cancelled,
+    ContextOverflow,
     DeadlineExceeded,
     FieldViolation,
     InternalError,
@@ -41,6 +42,7 @@ from penstock.client.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    UnsupportedField,
 )
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "Choice",
     "Client",
     "Closing",
+    "ContextOverflow",
     "DeadlineExceeded",
     "Event",
     "Fallback",
@@ -78,5 +81,6 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UnknownModel",
+    "UnsupportedField",
     "Usage",
 ]

@@ -2,6 +2,8 @@
 
 PenstockError
 ├── InvalidRequest          `violations` names each wrong field and what would be right
+│   ├── UnsupportedField    the field is right, but not supported here, or by no live executor
+│   └── ContextOverflow     prompt and answer are longer than the model's context
 ├── UnknownModel
 ├── Unauthenticated
 ├── RequestTooLarge
@@ -21,6 +23,7 @@ from grpc_status import rpc_status
 
 from penstock.common.errors import (
     Cancelled,
+    ContextOverflow,
     DeadlineExceeded,
     FieldViolation,
     InternalError,
@@ -31,11 +34,13 @@ from penstock.common.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    UnsupportedField,
     error_from_status,
 )
 
 __all__ = [
     "Cancelled",
+    "ContextOverflow",
     "DeadlineExceeded",
     "FieldViolation",
     "InternalError",
@@ -47,6 +52,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UnknownModel",
+    "UnsupportedField",
     "from_rpc",
     "retry_delay",
 ]

@@ -10,6 +10,7 @@ import grpc.aio
 from penstock.common.errors import UnknownModel
 from penstock.gateway.auth import Keys
 from penstock.gateway.catalog import Catalog, Executor, Model
+from penstock.gateway.grpc_door.callers import bearer_of
 from penstock.gateway.placement import SchedulerPlacement
 from penstock.internal.v1 import scheduler_pb2
 from penstock.v1 import models_pb2, models_pb2_grpc
@@ -46,7 +47,7 @@ class ModelsServicer(models_pb2_grpc.ModelsServicer):
         return models_pb2.GetModelResponse(model=_model(model, await self._states()))
 
     def _authenticate(self, context: Context) -> None:
-        self._keys.tenant(str(dict(context.invocation_metadata() or ()).get("authorization", "")))
+        self._keys.tenant(bearer_of(context))
 
     async def _states(self) -> States:
         try:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from penstock.common.errors import (
     HTTP_STATUS,
     Cancelled,
+    ContextOverflow,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -28,6 +29,7 @@ __all__ = ["error_body", "error_response", "public_field"]
 
 _KINDS: tuple[tuple[type[PenstockError], str, str], ...] = (
     (UnsupportedField, "invalid_request_error", "unsupported_parameter"),
+    (ContextOverflow, "invalid_request_error", "context_length_exceeded"),
     (InvalidRequest, "invalid_request_error", "invalid_value"),
     (UnknownModel, "invalid_request_error", "model_not_found"),
     (Unauthenticated, "authentication_error", "invalid_api_key"),

@@ -18,7 +18,11 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def completions(body: CompletionBody) -> list[Generation]:
-    """One generation for each prompt."""
+    """One generation for each prompt.
+
+    Raises:
+        InvalidRequest: fields do not go together.
+    """
     prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None and prompt_logprobs is None:
         prompt_logprobs = body.logprobs  # OpenAI's form tells both as one list
@@ -53,8 +57,11 @@ def messages(turns: Sequence[ChatTurn]) -> list[Message]:
     """A conversation's turns; text parts are joined by line breaks.
 
     Raises:
-        InvalidRequest: a part is no text.
+        InvalidRequest: a part is no text, or there is nothing where only an answer may be empty.
     """
+    for i, turn in enumerate(turns):
+        if turn.content is None and turn.role != "assistant":
+            raise InvalidRequest.field(f"messages[{i}].content", "must be a text or a list of text parts")
     return [Message(turn.role, _content(turn.content, f"messages[{i}].content"), turn.name or "") for i, turn in enumerate(turns)]
 
 
@@ -81,6 +88,8 @@ def _prompts(prompt: str | Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _shared(body: SharedBody, max_tokens: int | None, reporting: Reporting) -> dict[str, Any]:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest.field("stream_options", "is for streams; set stream, or leave it out")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return {
         "model": body.model or "",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, PlainValidator, ValidationError
 from pydantic_core import from_json
 
-from penstock.common.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest
+from penstock.common.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest, UnsupportedField
 from penstock.gateway.bounds import Bounds, check_body
 
 __all__ = ["ChatBody", "ChatTurn", "CompletionBody", "DetokenizeBody", "SharedBody", "TokenizeBody", "parse"]
@@ -163,7 +163,8 @@ def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
     """A body as a message of this kind. Lengths are checked first, so that a wrong body costs no more than its reading.
 
     Raises:
-        InvalidRequest: it is no JSON object, something is too many, a type is wrong, or a field is unknown or not supported.
+        InvalidRequest: it is no JSON object, something is too many, a type is wrong, or a field is unknown.
+        UnsupportedField: all is right but for fields that are not supported.
     """
     try:
         raw = from_json(body)
@@ -179,7 +180,8 @@ def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
     for prefix, part in _parts(told):
         violations = list(_extras(part, prefix))
         if violations:
-            raise InvalidRequest(*violations)
+            supported = any(violation.description != _UNSUPPORTED for violation in violations)
+            raise (InvalidRequest if supported else UnsupportedField)(*violations)
     return told
 
 
@@ -225,15 +227,21 @@ def _parts(told: BaseModel) -> Iterator[tuple[str, BaseModel]]:
 def _extras(told: BaseModel, prefix: str) -> Iterator[FieldViolation]:
     count = 0
     for name, value in (told.model_extra or {}).items():
-        if name in _HARMLESS or value is None or value in _NEUTRAL.get(name, ()):
+        if name in _HARMLESS or value is None or any(_same(value, neutral) for neutral in _NEUTRAL.get(name, ())):
             continue
-        why = "is not supported here; leave it out"
+        why = _UNSUPPORTED
         if name not in _NEUTRAL:
             why = _unknown(name, type(told).model_fields) if count < MAX_VIOLATIONS else _UNKNOWN
         count += 1
         yield FieldViolation(prefix + name[:64], why)
 
 
+def _same(value: Any, neutral: Any) -> bool:
+    """Equality of JSON, where true is not 1."""
+    return type(value) is type(neutral) and bool(value == neutral)
+
+
+_UNSUPPORTED = "is not supported here; leave it out"
 _UNKNOWN = "is no field of this request; leave it out"
 
 

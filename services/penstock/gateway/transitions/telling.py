@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from penstock.common.errors import InternalError
+from penstock.common.errors import InternalError, Unavailable
 from penstock.gateway.answer import Finish, FinishReason
 from penstock.gateway.choice import ids_of
 from penstock.gateway.ports import SequenceEnd, Text
@@ -87,7 +87,7 @@ def _tell(request: Request, choice: Choice, text: Text) -> None:
         request.told = True
         request.output.text(choice.index, fresh, ids, logprobs)
     if text.last:
-        finish(request, choice, _finish_of(choice, text, request.plan.stop))
+        _end(request, choice, text)
 
 
 def _begin(request: Request, choice: Choice) -> None:
@@ -99,8 +99,12 @@ def _begin(request: Request, choice: Choice) -> None:
         request.output.text(choice.index, request.plan.echo, (), ())
 
 
-def _finish_of(choice: Choice, text: Text, stop: Sequence[str]) -> Finish:
+def _end(request: Request, choice: Choice, text: Text) -> None:
+    """The last text has been told."""
     if text.stop_index is not None:
-        return Finish(FinishReason.STOP_SEQUENCE, stop_text=stop[text.stop_index])
-    reason = _FINISH[choice.ended] if choice.ended is not None else FinishReason.LENGTH
-    return Finish(reason, stop_token_id=choice.stop_token if reason is FinishReason.STOP else None)
+        finish(request, choice, Finish(FinishReason.STOP_SEQUENCE, stop_text=request.plan.stop[text.stop_index]))
+    elif choice.ended is None:
+        fail(request, Unavailable("the tokenizer has not this model any more"))
+    else:
+        reason = _FINISH[choice.ended]
+        finish(request, choice, Finish(reason, stop_token_id=choice.stop_token if reason is FinishReason.STOP else None))
