@@ -23,6 +23,9 @@ class GatewayConfig:
         max_choices: Choices of one prompt at most.
         max_prompts: Prompts of one HTTP request at most.
         max_live_requests: Requests in work at once; more are refused with a time to try again.
+        max_http_connections: HTTP connections open at once, within three quarters of the files that the process may open.
+        max_head_bytes: Largest request line and headers of an HTTP request.
+        head_seconds: Time in which an HTTP request's line and headers have to come.
         max_body_bytes: Largest HTTP body and gRPC message that is taken.
         body_seconds: Time in which an HTTP body has to come.
         default_deadline_seconds: Time for a request whose client set no deadline.
@@ -46,6 +49,9 @@ class GatewayConfig:
     max_choices: int = 16
     max_prompts: int = 256
     max_live_requests: int = 4_096
+    max_http_connections: int = 8_192
+    max_head_bytes: int = 64 << 10
+    head_seconds: float = 10.0
     max_body_bytes: int = 8 << 20
     body_seconds: float = 30.0
     default_deadline_seconds: float = 600.0

@@ -11,11 +11,11 @@ from starlette.types import Receive, Scope, Send
 
 from penstock.common.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 
-__all__ = ["SlowBody", "UnreadResponse", "read_body"]
+__all__ = ["DISCARDED_BYTES", "DISCARD_SECONDS", "SlowBody", "UnreadResponse", "read_body"]
 
 # What is thrown away, part by part, so that a client which sends on before it reads still sees the answer.
-_DISCARDED_BYTES = 256 << 20
-_DISCARD_SECONDS = 5.0
+DISCARDED_BYTES = 256 << 20
+DISCARD_SECONDS = 5.0
 
 
 class SlowBody(DeadlineExceeded):
@@ -66,14 +66,14 @@ class UnreadResponse(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DISCARD_SECONDS):
+            async with asyncio.timeout(DISCARD_SECONDS):
                 await _discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _discard(receive: Receive) -> None:
     discarded = 0
-    while discarded < _DISCARDED_BYTES:
+    while discarded < DISCARDED_BYTES:
         message = await receive()
         discarded += len(message.get("body", b""))
         if not message.get("more_body", False):

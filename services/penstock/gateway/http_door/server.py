@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from penstock.common.service import StartError
+from penstock.gateway.http_door.connection import Bounds, bounded
 
 __all__ = ["HttpServer"]
 
@@ -24,13 +27,19 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _affordable(connections: int) -> int:
+    """At most so many connections that a quarter of the files that this process may open is left for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return connections if soft == resource.RLIM_INFINITY else min(connections, soft * 3 // 4)
+
+
 class HttpServer:
     """An ASGI application, served until `close`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=bounded(replace(bounds, max_http_connections=_affordable(bounds.max_http_connections))),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -1,0 +1,198 @@
+"""A connection of the HTTP door, bounded until a request has come so far that admission and the body's own bounds hold it.
+
+uvicorn bounds no request's head with httptools: its parser gathers what comes, and a timer runs between requests alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, fields
+from http import HTTPStatus
+from typing import ClassVar, Literal
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from penstock.common.logs import logger
+from penstock.common.service import StartError
+from penstock.gateway.http_door.body import DISCARD_SECONDS, DISCARDED_BYTES
+
+__all__ = ["BoundedConnection", "Bounds", "bounded"]
+
+# Each is an object of Python's, so that 64 KiB of the smallest would be megabytes. Servers commonly take 100 to 256.
+_MOST_HEADERS = 256
+# Reading is paused behind a request that waits for another, but one read may hold ten thousand of the smallest.
+_MOST_PIPELINED = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a connection may take before a request is whole enough to be admitted.
+
+    Attributes:
+        max_head_bytes: of a request line and its headers together.
+        head_seconds: from a head's first byte to its last.
+        max_http_connections: of all that are open at once.
+
+    Raises:
+        StartError: one is not above zero.
+    """
+
+    max_head_bytes: int
+    head_seconds: float
+    max_http_connections: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise StartError(f"{field.name}: must be above 0, and is {getattr(self, field.name)}")
+
+
+def bounded(bounds: Bounds) -> type[BoundedConnection]:
+    """The protocol with these bounds; uvicorn makes one for each connection."""
+    return type("BoundedConnection", (BoundedConnection,), {"bounds": bounds})
+
+
+class _Refused(Exception):
+    """Has the parser stop."""
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """uvicorn's protocol, which is fed in pieces, so that a head is never held beyond its bound.
+
+    A head that begins a piece is counted to the byte. One that begins behind another request in the same piece is counted from
+    the next piece on, for the parser does not tell where it began: at most twice the bound is held of it. Of a body that comes in
+    chunks, the lines between them and the trailers have the same bound.
+
+    A refusal waits for the answers to earlier requests. Then what comes is thrown away for a while, since closing on unread data
+    would tear the answer away from a client that sends before it reads.
+    """
+
+    bounds: ClassVar[Bounds]
+    _place: Literal["between", "head", "body"] = "between"
+    _gathered = 0  # bytes since something was told to the application
+    _timer: asyncio.TimerHandle | None = None
+    _refusal: bytes | None = None
+    _discarded = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        if len(self.connections) > self.bounds.max_http_connections:
+            self._refuse(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", "as many connections are open as are taken; try again")
+            transport.close()
+            return
+        # Before its first request a connection is idle as it is between two.
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        while data and self._refusal is None and not self.transport.is_closing():
+            if self._place == "between" and not (data := data.lstrip(b"\r\n")):
+                return  # empty lines before a request mean nothing: the connection stays as idle as it was
+            room = self.bounds.max_head_bytes - self._gathered
+            piece, data = data[:room], data[room:]
+            self._gathered += len(piece)
+            super().data_received(piece)
+            if self._gathered >= self.bounds.max_head_bytes and self._place == "body":
+                self.transport.abort()
+            elif self._gathered >= self.bounds.max_head_bytes:
+                self._refuse_head(f"the request line and headers have more than {self.bounds.max_head_bytes} bytes")
+        if self._refusal is not None:
+            self._discarded += len(data)
+            if self._discarded > DISCARDED_BYTES:
+                self.transport.abort()
+        elif self._place == "head" and self._timer is None and not self.transport.is_closing():
+            self._arm(self.bounds.head_seconds)
+
+    def on_message_begin(self) -> None:
+        self._place = "head"
+        if len(self.pipeline) >= _MOST_PIPELINED:
+            self._refuse(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", f"at most {_MOST_PIPELINED} requests wait on a connection")
+            raise _Refused
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._place == "body":
+            return  # a trailer, which would stand among the headers
+        if len(self.headers) >= _MOST_HEADERS:
+            self._refuse_head(f"at most {_MOST_HEADERS} headers are taken")
+            raise _Refused
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._place, self._gathered = "body", 0
+        self._disarm()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._gathered = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._place, self._gathered = "between", 0
+        self._disarm()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self._refusal is not None:
+            self._answer_if_idle(self._refusal)
+        elif self._place == "head":
+            self._arm(self.bounds.head_seconds)
+        elif self._place == "body" and self.cycle.response_complete:
+            self._arm(DISCARD_SECONDS)  # for the rest of a body that nobody reads
+
+    def send_400_response(self, msg: str) -> None:
+        if self._refusal is None:  # what stopped the parser was no refusal
+            super().send_400_response(msg)
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(seconds, self._late)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self._place == "head" and self.flow.read_paused:
+            return  # the rest may wait on this side; its time begins again with the answer that it waits for
+        if self._place == "head":
+            why = f"the request line and headers did not come within {self.bounds.head_seconds:g} seconds"
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, "request_head_timeout", why)
+        else:
+            self.transport.abort()
+
+    def _refuse_head(self, why: str) -> None:
+        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request_head_too_large", why)
+
+    def _refuse(self, status: HTTPStatus, code: str, why: str) -> None:
+        self._disarm()
+        logger().info("connection refused", door="http", status=int(status), why=why)
+        self._refusal = _response(status, code, why, self.server_state.default_headers)
+        self._answer_if_idle(self._refusal)
+
+    def _answer_if_idle(self, refusal: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr]  # None before the first request
+            self._unset_keepalive_if_required()
+            self.transport.write(refusal)
+            self.transport.write_eof()
+            self._timer = self.loop.call_later(DISCARD_SECONDS, self.transport.abort)
+
+
+def _response(status: HTTPStatus, code: str, why: str, defaults: list[tuple[bytes, bytes]]) -> bytes:
+    kind, headers = "invalid_request_error", [*defaults, (b"content-type", b"application/json"), (b"connection", b"close")]
+    if status is HTTPStatus.TOO_MANY_REQUESTS:
+        kind, headers = "rate_limit_error", [*headers, (b"retry-after", b"1")]
+    body = json.dumps({"error": {"message": why, "type": kind, "param": None, "code": code}}).encode()
+    headers.append((b"content-length", b"%d" % len(body)))
+    line = f"HTTP/1.1 {status.value} {status.phrase}".encode()
+    return b"\r\n".join([line, *(name + b": " + value for name, value in headers), b"", body])
