@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.cli.app import app
 from penstock.cli.cluster.plan import Plan
 from penstock.cli.cluster.pools import MOST_EXECUTORS, ROLES, first_plans, joining_plans, pools, scaled
 from penstock.cli.cluster.settings import UpConfig
@@ -21,7 +22,7 @@ POOLS = st.tuples(COUNTS, COUNTS, COUNTS).filter(any).map(lambda counts: dict(zi
 def command(planned, **settings):
     plan = Plan(served_name="m", folder=Path("/models/m"), settings=UpConfig(**settings))
     argv = plan.executor(planned, scheduler="127.0.0.1:1").argv
-    return {flag: value for flag, value in pairwise(argv) if flag.startswith("--")}
+    return {flag: value for flag, value in pairwise((*argv, "")) if flag.startswith("--")}
 
 
 def test_without_a_word_there_is_one_executor_that_does_both_with_the_whole_machine():
@@ -104,3 +105,28 @@ def test_an_executor_of_another_role_keeps_its_pools_backend():
     prefill, _ = first_plans(UpConfig(**settings).pools, 2)
     told = command(replace(prefill, role="decode"), **settings)
     assert (told["--role"], told["--backend"]) == ("decode", "torch")
+
+
+def test_what_is_given_goes_to_the_services_though_it_is_the_default():
+    (only,) = first_plans(UpConfig().pools, None)
+    told = command(only, dtype="auto", backend="auto", prefix_cache=True)
+    assert (told["--dtype"], told["--backend"]) == ("auto", "auto")
+    assert "--prefix-cache" in told
+    assert "--no-prefix-cache" in command(only, prefix_cache=False)
+    assert not {"--dtype", "--backend", "--prefix-cache", "--no-prefix-cache"} & command(only).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "given"),
+    [
+        ([], {}, set()),
+        (["--dtype", "auto", "--prefix-cache"], {}, {"dtype", "prefix_cache"}),
+        ([], {"PENSTOCK_UP_PLACEMENT": "auto"}, {"placement"}),
+        (["--backend", "auto"], {"PENSTOCK_LOG_LEVEL": "info"}, {"backend", "log_level"}),
+    ],
+)
+def test_a_flag_and_a_variable_are_given_whatever_they_say(words, variables, given, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    _, bound, _ = app.parse_args(["up", "builtin", *words])
+    assert bound.arguments.get("settings", UpConfig()).given == given

@@ -54,8 +54,7 @@ class Plan:
         flags = [
             *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler, "--role", planned.role),
             *self._of_pool(planned, ("backend", "dtype", "kv_cache_dtype")),
-            *self._given(("kv_cache_gib", "max_batch_tokens", "max_batch_size")),
-            *([] if self.settings.prefix_cache else ["--no-prefix-cache"]),
+            *self._given(("kv_cache_gib", "max_batch_tokens", "max_batch_size", "prefix_cache")),
             *_flag("kv-cache-share", planned.kv_cache_share),
             *_flag("threads", planned.threads),
         ]
@@ -85,15 +84,12 @@ class Plan:
         return Program(name=name, service=service, argv=argv, listen=listen)
 
     def _given(self, keys: Sequence[str]) -> list[str]:
-        """Flags for what differs from the default; the rest is left to the service's own section, environment and defaults."""
-        default = UpConfig()
-        return [
-            word
-            for key in keys
-            if (value := getattr(self.settings, key)) != getattr(default, key)
-            for word in _flag(key.replace("_", "-"), value)
-        ]
+        """Flags for what was given; the rest is left to the service's own section, environment and defaults."""
+        given = [key for key in keys if key in self.settings.given]
+        return [word for key in given for word in _flag(key.replace("_", "-"), getattr(self.settings, key))]
 
 
 def _flag(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
     return [] if value is None else [f"--{name}", str(value)]

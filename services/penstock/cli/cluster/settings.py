@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from penstock.cli.cluster.pools import Role, pools
 from penstock.common.logs import LogFormat, LogLevel
@@ -49,6 +49,9 @@ class UpConfig:
         grace_seconds: Time that running requests get when the cluster ends.
     """
 
+    if TYPE_CHECKING:
+        given: frozenset[str]
+
     backend: str = "auto"
     dtype: DTypeName = "auto"
     workers: int | None = None
@@ -77,6 +80,12 @@ class UpConfig:
     event_log: str | None = None
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0
+
+    def __new__(cls, **given: object) -> Self:
+        """Remember what was given, a default's own value included: it goes before what a service's section says."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "given", frozenset(given))
+        return self
 
     @property
     def pools(self) -> dict[Role, int]:
