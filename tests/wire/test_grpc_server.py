@@ -90,14 +90,15 @@ SHARED = {errors.InvalidRequest, errors.UnsupportedField, errors.UnknownExecutor
 @pytest.mark.parametrize("kind", [kind for kind in errors.STATUS if kind not in SHARED])
 async def test_every_error_has_its_status_and_comes_back_as_itself(kind):
     async with running() as (_, servicer, channel):
-        servicer.error = kind("words", 2.5) if kind is errors.Overloaded else kind("words")
+        again = kind in {errors.Overloaded, errors.Unavailable}
+        servicer.error = kind("words", 2.5) if again else kind("words")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await models_pb2_grpc.ModelsStub(channel).GetModel(models_pb2.GetModelRequest())
         assert caught.value.code() is errors.STATUS[kind]
         status = rpc_status.from_call(caught.value)
         back = errors.error_from_status(caught.value.code(), status)
         assert type(back) is kind
-        if kind is errors.Overloaded:
+        if again:
             assert back.retry_after == 2.5
 
 
@@ -196,3 +197,5 @@ def test_channel_arguments_are_what_was_meant():
         assert end["grpc.keepalive_time_ms"] + end["grpc.keepalive_timeout_ms"] < two_leases
     assert server["grpc.keepalive_time_ms"] > within["grpc.keepalive_time_ms"]
     assert client["grpc.min_reconnect_backoff_ms"] <= client["grpc.max_reconnect_backoff_ms"]
+    # gRPC lengthens a pause by up to a fifth.
+    assert 1.2 * client["grpc.max_reconnect_backoff_ms"] < 500 * SchedulerConfig().settle_seconds

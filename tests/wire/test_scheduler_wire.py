@@ -343,7 +343,7 @@ async def test_deadline_in_the_queue_is_told_without_anything_else_happening():
     ],
 )
 async def test_what_can_never_run_is_refused_at_once_and_says_why(placing, reason, field, said):
-    async with served() as stub:
+    async with served(model_memory_seconds=0.0) as stub:
         await Executor(stub).ready()
         gateway = Gateway(stub)
         gateway.place(1, **placing)
@@ -458,7 +458,18 @@ async def test_no_executor_in_time_is_told():
         await (await Executor(stub).ready()).end()
         gateway = Gateway(stub)
         gateway.place(1)
-        assert (await gateway.refusal()).reason == pb.REFUSAL_REASON_NO_EXECUTOR
+        refusal = await gateway.refusal()
+        assert refusal.reason == pb.REFUSAL_REASON_NO_EXECUTOR
+        assert refusal.retry_after_ms > 0
+
+
+async def test_new_scheduler_tells_that_more_executors_may_come_until_it_has_settled():
+    async with served(settle_seconds=0.5) as stub:
+        stream = Stream(stub.Place)
+        assert (await stream.read()).catalog.more
+        while (response := await stream.read()).catalog.more:
+            pass
+        assert response.HasField("catalog")
 
 
 CALIBRATION = pb.Calibration(
@@ -620,7 +631,8 @@ async def test_metrics_tell_each_pool():
 
 
 async def test_metrics_tell_queue_leases_and_outcomes():
-    async with scheduler(metrics="127.0.0.1:0") as (address, server), stub_of(address) as stub, httpx.AsyncClient() as http:
+    config = {"metrics": "127.0.0.1:0", "executor_wait_seconds": 0.05}
+    async with scheduler(**config) as (address, server), stub_of(address) as stub, httpx.AsyncClient() as http:
         await Executor(stub, max_batch_size=1).ready()
         gateway = Gateway(stub)
         gateway.place(1)

@@ -33,7 +33,8 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # However long a service was away, the others are back within half of the scheduler's `settle_seconds`.
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     # Channels to one address share no connection: a stream that is stuck harms no other.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),

@@ -11,7 +11,7 @@
     ├── Overloaded              try again after `retry_after` seconds
     ├── DeadlineExceeded
     ├── Cancelled
-    ├── Unavailable             a service that the request needs is not there
+    ├── Unavailable             a service that the request needs is not there; may say when to try again
     └── InternalError           a defect; the text is logged and never sent
 
 The text of every exception but InternalError is written for the client.
@@ -132,7 +132,11 @@ class Cancelled(PenstockError):
 
 
 class Unavailable(PenstockError):
-    """A service that the request needs is not there now."""
+    """A service that the request needs is not there now; `retry_after` in seconds, where it is expected back."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class InternalError(PenstockError):
@@ -191,7 +195,7 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, status_pb2.Status]
         details.append(error_details_pb2.BadRequest(field_violations=violations))
         if type(error) in _REASONS:
             details.append(error_details_pb2.ErrorInfo(reason=_REASONS[type(error)], domain=_DOMAIN))
-    elif isinstance(error, Overloaded):
+    elif isinstance(error, Overloaded | Unavailable) and error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
@@ -213,7 +217,8 @@ def error_from_status(code: grpc.StatusCode, status: status_pb2.Status) -> Penst
         if packed.Unpack(bad):
             return _invalid(status)(*(FieldViolation(v.field, v.description) for v in bad.field_violations))
         if packed.Unpack(retry):
-            return Overloaded(status.message, retry.retry_delay.ToTimedelta().total_seconds())
+            again = Unavailable if code is grpc.StatusCode.UNAVAILABLE else Overloaded
+            return again(status.message, retry.retry_delay.ToTimedelta().total_seconds())
     kind = {v: k for k, v in STATUS.items() if k not in {*_REASONS, UnknownExecutor}}.get(code, InternalError)
     if kind is InvalidRequest:
         return InvalidRequest.field("request", status.message)

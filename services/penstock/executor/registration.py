@@ -24,8 +24,10 @@ _TICK_SECONDS = 0.25
 _LONGEST_HEARTBEAT = 1.0
 _HEARTBEATS_PER_LEASE = 3
 _FIRST_BACK_OFF = 0.1
-_LAST_BACK_OFF = 2.0
+_LAST_BACK_OFF = 1.0
 _FAREWELL_SECONDS = 2.0
+# Between two lines of the log, while there is no connection to the scheduler.
+_SILENCE_SECONDS = 10.0
 
 
 class Registration:
@@ -69,6 +71,7 @@ class Registration:
             stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
             back_off = _FIRST_BACK_OFF
             while True:
+                await self._reach(channel)
                 if self._healthy():
                     try:
                         await self._report(stub)
@@ -84,6 +87,20 @@ class Registration:
                 # Spread out, so that a scheduler that comes back does not see all executors in one moment.
                 await asyncio.sleep(back_off * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
                 back_off = min(2 * back_off, _LAST_BACK_OFF)
+
+    async def _reach(self, channel: grpc.aio.Channel) -> None:
+        """Return once there is a connection.
+
+        While the scheduler is away gRPC alone decides when to try again: two pauses, each grown over the same absence, would
+        outlast the time that a new scheduler waits for its executors.
+        """
+        ready = asyncio.ensure_future(channel.channel_ready())
+        try:
+            while not (await asyncio.wait((ready,), timeout=_SILENCE_SECONDS))[0]:
+                logger().warning("scheduler not reached", scheduler=self._scheduler)
+            ready.result()
+        finally:
+            ready.cancel()
 
     async def _report(self, stub: Any) -> None:
         """One stream, until it is lost or the executor is not healthy."""

@@ -10,6 +10,9 @@ from penstock.common.errors import InvalidRequest, Unavailable, UnknownModel
 
 __all__ = ["Catalog", "Executor", "GenerationDefaults", "Model"]
 
+# When to ask again for what may be served soon.
+_RETRY_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
@@ -84,9 +87,15 @@ class Catalog:
         self._models: dict[str, Model] = {}
         self._live: frozenset[str] = frozenset()
         self._executors: dict[str, Executor] = {}
+        self._more = True
 
-    def update(self, executors: Iterable[Executor]) -> None:
-        """Take over what the scheduler tells lives now."""
+    def more(self) -> None:
+        """The scheduler is gone: models may be served of which nothing is heard."""
+        self._more = True
+
+    def update(self, executors: Iterable[Executor], *, more: bool = False) -> None:
+        """Take over what the scheduler tells lives now; `more`: others may, that have not registered yet since its start."""
+        self._more = more
         by_model: dict[str, list[Executor]] = {}
         for executor in executors:
             by_model.setdefault(executor.model, []).append(executor)
@@ -113,17 +122,19 @@ class Catalog:
         """The model a client means; no name means the one model, where only one is served.
 
         Raises:
-            Unavailable: nothing has been served yet.
+            Unavailable: nothing has been served yet, or there may be one of this name.
             InvalidRequest: no name, and several models.
             UnknownModel: there is none of this name.
         """
         if not self._models:
-            raise Unavailable("no model is served yet: no executor has registered")
+            raise Unavailable("no model is served yet: no executor has registered", _RETRY_SECONDS)
         if not name:
             if len(self._models) > 1:
                 raise InvalidRequest.field("model", f"name one of {', '.join(sorted(self._models))}")
             return next(iter(self._models.values()))
         found = self._models.get(name)
+        if found is None and self._more:
+            raise Unavailable(f"no executor of model {name[:200]!r} has registered yet", _RETRY_SECONDS)
         if found is None:
             raise UnknownModel(f"model {name[:200]!r} is not served here; there is {', '.join(sorted(self._models))}")
         return found

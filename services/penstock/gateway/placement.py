@@ -141,7 +141,7 @@ class SchedulerPlacement:
         """Leases, refusals, the catalog, and executors that are lost."""
         if message.HasField("catalog"):
             self.connected = True
-            self._catalog.update(messages.executor(e) for e in message.catalog.executors)
+            self._catalog.update((messages.executor(e) for e in message.catalog.executors), more=message.catalog.more)
             self._on_catalog()
         for lease in message.granted:
             faults.reach("gateway.placed")
@@ -158,4 +158,5 @@ class SchedulerPlacement:
     def lost(self, why: str) -> None:  # noqa: ARG002 - the stream has logged it
         """Running requests do not notice."""
         self.connected = False
+        self._catalog.more()
         self._on_catalog()

@@ -34,8 +34,10 @@ class SchedulerConfig:
             together never does, apart does wherever a pair of executors can exchange KV.
         lease_seconds: An executor from which nothing comes for so long is taken for lost.
         executor_wait_seconds: Time that requests wait for an executor when all of their model's are gone.
-        model_memory_seconds: Time for which a model whose executors are all gone stays known.
-        settle_seconds: Time after the start in which unknown models are waited for, since executors still have to register.
+        model_memory_seconds: Time for which a model whose executors are all gone stays known. For so long after the start, any
+            model may be one that was served before.
+        settle_seconds: Time after the start in which no request is refused for what the executors that have registered do not
+            support, since others still have to.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
         metrics: HOST:PORT of a Prometheus endpoint.

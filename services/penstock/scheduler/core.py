@@ -26,6 +26,9 @@ __all__ = ["Scheduler"]
 # within this, and the pool changes.
 _SECOND_LOOK_SECONDS = 0.5
 
+# When to try again a request whose executors have not come back in time. It would wait for them anew.
+_AFTER_NO_EXECUTOR_SECONDS = 1.0
+
 
 class Scheduler:
     """Decides where and when requests run.
@@ -40,6 +43,8 @@ class Scheduler:
         self._rules = Rules(config.placement, config.prefill_weight, config.expected_output_tokens)
         self._clock = clock
         self._settled_at = clock() + config.settle_seconds
+        # Until then a model that has not been heard of may be one that was served before the start.
+        self._knows_models_at = clock() + max(config.settle_seconds, config.model_memory_seconds)
         self._gateways: dict[int, dict[int, Request]] = {}
         self._opened = 0
         self._arrivals = 0
@@ -160,7 +165,7 @@ class Scheduler:
                 return pool
             del self._pools[needs.model]
             pool = None
-        if pool is None and (needs.replacing or now < self._settled_at):
+        if pool is None and (needs.replacing or now < self._knows_models_at):
             pool = self._pool(needs.model)
         return pool
 
@@ -172,9 +177,9 @@ class Scheduler:
         return pool
 
     def _queue(self, pool: Pool, request: Request) -> None:
-        needs, config = request.needs, self._config
+        needs = request.needs
         executors = pool.route(needs)
-        patience = config.executor_wait_seconds if pool.known or needs.replacing else 0.0
+        patience = self._config.executor_wait_seconds
         if isinstance(executors, Unsupported):
             if request.arrived >= self._settled_at:
                 self._refuse(request, Reason.UNSUPPORTED, executors.message, field=executors.field)
@@ -285,10 +290,9 @@ class Scheduler:
         self._take_out(request)
         if isinstance(verdict, Unsupported):
             self._refuse(request, Reason.UNSUPPORTED, verdict.message, field=verdict.field)
-        elif pool.known or request.needs.replacing:
-            self._refuse(request, Reason.NO_EXECUTOR, _none_came(request.needs.model, pool))
         else:
-            self._refuse(request, Reason.UNKNOWN_MODEL, self._unknown(request.needs.model))
+            message = _none_came(request.needs.model, pool)
+            self._refuse(request, Reason.NO_EXECUTOR, message, retry=_AFTER_NO_EXECUTOR_SECONDS)
 
     def _take_out(self, request: Request) -> None:
         pool = self._pools[request.needs.model]

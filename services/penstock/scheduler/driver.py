@@ -46,6 +46,7 @@ class Driver:
         outbox = self._outboxes[gateway] = Outbox(pb.PlaceResponse)
         outbox.response.catalog.CopyFrom(self._catalog())
         outbox.flush()
+        self.kick()
         return outbox
 
     def disconnect(self, gateway: int) -> None:
@@ -90,6 +91,7 @@ class Driver:
         if self._settling and self._core.settles_at is None:
             self._settling = False
             self.members.tell_peers()
+            self._tell_catalog()
         (self.emptied.clear if self._core.queued else self.emptied.set)()
         self._set_timer()
 
@@ -142,7 +144,8 @@ class Driver:
         self.members.lose(lost.executor_id)
 
     def _catalog(self) -> pb.Catalog:
-        return pb.Catalog(executors=[told for executor, told in self.members.described() if not executor.draining])
+        live = [told for executor, told in self.members.described() if not executor.draining]
+        return pb.Catalog(executors=live, more=self._core.settles_at is not None)
 
     def _tell_catalog(self) -> None:
         self._told_version = self._core.executors.version

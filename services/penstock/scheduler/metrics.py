@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from penstock.common.metrics import E2E_SECONDS, TIME_TO_FIRST_TOKEN_SECONDS
 from penstock.scheduler.core import Scheduler
-from penstock.scheduler.model import Grant, Reason, Refused
+from penstock.scheduler.model import Grant, Refused
 from penstock.scheduler.pool_metrics import pool_metrics
 
 __all__ = ["SchedulerMetrics"]
@@ -24,6 +24,7 @@ class SchedulerMetrics:
 
     def __init__(self, core: Scheduler) -> None:
         self.registry = CollectorRegistry()
+        self._core = core
         self._queue_time = Histogram(
             "penstock_request_queue_time_seconds",
             "Time from a request's arrival at the scheduler to its lease.",
@@ -52,8 +53,9 @@ class SchedulerMetrics:
         self._placed.labels(grant.model, "apart" if grant.prefill else "together", grant.reason.value).inc()
 
     def refused(self, refused: Refused) -> None:
-        """A request got none. Names of unknown models are a client's, and would grow without bound."""
-        model = "" if refused.reason in {Reason.UNKNOWN_MODEL, Reason.DRAINING} else refused.model
+        """A request got none. Names of models that were never served are a client's, and would grow without bound."""
+        pool = self._core.pools.get(refused.model)
+        model = refused.model if pool is not None and pool.known else ""
         self._placements.labels(model, refused.reason.value).inc()
 
 

@@ -221,27 +221,32 @@ def test_room_that_comes_after_the_deadline_goes_to_the_next():
     assert {(o.request_id, type(o) is Grant) for o in world.core.step()} == {(late, False), (next_one, True)}
 
 
-def test_model_that_nobody_serves_is_unknown_at_once_and_after_its_memory():
+def test_model_that_nobody_serves_is_unknown_after_its_memory():
     world = World(model_memory_seconds=60, executor_wait_seconds=5)
+    world.now = 61.0
     assert world.outcome().reason is Reason.UNKNOWN_MODEL
     executor = world.join("a")
     world.core.executors.leave(executor)
-    world.now = 59.0
+    world.now = 120.0
     assert world.outcome() is None
     world.now = 200.0
     world.core.step()
     assert world.outcome().reason is Reason.UNKNOWN_MODEL
 
 
-def test_new_scheduler_waits_for_executors_to_register_before_a_model_is_unknown():
-    world = World(settle_seconds=3)
-    assert world.outcome() is None
-    assert world.outcome(model="other") is None
+def test_new_scheduler_takes_no_model_for_unknown_that_may_have_been_served_before_its_start():
+    world = World(settle_seconds=3, executor_wait_seconds=30)
+    first, other = world.ask(), world.ask(model="other")
+    assert world.at(3.9) == []
     world.join("a")
-    assert [o.executor_id for o in world.core.step()] == ["a"]
-    (refused,) = world.at(3.01)
-    assert (refused.model, refused.reason) == ("other", Reason.UNKNOWN_MODEL)
-    assert list(world.core.pools) == ["m"]
+    assert [(o.request_id, o.executor_id) for o in world.core.step()] == [(first, "a")]
+    later = world.ask(model="another")
+    (refused,) = world.at(30.01)
+    assert (refused.request_id, refused.reason) == (other, Reason.NO_EXECUTOR)
+    assert refused.retry_after > 0
+    world.join("b", model="another")
+    assert [(o.request_id, o.executor_id) for o in world.core.step()] == [(later, "b")]
+    assert set(world.core.pools) == {"m", "another"}
 
 
 def test_announced_leases_count_before_and_after_the_executor_registers():

@@ -79,7 +79,7 @@ def error_response(error: BaseException, *, chat: bool = False) -> Response:
     """The same as a response."""
     status, body = error_body(error, chat=chat)
     headers = {}
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | Unavailable) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if isinstance(error, RequestTooLarge | SlowBody):
         headers["Connection"] = "close"  # the rest of the body is not read

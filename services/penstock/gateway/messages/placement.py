@@ -90,7 +90,7 @@ def error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - o
         case scheduler_pb2.REFUSAL_REASON_UNSUPPORTED:
             return UnsupportedField.field(refusal.field or "request", refusal.message or "no live executor supports this")
         case scheduler_pb2.REFUSAL_REASON_NO_EXECUTOR:
-            return Unavailable(refusal.message or "the model's executors are gone")
+            return Unavailable(refusal.message or "the model's executors are gone", refusal.retry_after_ms / 1e3 or 1.0)
         case scheduler_pb2.REFUSAL_REASON_DRAINING:
             return Unavailable(refusal.message or "the scheduler is draining")
         case _:

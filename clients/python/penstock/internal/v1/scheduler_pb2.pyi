@@ -99,11 +99,11 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_QUEUE_FULL: _RefusalReason.ValueType  # 1
     REFUSAL_REASON_DEADLINE: _RefusalReason.ValueType  # 2
     REFUSAL_REASON_UNKNOWN_MODEL: _RefusalReason.ValueType  # 3
-    """No executor, live or recently lost, serves the model."""
+    """No executor, live or recently lost, serves the model. Never told while it may have been served before the scheduler's start."""
     REFUSAL_REASON_UNSUPPORTED: _RefusalReason.ValueType  # 4
     """The model is served, but no executor supports a field, or can hold so many tokens."""
     REFUSAL_REASON_NO_EXECUTOR: _RefusalReason.ValueType  # 5
-    """The model was served, and no executor has come back in time."""
+    """The model was served, or may have been before the scheduler's start, and no executor has come back in time."""
     REFUSAL_REASON_DRAINING: _RefusalReason.ValueType  # 6
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
@@ -112,11 +112,11 @@ REFUSAL_REASON_UNSPECIFIED: RefusalReason.ValueType  # 0
 REFUSAL_REASON_QUEUE_FULL: RefusalReason.ValueType  # 1
 REFUSAL_REASON_DEADLINE: RefusalReason.ValueType  # 2
 REFUSAL_REASON_UNKNOWN_MODEL: RefusalReason.ValueType  # 3
-"""No executor, live or recently lost, serves the model."""
+"""No executor, live or recently lost, serves the model. Never told while it may have been served before the scheduler's start."""
 REFUSAL_REASON_UNSUPPORTED: RefusalReason.ValueType  # 4
 """The model is served, but no executor supports a field, or can hold so many tokens."""
 REFUSAL_REASON_NO_EXECUTOR: RefusalReason.ValueType  # 5
-"""The model was served, and no executor has come back in time."""
+"""The model was served, or may have been before the scheduler's start, and no executor has come back in time."""
 REFUSAL_REASON_DRAINING: RefusalReason.ValueType  # 6
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
@@ -372,7 +372,7 @@ class Refusal(_message.Message):
     message: _builtins.str
     """One sentence for the client."""
     retry_after_ms: _builtins.int
-    """When to try again, for REFUSAL_REASON_QUEUE_FULL."""
+    """When to try again, for REFUSAL_REASON_QUEUE_FULL and REFUSAL_REASON_NO_EXECUTOR."""
     def __init__(
         self,
         *,
@@ -395,16 +395,20 @@ class Catalog(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXECUTORS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """Others may live that have not registered yet since the scheduler's start."""
     @_builtins.property
     def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorDescription]: ...
     def __init__(
         self,
         *,
         executors: _abc.Iterable[Global___ExecutorDescription] | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "more", b"more"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
