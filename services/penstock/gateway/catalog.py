@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from penstock.common.errors import InvalidRequest, Unavailable, UnknownModel
+from penstock.common.errors import InvalidRequest, PenstockError, Unavailable, UnknownModel
 
 __all__ = ["Catalog", "Executor", "GenerationDefaults", "Model"]
 
@@ -81,11 +81,18 @@ class Model:
 
 
 class Catalog:
-    """All served models. A model stays known while its last executor is gone, so that a restart refuses nobody."""
+    """All served models. A model stays known for a while when its last executor is gone, so that a restart refuses nobody.
 
-    def __init__(self) -> None:
+    Args:
+        memory_seconds: how long.
+        clock: tells monotonic seconds.
+    """
+
+    def __init__(self, memory_seconds: float = 300.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._memory = memory_seconds
+        self._clock = clock
         self._models: dict[str, Model] = {}
-        self._live: frozenset[str] = frozenset()
+        self._gone: dict[str, float] = {}  # since when, in the order of going
         self._executors: dict[str, Executor] = {}
         self._more = True
 
@@ -104,7 +111,10 @@ class Catalog:
             known = self._models.get(name)
             created = known.created if known else int(time.time())
             self._models[name] = Model(name=name, executors=tuple(group), created=created)
-        self._live = frozenset(by_model)
+        self._gone = {name: since for name, since in self._gone.items() if name not in by_model}
+        for name in self._models.keys() - by_model.keys() - self._gone.keys():
+            self._gone[name] = self._clock()
+        self._forget()
         named = {e.executor_id for m in self._models.values() for e in m.executors}
         # Placements tell the backends of lost executors too; a bound keeps a crash loop from growing this.
         for executor_id in [i for i in self._executors if i not in named][: max(0, len(self._executors) - len(named) - 64)]:
@@ -112,7 +122,7 @@ class Catalog:
 
     def models(self) -> Mapping[str, Model]:
         """Those with a live executor."""
-        return {name: model for name, model in self._models.items() if name in self._live}
+        return {name: model for name, model in self._models.items() if name not in self._gone}
 
     def executor(self, executor_id: str) -> Executor | None:
         """A live or recently lost executor."""
@@ -122,19 +132,44 @@ class Catalog:
         """The model a client means; no name means the one model, where only one is served.
 
         Raises:
-            Unavailable: nothing has been served yet, or there may be one of this name.
+            Unavailable: nothing is served, or there may be one of this name.
             InvalidRequest: no name, and several models.
             UnknownModel: there is none of this name.
         """
+        self._forget()
         if not self._models:
-            raise Unavailable("no model is served yet: no executor has registered", _RETRY_SECONDS)
+            raise Unavailable("no model is served: no executor has registered", _RETRY_SECONDS)
         if not name:
-            if len(self._models) > 1:
-                raise InvalidRequest.field("model", f"name one of {', '.join(sorted(self._models))}")
-            return next(iter(self._models.values()))
+            served = self.models() or self._models
+            if len(served) > 1:
+                raise InvalidRequest.field("model", f"name one of {', '.join(sorted(served))}")
+            return next(iter(served.values()))
         found = self._models.get(name)
-        if found is None and self._more:
-            raise Unavailable(f"no executor of model {name[:200]!r} has registered yet", _RETRY_SECONDS)
         if found is None:
-            raise UnknownModel(f"model {name[:200]!r} is not served here; there is {', '.join(sorted(self._models))}")
+            raise self._absent(name)
         return found
+
+    def live(self, name: str) -> Model:
+        """The model of this name, with its live executors.
+
+        Raises:
+            Unavailable: it has none now, or there may be one of this name.
+            UnknownModel: there is none of this name.
+        """
+        self._forget()
+        found = self.models().get(name)
+        if found is None:
+            raise self._absent(name)
+        return found
+
+    def _absent(self, name: str) -> PenstockError:
+        if self._more or name in self._models:
+            return Unavailable(f"no executor of model {name[:200]!r} is registered now", _RETRY_SECONDS)
+        served = ", ".join(sorted(self.models()))
+        return UnknownModel(f"model {name[:200]!r} is not served here" + (f"; there is {served}" if served else ""))
+
+    def _forget(self) -> None:
+        """Let go of the models that are gone for longer than they are remembered."""
+        end = self._clock() - self._memory
+        for name in [name for name, since in self._gone.items() if since < end]:
+            del self._gone[name], self._models[name]

@@ -31,6 +31,7 @@ class GatewayConfig:
         default_deadline_seconds: Time for a request whose client set no deadline.
         sse_keepalive_seconds: A comment is sent on an event stream that has been silent for so long.
         slow_reader_seconds: A client that takes nothing of waiting output for so long is cut off.
+        model_memory_seconds: Time for which a model whose executors are all gone stays known, and requests for it wait.
         max_attempts: Executors that a request is tried on without a new token before it fails.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
@@ -57,6 +58,7 @@ class GatewayConfig:
     default_deadline_seconds: float = 600.0
     sse_keepalive_seconds: float = 10.0
     slow_reader_seconds: float = 60.0
+    model_memory_seconds: float = 300.0
     max_attempts: int = 5
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"

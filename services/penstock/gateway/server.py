@@ -104,7 +104,7 @@ class GatewayServer:
         """The core and its adapters."""
         config, clock = self._config, time.monotonic
         self.metrics = GatewayMetrics()
-        self.catalog = Catalog()
+        self.catalog = Catalog(config.model_memory_seconds, clock)
         scheduler, tokenizer, decoder = (connect(a) for a in (config.scheduler, config.tokenizer, config.tokenizer))
         self._channels = [scheduler, tokenizer, decoder]
         self.placement = SchedulerPlacement(scheduler, self.catalog, clock, self._on_catalog, self._lose_executor)

@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc.aio
 
-from penstock.common.errors import UnknownModel
 from penstock.gateway.auth import Keys
 from penstock.gateway.catalog import Catalog, Executor, Model
 from penstock.gateway.grpc_door.callers import bearer_of
@@ -41,9 +40,7 @@ class ModelsServicer(models_pb2_grpc.ModelsServicer):
 
     async def GetModel(self, request: models_pb2.GetModelRequest, context: Context) -> models_pb2.GetModelResponse:
         self._authenticate(context)
-        model = self._catalog.models().get(request.name)
-        if model is None:
-            raise UnknownModel(f"model {request.name[:200]!r} is not served here")
+        model = self._catalog.live(request.name)
         return models_pb2.GetModelResponse(model=_model(model, await self._states()))
 
     def _authenticate(self, context: Context) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from penstock.common.errors import InvalidRequest, PenstockError, UnknownModel
+from penstock.common.errors import InvalidRequest, PenstockError
 from penstock.gateway.catalog import Model
 from penstock.gateway.http_door import generations
 from penstock.gateway.http_door.access import AccessLog
@@ -63,11 +63,7 @@ class _Pages:
 
     async def model(self, request: Request) -> Response:
         self._door.caller(request.headers)
-        name = request.path_params["name"]
-        found = self._door.admission.catalog.models().get(name)
-        if found is None:
-            raise UnknownModel(f"model {name[:200]!r} is not served here")
-        return JSONResponse(_model(found))
+        return JSONResponse(_model(self._door.admission.catalog.live(request.path_params["name"])))
 
     async def tokenize(self, request: Request) -> Response:
         caller = self._door.caller(request.headers)
