@@ -2,11 +2,13 @@
 
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from suite import Suite, wait_for
 
-from penstock.client import PenstockError, Unavailable
+from penstock.client import Client, PenstockError, Unavailable
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 40, 88, 121, 300, 512, 777)]
 OPTIONS = {"max_tokens": 800, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
@@ -99,6 +101,25 @@ def test_descriptors_and_threads_come_back(suite, undisturbed):
     assert wait_for(lambda: all(suite.services(n)[0].num_fds() <= before[n] for n in names)), {
         n: (before[n], suite.services(n)[0].num_fds()) for n in names
     }
+
+
+def test_scheduler_that_is_ended_with_a_queue_fails_no_request(suite, undisturbed):
+    whole = [ids for ids, _ in undisturbed]
+    with Client(suite.grpc, retries=0) as client, ThreadPoolExecutor(24) as threads:
+
+        def ask(prompt, tokens):
+            options = OPTIONS | {"max_tokens": tokens}
+            return threads.submit(lambda: [*client.generate(prompt, **options).result().choices[0].token_ids])
+
+        waiting = [ask(prompt, 400) for prompt in 2 * PROMPTS]
+        assert wait_for(lambda: suite.counts()["queued"] >= 4)
+        (scheduler,) = suite.services("scheduler")
+        scheduler.terminate()
+        new = [ask(prompt, 20) for prompt in PROMPTS]
+        assert [answer.result(60) for answer in waiting] == [ids[:400] for ids in 2 * whole]
+        assert [answer.result(60) for answer in new] == [ids[:20] for ids in whole]
+        assert psutil.wait_procs([scheduler], timeout=30)[0]
+    suite.assert_idle()
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])

@@ -701,7 +701,7 @@ async def test_settings_that_can_not_work_are_named(wrong):
         await SchedulerServer(SchedulerConfig(**wrong)).start()
 
 
-async def test_draining_scheduler_refuses_new_requests_and_waits_for_its_queue():
+async def test_draining_scheduler_ends_the_streams_of_gateways_and_refuses_nothing():
     async with scheduler() as (address, server), stub_of(address) as stub:
         await Executor(stub, max_batch_size=1).ready()
         gateway = Gateway(stub)
@@ -714,11 +714,31 @@ async def test_draining_scheduler_refuses_new_requests_and_waits_for_its_queue()
 
         await eventually(waits)
         draining = asyncio.create_task(server.drain())
-        await asyncio.sleep(0)
-        gateway.place(3)
-        assert (await gateway.refusal()).reason == pb.REFUSAL_REASON_DRAINING
-        assert not draining.done()
-        gateway.send(pb.PlaceRequest(released=[1]))
-        assert (await gateway.grant()).request_id == 2
+        assert await last_of(gateway) == []
+        assert await gateway.call.code() is grpc.StatusCode.OK
         async with asyncio.timeout(WAIT):
             await draining
+        late = Gateway(stub)
+        late.place(3)
+        assert await last_of(late) == []
+        assert (await states(stub))[1] == 0
+
+
+async def last_of(gateway):
+    """Refusals until the stream ends."""
+    refused = []
+    while (response := await gateway.read()) is not grpc.aio.EOF:
+        refused += response.refused
+    return refused
+
+
+async def test_lease_that_is_granted_as_the_scheduler_drains_is_told():
+    async with scheduler() as (address, server), stub_of(address) as stub:
+        await Executor(stub, max_batch_size=1).ready()
+        gateway = Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        server._driver._outboxes[1].response.granted.add(request_id=7)
+        async with asyncio.timeout(WAIT):
+            await server.drain()
+        assert (await gateway.grant()).request_id == 7

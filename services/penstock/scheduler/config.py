@@ -42,7 +42,7 @@ class SchedulerConfig:
         log_format: Console or JSON lines; auto is console on a terminal.
         metrics: HOST:PORT of a Prometheus endpoint.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
-        grace_seconds: Time that waiting requests get to be placed in when the scheduler drains.
+        grace_seconds: Time at most for gateways to hear what was decided when the scheduler drains.
     """
 
     listen: str = "127.0.0.1:8012"

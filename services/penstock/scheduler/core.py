@@ -53,7 +53,6 @@ class Scheduler:
         self._deadlines: Timers[Request] = Timers()
         self._patience: Timers[Request] = Timers()
         self._outcomes: list[Outcome] = []
-        self._draining = False
         self.executors = Registry(config, clock, self._changed, self._freed)
         self._leases = Leases(self.executors)
 
@@ -95,9 +94,6 @@ class Scheduler:
         """Ask for an executor. What the request id stood for before is released."""
         self.release(gateway, request_id)
         request = self._request(gateway, request_id, needs, load_tokens(needs, self._config.expected_output_tokens))
-        if self._draining and not needs.replacing:
-            self._refuse(request, Reason.DRAINING, "the scheduler is shutting down; try again")
-            return
         if needs.deadline is not None and needs.deadline <= 0:
             self._refuse(request, Reason.DEADLINE, "the deadline passed before the request was queued")
             return
@@ -124,10 +120,6 @@ class Scheduler:
         request = self._gateways[gateway].get(request_id)
         if request is not None:
             self._leases.free_prefill(request)
-
-    def drain(self) -> None:
-        """Refuse new requests. Those that wait, and those that ran before, are placed still."""
-        self._draining = True
 
     def step(self) -> list[Outcome]:
         """Do all that can be done now; what came of it since the last step, in order."""

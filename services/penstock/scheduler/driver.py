@@ -27,7 +27,7 @@ class Driver:
 
     Attributes:
         members: the executors' streams.
-        emptied: set while nothing is queued.
+        ended: set when `end` was called and no gateway's stream is left.
     """
 
     def __init__(self, core: Scheduler, metrics: SchedulerMetrics) -> None:
@@ -39,25 +39,40 @@ class Driver:
         self._settling = True
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
-        self.emptied = asyncio.Event()
+        self._ending = False
+        self.ended = asyncio.Event()
 
     def connect(self, gateway: int) -> Outbox[pb.PlaceResponse]:
-        """A gateway's stream begins; the catalog goes out first."""
+        """A gateway's stream begins; the catalog goes out first. After `end` it is all that goes out."""
         outbox = self._outboxes[gateway] = Outbox(pb.PlaceResponse)
         outbox.response.catalog.CopyFrom(self._catalog())
         outbox.flush()
+        if self._ending:
+            outbox.close()
         self.kick()
         return outbox
 
     def disconnect(self, gateway: int) -> None:
         """It has ended."""
         del self._outboxes[gateway]
+        self._note_end()
+
+    def end(self) -> None:
+        """Have the streams of gateways end once what is decided is told, and new ones at once."""
+        self._ending = True
+        for outbox in self._outboxes.values():
+            outbox.close()
+        self._note_end()
 
     def kick(self) -> None:
         """Step soon: once, however many inputs come before."""
         if not self._kicked:
             self._kicked = True
             asyncio.get_running_loop().call_soon(self._step)
+
+    def _note_end(self) -> None:
+        if self._ending and not self._outboxes:
+            self.ended.set()
 
     def stop(self) -> None:
         """No timer fires any more."""
@@ -92,7 +107,6 @@ class Driver:
             self._settling = False
             self.members.tell_peers()
             self._tell_catalog()
-        (self.emptied.clear if self._core.queued else self.emptied.set)()
         self._set_timer()
 
     def _deliver(self, outcome: Outcome) -> Outbox[pb.PlaceResponse] | None:

@@ -126,7 +126,6 @@ class Reason(enum.Enum):
     UNKNOWN_MODEL = "unknown_model"
     UNSUPPORTED = "unsupported"
     NO_EXECUTOR = "no_executor"
-    DRAINING = "draining"
 
 
 class PlacementReason(enum.Enum):

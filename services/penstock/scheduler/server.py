@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 
 from penstock.common import metrics, tracing
@@ -17,6 +18,8 @@ from penstock.scheduler.servicer import SchedulerServicer
 
 __all__ = ["SchedulerServer"]
 
+# For gateways that do not read; the others hear it at once.
+_LAST_WORDS_SECONDS = 1.0
 _NAME = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
 
 
@@ -27,7 +30,6 @@ class SchedulerServer:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._core: Scheduler | None = None
         self._driver: Driver | None = None
         self._server: GrpcServer | None = None
         self._metrics: metrics.MetricsServer | None = None
@@ -36,7 +38,7 @@ class SchedulerServer:
         """Serve. There is nothing to load."""
         check(self._config)
         tracing.configure(self.name, self._config.otlp_endpoint)
-        core = self._core = Scheduler(self._config, asyncio.get_running_loop().time)
+        core = Scheduler(self._config, asyncio.get_running_loop().time)
         counts = SchedulerMetrics(core)
         driver = self._driver = Driver(core, counts)
         server = self._server = GrpcServer()
@@ -58,14 +60,18 @@ class SchedulerServer:
         await asyncio.Event().wait()
 
     async def drain(self) -> None:
-        """Refuse new requests, and return when those that wait are placed; what runs does not need the scheduler."""
-        if self._core is None or self._driver is None or self._server is None:
+        """End the streams of gateways, and return when they have heard what was decided.
+
+        Nothing waits here that they do not hold too: they ask the next scheduler for it, and sooner than this one would have had
+        room. What runs needs none.
+        """
+        if self._driver is None or self._server is None:
             return
-        self._core.drain()
         await self._server.set_serving(serving=False)
-        self._driver.emptied.clear()
-        self._driver.kick()
-        await self._driver.emptied.wait()
+        self._driver.end()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await self._driver.ended.wait()
 
     async def close(self) -> None:
         """End all streams."""

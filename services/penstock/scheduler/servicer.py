@@ -41,7 +41,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         try:
             async for response in outbox:
                 yield response
-            await reading
+            if reading.done():  # it is not where the scheduler drains
+                reading.result()
         finally:
             reading.cancel()
             self._driver.disconnect(gateway)

@@ -78,7 +78,7 @@ def _prefill_message(prefill: PrefillLease | None) -> scheduler_pb2.PrefillLease
     return scheduler_pb2.PrefillLease(executor_id=prefill.executor_id, address=prefill.address, tokens=prefill.tokens)
 
 
-def error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - one line for each reason
+def error(refusal: scheduler_pb2.Refusal) -> PenstockError:
     """What the client is told of a refusal."""
     match refusal.reason:
         case scheduler_pb2.REFUSAL_REASON_QUEUE_FULL:
@@ -91,8 +91,6 @@ def error(refusal: scheduler_pb2.Refusal) -> PenstockError:  # noqa: PLR0911 - o
             return UnsupportedField.field(refusal.field or "request", refusal.message or "no live executor supports this")
         case scheduler_pb2.REFUSAL_REASON_NO_EXECUTOR:
             return Unavailable(refusal.message or "the model's executors are gone", refusal.retry_after_ms / 1e3 or 1.0)
-        case scheduler_pb2.REFUSAL_REASON_DRAINING:
-            return Unavailable(refusal.message or "the scheduler is draining")
         case _:
             return InternalError(f"the scheduler refused without a reason: {refusal.message}")
 

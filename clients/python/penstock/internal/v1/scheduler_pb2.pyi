@@ -104,7 +104,6 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """The model is served, but no executor supports a field, or can hold so many tokens."""
     REFUSAL_REASON_NO_EXECUTOR: _RefusalReason.ValueType  # 5
     """The model was served, or may have been before the scheduler's start, and no executor has come back in time."""
-    REFUSAL_REASON_DRAINING: _RefusalReason.ValueType  # 6
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
 
@@ -117,7 +116,6 @@ REFUSAL_REASON_UNSUPPORTED: RefusalReason.ValueType  # 4
 """The model is served, but no executor supports a field, or can hold so many tokens."""
 REFUSAL_REASON_NO_EXECUTOR: RefusalReason.ValueType  # 5
 """The model was served, or may have been before the scheduler's start, and no executor has come back in time."""
-REFUSAL_REASON_DRAINING: RefusalReason.ValueType  # 6
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
@@ -130,7 +128,7 @@ class PlaceRequest(_message.Message):
     PREFILLED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def place(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placing]:
-        """Requests to place."""
+        """Requests to place. What waits when the stream ends, be it that the scheduler drains, is to be placed again on the next one."""
 
     @_builtins.property
     def released(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
