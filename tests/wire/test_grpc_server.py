@@ -84,7 +84,7 @@ async def test_reflection_lists_the_services_and_describes_them():
 
 
 # These share their status with another that is as good to a client.
-SHARED = {errors.InvalidRequest, errors.UnsupportedField, errors.UnknownExecutor}
+SHARED = {errors.InvalidRequest, errors.UnsupportedField, errors.ContextOverflow, errors.UnknownExecutor}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in errors.STATUS if kind not in SHARED])
