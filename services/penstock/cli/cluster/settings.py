@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 from penstock.cli.cluster.pools import Role, pools
@@ -50,7 +50,7 @@ class UpConfig:
     """
 
     if TYPE_CHECKING:
-        given: frozenset[str]
+        given: frozenset[str] = field(init=False)
 
     backend: str = "auto"
     dtype: DTypeName = "auto"
