@@ -54,6 +54,13 @@ def test_every_line_on_stderr_is_json_that_tells_its_process(suite):
     assert {"executor", "scheduler"} <= {line["process"] for line in told if line["service"] != "up"}
 
 
+def test_the_choice_of_a_backend_tells_what_speaks_for_it_and_why_not_the_others(suite):
+    chosen = next(line for line in map(json.loads, list(suite.log)) if line["event"] == "backend chosen")
+    assert chosen["why"]
+    assert "fake" in {other.partition(":")[0] for other in chosen["others"]}
+    assert chosen["backend"] not in {other.partition(":")[0] for other in chosen["others"]}
+
+
 def services_that_told(suite, request_id):
     return {name for name, line in lines(suite, request_id) if line["request_id"] == request_id}
 

@@ -247,7 +247,13 @@ def test_executors_that_differ_are_told_and_not_taken_for_one(grpc_door, monkeyp
     target.close()
 
 
-@pytest.mark.parametrize("target", ["127.0.0.1:8001", "https://127.0.0.1:8001", "grpc://127.0.0.1", "grpc://"])
+def test_an_address_alone_is_a_grpc_door(grpc_door, capsys):
+    work = Work(scenario=("decode-b1",), repeats=1, as_json=True)
+    assert serve(target=grpc_door[0], work=work) == 0
+    assert json.loads(capsys.readouterr().out)["engine"] == "penstock-grpc"
+
+
+@pytest.mark.parametrize("target", ["nonsense", "https://127.0.0.1:8001", "grpc://127.0.0.1", "grpc://"])
 def test_a_target_that_is_none_is_refused(target):
-    with pytest.raises(ConfigError, match=r"--target: must be grpc://HOST:PORT or http://HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"--target: must be HOST:PORT, grpc://HOST:PORT or http://HOST:PORT"):
         serve(target=target)

@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import shutil
 import subprocess
-import threading
-from types import SimpleNamespace
 
 import grpc
 import grpc.aio
 import pytest
+from fake_server import CLOSING, FakeServer
 from google.protobuf import duration_pb2
 
 from penstock.cli.connection import Connection
@@ -31,99 +30,8 @@ from penstock.client import (
     UnknownModel,
 )
 from penstock.common import errors
-from penstock.common.server import GrpcServer
 from penstock.v1 import inference_pb2 as pb
-from penstock.v1 import inference_pb2_grpc as pb_grpc
-from penstock.v1 import models_pb2, models_pb2_grpc
-
-CLOSING = pb.Closing(
-    usage=pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1),
-    request_id="r",
-    model="m",
-    placements=[pb.Placement(executor_id="e1", backend="fake", device="cpu")],
-    queue_time=duration_pb2.Duration(nanos=5_000_000),
-    seed=2**63,
-)
-
-
-class FakeServer(pb_grpc.InferenceServicer, models_pb2_grpc.ModelsServicer):
-    """Answers with one message per entry of `script`; an exception there is raised, and None waits until the call is cancelled."""
-
-    def __init__(self):
-        self.script = []
-        self.calls = []
-        self.cancelled = threading.Event()
-
-    async def _play(self, request, context, answer):
-        self.calls.append(
-            SimpleNamespace(request=request, metadata=dict(context.invocation_metadata()), left=context.time_remaining())
-        )
-        script = self.script.pop(0) if self.script and isinstance(self.script[0], list) else self.script
-        for step in script:
-            if isinstance(step, Exception):
-                raise step
-            if step is None:
-                try:
-                    await asyncio.Event().wait()
-                except asyncio.CancelledError:
-                    self.cancelled.set()
-                    raise
-            yield answer(closing=step) if isinstance(step, pb.Closing) else answer(**step)
-
-    async def Generate(self, request, context):  # noqa: N802 - the name in the proto
-        async with contextlib.aclosing(self._play(request, context, pb.GenerateResponse)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def Chat(self, request, context):  # noqa: N802 - the name in the proto
-        async with contextlib.aclosing(self._play(request, context, pb.ChatResponse)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def CountTokens(self, request, context):  # noqa: N802 - the name in the proto
-        async for _ in self._play(request, context, lambda **fields: None):
-            pass
-        return pb.CountTokensResponse(count=2, token_ids=[5, 6] if request.token_ids else [], context_length=128)
-
-    async def ListModels(self, request, context):  # noqa: N802 - the name in the proto
-        decode = [models_pb2.DecodeSpeed(batch=n, tokens_per_second=1000.5 * n) for n in (1, 2, 4)]
-        speeds = models_pb2.Calibration(prefill_tokens_per_second=2500, decode=decode, prefill_chunk=64)
-        executors = [
-            models_pb2.ModelExecutor(executor_id="e1", backend="fake", kv_blocks=9, calibration=speeds, role="prefill"),
-            models_pb2.ModelExecutor(executor_id="e2", backend="fake", kv_blocks=9),
-        ]
-        return models_pb2.ListModelsResponse(
-            models=[models_pb2.Model(name="m", context_length=128, executors=executors, created_unix_seconds=60)]
-        )
-
-    async def GetModel(self, request, context):  # noqa: N802 - the name in the proto
-        if request.name != "m":
-            raise errors.UnknownModel(f"no model {request.name!r}; there is m")
-        return models_pb2.GetModelResponse(model=models_pb2.Model(name="m"))
-
-
-@pytest.fixture
-def fake():
-    """The server, on a loop of its own, so that a blocking client can talk to it."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    servicer = FakeServer()
-
-    async def start():
-        server = GrpcServer()
-        server.add(pb_grpc.add_InferenceServicer_to_server, servicer, "penstock.v1.Inference")
-        server.add(models_pb2_grpc.add_ModelsServicer_to_server, servicer, "penstock.v1.Models")
-        address = server.listen("127.0.0.1:0")
-        await server.start()
-        return server, address
-
-    server, servicer.address = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
-    yield servicer
-    asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(30)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+from penstock.v1 import models_pb2_grpc
 
 
 class Awaited:
@@ -310,6 +218,8 @@ def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
         (lambda c: c.chat([{"role": "user", "text": "x"}]), "conversation.messages[0]", "with role, content"),
         (lambda c: c.count_tokens([-1]), "prompt", "from 0 to 4294967295"),
         (lambda c: c.count_tokens(["x"]), "prompt", "a sequence of messages"),
+        (lambda c: c.generate("x", request_id="a\nb"), "request_id", "must be printable ASCII"),
+        (lambda c: c.chat([], request_id="r\u00e9"), "request_id", "must be printable ASCII"),
     ],
 )
 def test_a_value_that_no_field_can_hold_is_refused_before_anything_is_sent(fake, connect, ask, field, right):
@@ -317,6 +227,15 @@ def test_a_value_that_no_field_can_hold_is_refused_before_anything_is_sent(fake,
         ask(connect())
     assert [violation.field for violation in refused.value.violations] == [field]
     assert "\n" not in str(refused.value)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("ask", [lambda c: c.generate("x"), lambda c: c.models(), lambda c: c.count_tokens("x")])
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "a\nb", "a\x7f"])
+def test_a_key_that_can_not_be_sent_is_refused_and_not_told(fake, connect, ask, key):
+    with pytest.raises(InvalidRequest, match=r"^api_key: must be printable ASCII") as refused:
+        ask(connect(api_key=key))
+    assert key not in str(refused.value)
     assert fake.calls == []
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import cast
 
-from penstock.client import Closing, Options, Stream
+from penstock.client import Closing, Finish, Options, PenstockError, Stream
 
-__all__ = ["Answering", "as_json", "options", "show"]
+__all__ = ["Answering", "options", "show", "show_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +45,56 @@ def options(answering: Answering) -> Options:
 
 
 def show(stream: Stream, heard: list[str] | None = None) -> None:
-    """Write an answer to stdout as it comes, and add its pieces to `heard`. A terminal's stderr gets what it took."""
-    for event in stream:
-        if event.text:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-            if heard is not None:
+    """Write an answer to stdout as it comes, and add its pieces to `heard`. A terminal's stderr gets what it took.
+
+    Raises:
+        PenstockError: the answer broke off; what came of it is written.
+    """
+    heard = [] if heard is None else heard
+    try:
+        for event in stream:
+            if event.text:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
                 heard.append(event.text)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    except PenstockError:
+        if heard:
+            _end_line()
+        raise
+    _end_line()
     if stream.closing is not None and sys.stderr.isatty():
         _tell(stream.closing)
 
 
-def as_json(stream: Stream) -> str:
-    """A whole answer as one JSON object: its text, how it ended, and the closing."""
-    result = stream.result()
-    finish = result.choices[0].finish if result.choices else None
-    told = {"text": result.text, "finish": asdict(finish) if finish else None, **asdict(result.closing)}
-    return json.dumps(told, ensure_ascii=False)
+def show_json(stream: Stream) -> str:
+    """Write a whole answer to stdout as one JSON object, its text, how it ended, and the closing; the text.
+
+    Raises:
+        PenstockError: the answer broke off. What came of it is written, with `error` in place of the closing.
+    """
+    heard: list[str] = []
+    finish: Finish | None = None
+    try:
+        for event in stream:
+            heard.append(event.text)
+            finish = event.finish or finish
+    except PenstockError as error:
+        if heard:
+            _write_json({"text": "".join(heard), "finish": None, "error": str(error)})
+        raise
+    closing = {} if stream.closing is None else asdict(stream.closing)
+    _write_json({"text": "".join(heard), "finish": asdict(finish) if finish else None, **closing})
+    return "".join(heard)
+
+
+def _write_json(told: Mapping[str, object]) -> None:
+    sys.stdout.write(json.dumps(told, ensure_ascii=False))
+    _end_line()
+
+
+def _end_line() -> None:
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def _tell(closing: Closing) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, env_var_split
 
 from penstock.cli.huge_pages import computes, start_again_with_huge_pages
-from penstock.cli.layers import CONFIG_LAYERS
+from penstock.cli.layers import CONFIG_LAYERS, wrong_setting
 from penstock.common.config import ConfigError
 from penstock.common.service import StartError
 
@@ -19,6 +22,9 @@ __all__ = ["app", "main"]
 _LOCAL = Group("Serve", sort_key=0)
 _CLIENTS = Group("Use", sort_key=1)
 _SERVICES = Group("Single services", sort_key=2)
+
+# What writing to a file that is open already fails with, where its disk or its quota is full or broken.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def _split(kind: Any, text: str, *, delimiter: str | None = None) -> list[str]:
@@ -65,6 +71,9 @@ app.command("penstock.cli.services:executor", name="executor", group=_SERVICES, 
 
 def main() -> None:
     """Run the command that the arguments name, and exit with its status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, who does not want it
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process lives
     if computes(sys.argv[1:]):
         start_again_with_huge_pages()
     sys.exit(_run())
@@ -72,16 +81,30 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        status = app(exit_on_error=False, print_error=False, result_action="return_value")
+        status = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
     except CycloptsError as error:
-        return _refuse(str(error), 2)
+        wrong = wrong_setting(error)
+        return _refuse(str(error), 2) if wrong is None else _refuse(str(wrong), 1)
     except (ConfigError, StartError) as error:
         return _refuse(str(error), 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _drop_output()
+        return _refuse(f"can not write the output: {error.strerror}", 1)
     return status if isinstance(status, int) else 0
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere: the interpreter would fail at it once more when it ends."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _refuse(why: str, status: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from penstock.cli.answers import Answering, as_json, options, show
+from penstock.cli.answers import Answering, options, show, show_json
 from penstock.cli.connection import Connection, connected
 from penstock.client import Message, Stream
 
@@ -39,7 +39,7 @@ def chat(
             turns.append(Message("user", said))
             with client.chat(turns, **options(answering)) as stream:
                 if whole:
-                    print(as_json(stream), flush=True)
+                    turns.append(Message("assistant", show_json(stream)))
                 elif message is not None:
                     show(stream)
                 else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from penstock.client import Client, PenstockError, Unavailable
+from penstock.client import Client, DeadlineExceeded, PenstockError, Unavailable
 from penstock.common.addresses import host_and_port
 from penstock.common.config import ConfigError
 
@@ -52,5 +52,8 @@ def connected(connection: Connection) -> Iterator[Client]:
             yield client
         except Unavailable as error:
             raise ConfigError(f"{connection.address}: {error}; is a model served there? (penstock up MODEL)") from None
+        except DeadlineExceeded:
+            seconds = connection.timeout
+            raise ConfigError(f"--timeout {seconds:g}: the answer was not whole within {seconds:g} s and is broken off") from None
         except PenstockError as error:
             raise ConfigError(str(error)) from None

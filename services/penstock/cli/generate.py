@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from penstock.cli.answers import Answering, as_json, options, show
+from penstock.cli.answers import Answering, options, show, show_json
 from penstock.cli.connection import Connection, connected
 
 __all__ = ["generate"]
@@ -31,7 +31,7 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     with connected(connection) as client, client.generate(text, **options(answering)) as stream:
         if whole:
-            print(as_json(stream))
+            show_json(stream)
         else:
             show(stream)
     return 0

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
-from cyclopts import App, ArgumentCollection
+from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, UnknownOptionError
 from cyclopts.config import Dict, Env
 
-from penstock.common.config import ENVIRONMENT_PREFIX, check_environment, read_file, spelled, variables
+from penstock.common.config import ENVIRONMENT_PREFIX, ConfigError, check_environment, read_file, sections_of, spelled, variables
 
-__all__ = ["CONFIG_LAYERS", "SERVICES"]
+__all__ = ["CONFIG_LAYERS", "SERVICES", "wrong_setting"]
 
 SERVICES = ("gateway", "tokenizer", "scheduler", "executor")
 
 # What belongs to a start rather than to a setting.
+_ENVIRONMENT = "environment"
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
 _NOT_SETTINGS = {"help", "version", "config", "process", "supervisor_fd", "faults"}
 
 
@@ -41,12 +45,32 @@ def _config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     file = arguments.get("--config", None)
     if file is None or not file.tokens:
         return
-    path = file.tokens[0].value
-    values = read_file(Path(path), commands[-1], SERVICES, _keys(arguments))
+    path = Path(file.tokens[0].value)
+    values = read_file(path, commands[-1], SERVICES, _keys(arguments))
+    where = f"{path}: {commands[-1]}" if commands[-1] in sections_of(path, SERVICES) else str(path)
     # Under its commands' names: of flat values, cyclopts drops those named like a command, such as the executor's `scheduler`.
     for command in reversed(commands):
         values = {command: values}
-    Dict(values, source=path)(app, commands, arguments)
+    Dict(values, source=where)(app, commands, arguments)
+
+
+def wrong_setting(error: CycloptsError) -> ConfigError | None:
+    """What is wrong with a value that comes from a file or the environment; None where the command line itself is wrong."""
+    if not isinstance(error, CoercionError | UnknownOptionError) or (token := error.token) is None or token.source in {"", "cli"}:
+        return None
+    key = (token.keyword or "").partition("]")[0].removeprefix("[")  # of a mapping where there should be none, [key][inner]
+    if isinstance(error, UnknownOptionError):
+        return ConfigError(f"{token.source}: {key}: must be no mapping")
+    return ConfigError(f"{token.source}: {key}: must be {_right(error.target_type)}, and is {token.value}")
+
+
+def _right(kind: Any) -> str:
+    """What a value of this type is, for a person."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if isinstance(kind, UnionType):
+        return " or ".join(_right(one) for one in get_args(kind) if one is not NoneType)
+    return _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
 def _keys(arguments: ArgumentCollection) -> set[str]:
@@ -55,7 +79,7 @@ def _keys(arguments: ArgumentCollection) -> set[str]:
 
 CONFIG_LAYERS = (
     _environment_is_known,
-    Env(ENVIRONMENT_PREFIX, source="the environment"),
-    Env(ENVIRONMENT_PREFIX, source="the environment", command=False, show=False),
+    Env(ENVIRONMENT_PREFIX, source=_ENVIRONMENT),
+    Env(ENVIRONMENT_PREFIX, source=_ENVIRONMENT, command=False, show=False),
     _config_file,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
-from penstock.backends.ranking import Standing
+from penstock.backends.ranking import Standing, Verdict
 from penstock.common import metrics as endpoint
 from penstock.common import proofs, tracing
 from penstock.common.addresses import reachable
@@ -159,7 +159,7 @@ class ExecutorServer:
         prepared = await asyncio.to_thread(prepare, config)
         backend = prepared.choice.registration.name
         told.failure = f"backend {backend} loads {prepared.spec.name}"
-        logger().info("backend chosen", backend=backend, others=[_line(s) for s in prepared.choice.standings if s.reason])
+        logger().info("backend chosen", backend=backend, **_why(prepared.choice.standings))
         try:
             async with asyncio.timeout(config.load_seconds):
                 return await asyncio.to_thread(create, prepared)
@@ -224,5 +224,8 @@ def _exchange(loaded: Loaded, description: scheduler_pb2.ExecutorDescription, se
     return Exchange(identity, loaded.engine, loaded.model.kv, description.vocabulary_size, settings)
 
 
-def _line(standing: Standing) -> str:
-    return f"{standing.report.name}: {standing.verdict}: {standing.reason}"
+def _why(standings: Sequence[Standing]) -> dict[str, object]:
+    """What speaks for the chosen backend, and why each other one is not chosen."""
+    chosen = next((s.reason for s in standings if s.verdict is Verdict.CHOSEN), "")
+    others = [f"{s.report.name}: {s.verdict}: {s.reason}" for s in standings if s.reason and s.verdict is not Verdict.CHOSEN]
+    return {"why": chosen, "others": others}

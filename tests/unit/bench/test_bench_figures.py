@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from penstock.cli.bench.measure import closed_loop, open_loop
+from penstock.cli.bench.measure import closed_loop, failures, open_loop
 from penstock.cli.bench.options import Work
 from penstock.cli.bench.scenarios import Poisson, Scenario
 from penstock.cli.bench.session import measure
@@ -43,6 +43,16 @@ class ScriptedTarget:
         self.closed = True
 
 
+class AnswersOnlyTheWarmUp(ScriptedTarget):
+    def __init__(self, failing):
+        super().__init__([0.1, 0.5])
+        self.wanted = failing
+
+    def run(self, requests, finished):
+        self.failing = self.wanted if self.runs else ()
+        return super().run(requests, finished)
+
+
 def test_the_quickest_of_the_repeats_is_told_and_the_ids_of_the_first():
     finished = []
     result = closed_loop(ScriptedTarget([0.6, 0.3, 0.9]), SMALL, 3, lambda: finished.append(1))
@@ -66,6 +76,7 @@ def test_an_open_loop_counts_only_answers_in_time():
     good = open_loop(ScriptedTarget([1.0], failing={0, 1}), load, Slo(ttft=0.3, itl=0.3), 0, lambda: None).fields
     assert good["requests"] == requests
     assert good["failed"] == 2
+    assert good["errors"] == [{"error": "UNAVAILABLE: gone", "requests": 2}]
     assert good["goodput_req_s"] == pytest.approx((requests - 2) / good["seconds"], abs=0.01)
     late = open_loop(ScriptedTarget([1.0]), load, Slo(ttft=0.2, itl=0.3), 0, lambda: None).fields
     assert late["goodput_req_s"] == 0
@@ -118,6 +129,38 @@ def test_a_table_for_people(capsys):
     assert "scripted 1, none, f32" in out
     assert "poisson" in out
     assert "0 of " in out
+
+
+def timelines(errors):
+    return [Timeline(error=error) for error in errors]
+
+
+def test_errors_that_differ_in_figures_alone_are_counted_together():
+    errors = [None, "at most 2048; these are 5000", "gone", "at most 2048; these are 6001", "late", "other", "gone", "more"]
+    assert failures(timelines(errors)) == [
+        {"error": "at most 2048; these are 5000", "requests": 2},
+        {"error": "gone", "requests": 2},
+        {"error": "late", "requests": 1},
+    ]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_work_of_which_nothing_was_answered_is_told_and_fails(capsys, as_json):
+    work = Work(rate=5.0, duration=3.0, as_json=as_json)
+    requests = len(work.poisson().work(0, 768))
+    failed = (range(requests), range(requests - 1))
+    statuses = [measure(work, lambda failing=failing: AnswersOnlyTheWarmUp(failing)) for failing in failed]
+    assert statuses == [1, 0]
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"penstock: {requests} of {requests} requests failed",
+        f"penstock: {requests} of them: UNAVAILABLE: gone",
+        f"penstock: {requests - 1} of {requests} requests failed",
+        f"penstock: {requests - 1} of them: UNAVAILABLE: gone",
+    ]
+    if as_json:
+        told = [json.loads(line)["errors"] for line in out.splitlines()]
+        assert told == [[{"error": "UNAVAILABLE: gone", "requests": len(failing)}] for failing in failed]
 
 
 def test_the_target_is_closed_when_a_run_fails(capsys):

@@ -17,6 +17,7 @@ FIELDS = {
     "itl_ms": TIMES,
     "e2e_ms": TIMES,
     "failed": 10,
+    "errors": [{"error": "gone", "requests": 8}],
     "requests": 1300,
     "goodput_req_s": 16.65,
 }

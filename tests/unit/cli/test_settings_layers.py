@@ -1,21 +1,22 @@
 """Flags over PENSTOCK_<COMMAND>_… over PENSTOCK_… over the file over defaults; a misspelt key is named with the nearest right one."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cyclopts import CycloptsError
 
-from penstock.cli.app import app
+from penstock.cli.app import app, main
 from penstock.common.config import ConfigError, read_file
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    import os
-
     for name in [name for name in os.environ if name.startswith("PENSTOCK_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # so that no command starts this process again
 
 
 def parse(*tokens):
@@ -125,6 +126,72 @@ def test_a_wrong_value_names_its_key_and_its_file(file):
     path = file("look_ahead: many")
     with pytest.raises(CycloptsError, match=r"(?s)look_ahead.*settings\.yaml.*many"):
         parse("scheduler", "--config", path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("executor: {max_batch_size: abc}", "executor: max_batch_size: must be a whole number, and is abc"),
+        ("executor: {dtype: f99}", "executor: dtype: must be one of auto, f32, bf16, int8, int4, and is f99"),
+        ("executor: {kv_cache_gib: [1]}", "executor: kv_cache_gib: must be a number, and is [1]"),
+        ("executor: {kv_cache_gib: {a: 1}}", "executor: kv_cache_gib: must be no mapping"),
+        ("executor: {max_batchsize: 1}", "executor: unknown setting max_batchsize; did you mean max_batch_size?"),
+        ("prefix_cache: maybe", "prefix_cache: must be true or false, and is maybe"),
+    ],
+)
+def test_whatever_is_wrong_in_a_file_is_told_alike(file, monkeypatch, capsys, text, why):
+    path = file(text)
+    monkeypatch.setattr("sys.argv", ["penstock", "executor", "--config", path])
+    assert refused(capsys) == (1, f"penstock: {path}: {why}\n")
+    monkeypatch.setattr(
+        "sys.argv", ["penstock", "up", "builtin", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--config", path]
+    )
+    assert refused(capsys) == (1, f"penstock: {path}: {why}\n")
+
+
+def test_a_wrong_variable_is_told_like_a_wrong_file_and_a_wrong_flag_is_a_wrong_call(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["penstock", "scheduler", "--look-ahead", "many"])
+    assert refused(capsys)[0] == 2
+    monkeypatch.setattr("sys.argv", ["penstock", "scheduler"])
+    monkeypatch.setenv("PENSTOCK_LOOK_AHEAD", "many")
+    assert refused(capsys) == (1, "penstock: environment: PENSTOCK_LOOK_AHEAD: must be a whole number, and is many\n")
+
+
+def refused(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    out, err = capsys.readouterr()
+    assert out == ""
+    return leaving.value.code, err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_can_not_be_written_is_told_in_one_line(unbuffered):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "penstock.cli", "--version"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "penstock: can not write the output: No space left on device\n")
+
+
+def test_ctrl_c_amid_imports_is_quiet():
+    program = """
+import signal, sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cyclopts":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from penstock.cli.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("command", ["gateway", "tokenizer", "scheduler", "executor", "up", "scale", "role"])

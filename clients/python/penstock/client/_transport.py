@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Mapping
 
 import grpc
 
-from penstock.client.errors import retry_delay
+from penstock.client.errors import InvalidRequest, retry_delay
 
 __all__ = ["TLS", "Attempts", "channel_options", "credentials", "metadata"]
 
@@ -17,6 +18,8 @@ TLS = bool | bytes | grpc.ChannelCredentials
 
 _MAX_MESSAGE_BYTES = 64 << 20
 _MAX_DELAY_SECONDS = 30.0
+# https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: ASCII-Value
+_UNFIT = re.compile(r"[^ -~]")
 
 
 def channel_options(retries: int) -> list[tuple[str, int | str]]:
@@ -56,13 +59,24 @@ def credentials(tls: TLS) -> grpc.ChannelCredentials | None:
 
 
 def metadata(api_key: str | None, options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    """Metadata of a call."""
+    """Metadata of a call.
+
+    Raises:
+        InvalidRequest: a value can not be metadata; names the field.
+    """
     entries: list[tuple[str, str]] = []
     if api_key is not None:
-        entries.append(("authorization", f"Bearer {api_key}"))
+        entries.append(("authorization", f"Bearer {_fit('api_key', api_key)}"))
     if (request_id := options.get("request_id")) is not None:
-        entries.append(("x-request-id", str(request_id)))
+        entries.append(("x-request-id", _fit("request_id", request_id)))
     return tuple(entries)
+
+
+def _fit(field: str, value: object) -> str:
+    text = str(value)
+    if _UNFIT.search(text):  # which is not told: it may be a secret
+        raise InvalidRequest.field(field, "must be printable ASCII, in one line: metadata holds nothing else")
+    return text
 
 
 class Attempts:

@@ -30,5 +30,4 @@ def engine(
         options: See its fields.
         work: See its fields.
     """
-    measure(work, lambda: EngineTarget(model, options))
-    return 0
+    return measure(work, lambda: EngineTarget(model, options))

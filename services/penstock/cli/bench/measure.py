@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,10 @@ from penstock.cli.bench.target import Target
 from penstock.cli.bench.timeline import Slo, Timeline, latencies, meets
 from penstock.common.service import StartError
 
-__all__ = ["Result", "closed_loop", "open_loop", "warm"]
+__all__ = ["Result", "closed_loop", "failures", "open_loop", "warm"]
+
+_FIGURES = re.compile(r"\d+")
+_MOST_KINDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ def open_loop(target: Target, load: Poisson, slo: Slo, seed: int, finished: Call
         "seconds": round(seconds, 3),
         "requests": len(requests),
         "failed": len(requests) - len(good),
+        "errors": failures(timelines),
         **_rates(sum(len(t.ids) for _, t in good), sum(len(r.prompt) + len(t.ids) for r, t in good), seconds),
         **latencies(timelines),
         "slo_ttft_ms": round(slo.ttft * 1000, 3),
@@ -89,6 +95,17 @@ def _check(timelines: Sequence[Timeline]) -> None:
     errors = [t.error for t in timelines if t.error is not None]
     if errors:
         raise StartError(f"{len(errors)} of {len(timelines)} requests failed; the first: {errors[0]}")
+
+
+def failures(timelines: Sequence[Timeline]) -> list[dict[str, Any]]:
+    """The first kinds of errors, each with its first text and its requests. Texts that differ in figures alone are of one kind."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for error in (t.error for t in timelines if t.error is not None):
+        kind = _FIGURES.sub("#", error)
+        first.setdefault(kind, error)
+        counts[kind] += 1
+    return [{"error": text, "requests": counts[kind]} for kind, text in list(first.items())[:_MOST_KINDS]]
 
 
 def _nothing() -> None:

@@ -40,8 +40,15 @@ class Report:
 
     def add(self, result: Result) -> None:
         self._results.append(result)
+        for line in _failures(result.fields):
+            print(line, file=sys.stderr)
         if self._as_json:
             print(json.dumps(result.fields), flush=True)
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether there is a result without any answer."""
+        return any(r.fields.get("failed", 0) and r.fields["failed"] == r.fields["requests"] for r in self._results)
 
     def finish(self) -> None:
         """Print the table, and write the ids where they are wanted."""
@@ -56,6 +63,19 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     columns = {**_COLUMNS, **(_OPEN_LOOP_COLUMNS if "goodput_req_s" in first else {})}
     print(f"{first['engine']} {first['version']}, {first['backend']}, {first['dtype']}", flush=True)
     print_table(list(columns), ([cell(row) for cell in columns.values()] for row in rows), figures=True)
+
+
+def _failures(fields: Mapping[str, Any]) -> Iterator[str]:
+    """What a person wants to read of requests that failed; nothing where none did."""
+    if not fields.get("failed"):
+        return
+    yield f"penstock: {fields['failed']} of {fields['requests']} requests failed"
+    told = 0
+    for kind in fields["errors"]:
+        told += kind["requests"]
+        yield f"penstock: {kind['requests']} of them: {kind['error']}"
+    if told < fields["failed"]:
+        yield f"penstock: {fields['failed'] - told} of them in other ways"
 
 
 def _middle(figures: Mapping[str, float] | None) -> str:

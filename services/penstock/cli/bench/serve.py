@@ -29,10 +29,11 @@ def serve(
 ) -> int:
     """Measure a running suite through one of its doors.
 
-    Prompts are random token ids; answers are greedy and have an exact length.
+    Prompts are random token ids; answers are greedy and have an exact length. The status is 1 where a request of a scenario failed,
+    or every request under --rate; why they failed is told on stderr and in --json.
 
     Args:
-        target: grpc://HOST:PORT or http://HOST:PORT.
+        target: HOST:PORT or grpc://HOST:PORT of the gRPC door, or http://HOST:PORT.
         model: Name of the model; needed where several are served.
         dtype: The precision that the suite must run in; another is refused. auto takes any.
         backend: The backend that the suite must run on; another is refused. auto takes any.
@@ -53,16 +54,15 @@ def serve(
             raise
         return connected
 
-    measure(work, suite)
-    return 0
+    return measure(work, suite)
 
 
 def _door(target: str, model: str | None, vocabulary: int, *, prefix_cache: bool, timeout: float) -> Callable[[], Target]:
     """What connects to a door, once it is called."""
-    scheme, _, address = target.partition("://")
-    if scheme not in {"grpc", "http"} or not address.rpartition(":")[2].isdigit():
-        raise ConfigError(f"--target: must be grpc://HOST:PORT or http://HOST:PORT, and is {target!r}")
-    if scheme == "grpc":
+    scheme, _, address = target.rpartition("://")
+    if scheme not in {"", "grpc", "http"} or not address.rpartition(":")[2].isdigit():
+        raise ConfigError(f"--target: must be HOST:PORT, grpc://HOST:PORT or http://HOST:PORT, and is {target!r}")
+    if scheme != "http":
         from penstock.cli.bench.grpc_target import GrpcTarget
 
         return lambda: GrpcTarget(address, model=model, prefix_cache=prefix_cache, timeout=timeout)

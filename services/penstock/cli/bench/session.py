@@ -12,8 +12,11 @@ from penstock.cli.bench.target import Target
 __all__ = ["measure"]
 
 
-def measure(work: Work, connect: Callable[[], Target]) -> None:
+def measure(work: Work, connect: Callable[[], Target]) -> int:
     """Run all of the work on a target, which is made once the options are known to be right.
+
+    Returns:
+        the exit status: 1 where every request of an open loop failed.
 
     Raises:
         ConfigError: an option is wrong.
@@ -32,5 +35,6 @@ def measure(work: Work, connect: Callable[[], Target]) -> None:
             if load is not None:
                 report.add(open_loop(target, load, work.slo(), work.seed, finished))
         report.finish()
+        return 1 if report.in_vain else 0
     finally:
         target.close()

@@ -50,12 +50,19 @@ async def _live(group: Group, bring_up: BringUp) -> None:
     try:
         await asyncio.wait((starting, group.failed), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
-            sys.stdout.write(starting.result() + "\n")
-            sys.stdout.flush()
+            _print(starting.result())
         await group.failed
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+
+
+def _print(line: str) -> None:
+    try:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        raise GaveUp(f"can not write to stdout that it is ready: {error.strerror}") from error
 
 
 class _Signals:

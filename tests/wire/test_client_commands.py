@@ -1,0 +1,40 @@
+"""What `penstock generate` and `chat` ask a server, and what they show of its answers."""
+
+import io
+import json
+
+import pytest
+from fake_server import CLOSING
+
+from penstock.cli.answers import Answering
+from penstock.cli.chat import chat
+from penstock.cli.connection import Connection
+from penstock.cli.generate import generate
+from penstock.common.config import ConfigError
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_conversation_has_the_models_own_answers(fake, monkeypatch, capsys, as_json):
+    fake.script = [[{"text": "Hel"}, {"text": "lo."}, CLOSING], [{"text": "Bye."}, CLOSING]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nand then?\n"))
+    assert chat(system="Be kind.", connection=Connection(target=fake.address), whole=as_json) == 0
+    said = [[(m.role, m.content) for m in call.request.conversation.messages] for call in fake.calls]
+    first = [("system", "Be kind."), ("user", "hi")]
+    assert said == [first, [*first, ("assistant", "Hello."), ("user", "and then?")]]
+    lines = capsys.readouterr().out.splitlines()
+    assert ([json.loads(line)["text"] for line in lines] if as_json else lines) == ["Hello.", "Bye."]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_deadline_names_its_flag_and_leaves_what_came(fake, capsys, as_json):
+    fake.script = [{"text": "one "}, {"text": "two"}, None]
+    connection = Connection(target=fake.address, timeout=0.5)
+    with pytest.raises(ConfigError, match=r"--timeout 0\.5: the answer was not whole within 0\.5 s"):
+        generate("x", answering=Answering(max_tokens=9), connection=connection, whole=as_json)
+    told = capsys.readouterr().out
+    if as_json:
+        answer = json.loads(told)
+        assert (answer["text"], answer["finish"]) == ("one two", None)
+        assert "Deadline Exceeded" in answer["error"]
+    else:
+        assert told == "one two\n"
