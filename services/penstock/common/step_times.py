@@ -115,6 +115,11 @@ class StepTimes:
         seconds = whole * self.prefill.seconds[-1] + self.prefill_pair_seconds * chunk * behind
         return seconds + (self.chunk_seconds(rest, past + whole * chunk) if rest else 0.0)
 
+    def most_seconds(self, prompt_tokens: int, batch: int, context: int) -> float:
+        """Seconds of a step of so many prompt tokens beside `batch` decoding sequences, if each stands behind `context` tokens."""
+        prefill = self.chunk_seconds(prompt_tokens, context) if prompt_tokens else 0.0
+        return prefill + (self.step_seconds(batch, context) if batch else 0.0)
+
     def step_seconds(self, batch: int, context: float) -> float:
         """Seconds of a step in which `batch` sequences decode, each with `context` tokens on average."""
         beyond = max(0.0, context - self.decode_context)

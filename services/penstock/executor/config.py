@@ -40,8 +40,9 @@ class ExecutorConfig:
         prefix_cache: Whether requests share the KV cache of equal prefixes.
         probe_seconds: Seconds that a backend has to say what it is.
         load_seconds: Seconds that the backend may take to load the model.
-        stall_seconds: A decoding step that takes longer makes the executor NOT_SERVING.
-        stall_seconds_per_prompt_token: What each prompt token in a step adds to that.
+        stall_seconds: A step that takes so much longer than four times what was measured makes the executor NOT_SERVING.
+        stall_seconds_per_prompt_token: What each prompt token in a step adds to that, in place of what was measured; 0.05 where absent
+            and nothing was measured.
         handoff_lease_seconds: A handoff of KV from or to another executor ends when nothing is heard of the other for this long.
         handoff_push_mib: MiB of KV that goes to another executor in one piece at most, unless one block is more.
         handoff_window_mib: MiB of KV that are on their way from one executor to this one at most.
@@ -79,7 +80,7 @@ class ExecutorConfig:
     probe_seconds: float = 20
     load_seconds: float = 900
     stall_seconds: float = 2.5
-    stall_seconds_per_prompt_token: float = 0.05
+    stall_seconds_per_prompt_token: float | None = None
     handoff_lease_seconds: float = 3
     handoff_push_mib: float = 16
     handoff_window_mib: float = 48

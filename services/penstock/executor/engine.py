@@ -19,8 +19,8 @@ hashes are computed by who submits it, and frames become messages in the sink's 
 
 A backend that raises costs the batch's sequences; one that raises twice in a row, or has lost its model, is taken for broken, and
 the engine is dead.
-`progress` tells a watchdog whether the engine moves: a step may take `stall_seconds`, and `stall_seconds_per_prompt_token` more
-for each prompt token in it.
+`progress` tells a watchdog whether the engine moves: a step may take `stall_seconds`, and beyond these four times what was measured of
+such steps, or, where nothing was, `stall_seconds_per_prompt_token` for each prompt token in it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies
+from penstock.common.step_times import StepTimes
 from penstock.executor.acceptance import fault_of, refusal_of
 from penstock.executor.batch import Built, PromptRows, build
 from penstock.executor.blocks import BlockManager
@@ -56,6 +57,8 @@ _JOIN_SECONDS = 10.0
 _MOVE_SHARE, _LEAST_MOVE_SECONDS, _MOVE_SECONDS = 0.1, 0.005, 0.1
 # Within that, how long the next copy is waited for before the next step begins.
 _PATIENCE = 0.02
+# A step that takes so many times what was measured hangs: other work on the machine may double it, or more.
+_STALLED = 4.0
 # A wait for a deadline is cut into such pieces: a thread can not wait for as long as a deadline may be away.
 _LONGEST_WAIT = 3600.0
 
@@ -113,6 +116,7 @@ class Engine:
         self._stepped = False
         self._step_seconds = 0.0
         self._raised_before = False
+        self._times: StepTimes | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread.
@@ -185,6 +189,10 @@ class Engine:
         config = self._config = replace(self._config, max_batch_tokens=max_batch_tokens, prefill_chunk=prefill_chunk)
         limits = self.scheduler.limits
         self.scheduler.limits = replace(limits, max_batch_tokens=config.max_batch_tokens, prefill_chunk=config.prefill_chunk)
+
+    def expect(self, times: StepTimes) -> None:
+        """Judge by measured times whether a step is stalled. Only before `start`."""
+        self._times = times
 
     def drain(self) -> None:
         """Refuse whatever comes from now on. What runs or waits goes on."""
@@ -368,7 +376,7 @@ class Engine:
         for sequence in step.sequences:
             if not sequence.first_step_at:
                 sequence.first_step_at = began
-        self.meter.begin(began + self._config.stall_seconds + prompt_tokens * self._config.stall_seconds_per_prompt_token)
+        self.meter.begin(began + self._patience(built, prompt_tokens, decodes))
         try:
             logits = compute(self.model, built, rows)
         except ModelLost as error:
@@ -381,6 +389,15 @@ class Engine:
             self.meter.computed(StepFacts(self._step_seconds, decodes, prompt_tokens, next_tokens))
         self._raised_before = False
         return logits
+
+    def _patience(self, built: Built, prompt_tokens: int, decodes: int) -> float:
+        """Seconds after which a step is taken for stalled."""
+        config = self._config
+        if self._times is None:
+            return config.stall_seconds + prompt_tokens * config.stall_seconds_per_prompt_token
+        return config.stall_seconds + _STALLED * self._times.most_seconds(
+            prompt_tokens, decodes, int(built.batch.past_lengths.max())
+        )
 
     def _fail(self, step: Step, reason: str) -> None:
         for sequence in step.sequences:

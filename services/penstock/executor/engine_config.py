@@ -20,8 +20,8 @@ class EngineConfig:
         prompt_logits: whether it gives logits of prompt tokens.
         export_kv: whether KV can be copied out of its cache.
         import_kv: whether it can be copied in.
-        stall_seconds: what a step of decoding takes at most before the engine counts as stalled.
-        stall_seconds_per_prompt_token: what a prompt token adds to that.
+        stall_seconds: what a step may take, beyond what was measured or is given to prompt tokens, before the engine is stalled.
+        stall_seconds_per_prompt_token: what a prompt token adds to that where nothing was measured.
     """
 
     vocabulary_size: int

@@ -187,6 +187,7 @@ def check(config: ExecutorConfig) -> None:
 
 
 def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabilities, device: DeviceConfig) -> EngineConfig:
+    stall = config.stall_seconds_per_prompt_token
     return EngineConfig(
         vocabulary_size=spec.decoder.vocabulary_size,
         context_length=device.max_context or spec.decoder.context_length,
@@ -199,7 +200,7 @@ def _engine_config(config: ExecutorConfig, spec: ModelSpec, capabilities: Capabi
         export_kv=capabilities.export_kv,
         import_kv=capabilities.import_kv,
         stall_seconds=config.stall_seconds,
-        stall_seconds_per_prompt_token=config.stall_seconds_per_prompt_token,
+        **({} if stall is None else {"stall_seconds_per_prompt_token": stall}),
     )
 
 

@@ -62,6 +62,8 @@ def tune(
         times = _measured(engine, engine_config, config.calibration_seconds)
         if times is not None and store is not None:
             store.write(key, times)
+    if times is not None and config.stall_seconds_per_prompt_token is None:
+        engine.expect(times)
     if times is not None and engine_config.chunked_prefill:
         _limit(engine, engine_config, config, times)
     return times

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.backends.fake import BLOCK_SIZE
+from penstock.common.step_times import Curve, StepTimes
 from penstock.executor.engine import EngineConfig
 from penstock.executor.sampling import SamplingParameters
 from penstock.executor.sequence import Finish, Frame
@@ -363,3 +364,29 @@ def test_an_engine_that_hangs_anywhere_in_a_step_makes_no_progress(stage, monkey
         bench.engine.wait_until_idle()
         assert bench.engine.progress(time.monotonic() + 3600)
         bench.engine.close()
+
+
+TIMES = StepTimes(
+    prefill=Curve((1, 1000), (0.001, 0.1)),
+    prefill_pair_seconds=0.0,
+    decode=Curve((1,), (0.5,)),
+    decode_context=1,
+    decode_token_seconds=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("times", "prompt", "seconds"),
+    [(None, 10, 2.5 + 10 * 0.05), (None, 1000, 2.5 + 1000 * 0.05), (TIMES, 1000, 2.5 + 4 * 0.1), (TIMES, 10, 2.5 + 4 * 0.002)],
+)
+def test_a_step_may_take_what_such_steps_take(times, prompt, seconds):
+    bench = Bench(stall_seconds=2.5, stall_seconds_per_prompt_token=0.05)
+    if times is not None:
+        bench.engine.expect(times)
+    due = []
+    step = bench.model.step
+    bench.model.step = lambda batch: (due.append(bench.engine.meter.step_due - time.monotonic()), step(batch))[1]
+    bench.submit(1, [1] * prompt, 2)
+    bench.run()
+    decoding = 2.5 + (0.0 if times is None else 4 * 0.5)
+    assert due == pytest.approx([seconds, decoding], abs=0.2)
