@@ -19,8 +19,8 @@ hashes are computed by who submits it, and frames become messages in the sink's 
 
 A backend that raises costs the batch's sequences; one that raises twice in a row, or has lost its model, is taken for broken, and
 the engine is dead.
-`progress` tells a watchdog whether the engine moves: a step may take `stall_seconds`, and beyond these four times what was measured of
-such steps, or, where nothing was, `stall_seconds_per_prompt_token` for each prompt token in it.
+`progress` tells a watchdog whether the engine moves: a step may take `stall_seconds`, and beyond these four times what was measured
+of such steps, or, where nothing was, `stall_seconds_per_prompt_token` for each prompt token in it.
 """
 
 from __future__ import annotations
