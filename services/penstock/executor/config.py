@@ -41,8 +41,8 @@ class ExecutorConfig:
         probe_seconds: Seconds that a backend has to say what it is.
         load_seconds: Seconds that the backend may take to load the model.
         stall_seconds: A step that takes so much longer than four times what was measured makes the executor NOT_SERVING.
-        stall_seconds_per_prompt_token: What each prompt token in a step adds to that, in place of what was measured; 0.05 where this
-            is absent and nothing was measured.
+        stall_seconds_per_prompt_token: What each prompt token in a step adds, instead of what was measured; 0.05 where this is
+            absent and nothing was measured.
         handoff_lease_seconds: A handoff of KV from or to another executor ends when nothing is heard of the other for this long.
         handoff_push_mib: MiB of KV that goes to another executor in one piece at most, unless one block is more.
         handoff_window_mib: MiB of KV that are on their way from one executor to this one at most.
