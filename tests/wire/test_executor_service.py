@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from structlog.testing import capture_logs
 
 from penstock.backends.fake import next_token
 from penstock.common import tracing
@@ -319,6 +320,25 @@ async def pooling(pool, address="127.0.0.1:0"):
 
 def unpacked(hashes):
     return {hashes[i : i + WIRE_BYTES] for i in range(0, len(hashes), WIRE_BYTES)}
+
+
+async def test_an_executor_tells_for_whom_it_waits_and_that_they_are_there():
+    async with pooling(Pool()) as address:
+        pass
+    with capture_logs() as logs:
+
+        def lines(event):
+            return [(line["waits_for"], line["address"], line["log_level"]) for line in logs if line["event"].startswith(event)]
+
+        async def told(event):
+            while not lines(event):  # noqa: ASYNC110 - a log tells nobody that it has grown
+                await asyncio.sleep(0.002)
+            return lines(event)
+
+        async with serving(scheduler=address):
+            assert await told("waits") == [("scheduler", address, "warning")]
+            async with pooling(Pool(), address):
+                assert await told("reached") == [("scheduler", address, "info")]
 
 
 async def test_the_scheduler_is_told_of_prefixes_and_again_when_it_comes_back():

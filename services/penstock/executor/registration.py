@@ -76,11 +76,9 @@ class Registration:
                     try:
                         await self._report(stub)
                     except grpc.aio.AioRpcError as error:
-                        logger().warning(
-                            "scheduler lost", scheduler=self._scheduler, code=error.code().name, details=error.details()
-                        )
+                        self._tell_lost(f"{error.code().name}: {error.details()}")
                     except asyncio.InvalidStateError:  # what a write raises on a stream that has ended meanwhile
-                        logger().warning("scheduler lost", scheduler=self._scheduler)
+                        self._tell_lost("the stream ended")
                 if self.registered.is_set():
                     self.registered.clear()
                     back_off = _FIRST_BACK_OFF
@@ -101,6 +99,14 @@ class Registration:
             ready.result()
         finally:
             ready.cancel()
+
+    def kept(self) -> bool:
+        """Whether the scheduler has this executor, or need not have it: one that is not healthy stays away."""
+        return self.registered.is_set() or not self._healthy()
+
+    def _tell_lost(self, why: str) -> None:
+        if self.registered.is_set():  # what never was there is waited for
+            logger().warning("scheduler lost", scheduler=self._scheduler, why=why)
 
     async def _report(self, stub: Any) -> None:
         """One stream, until it is lost or the executor is not healthy."""

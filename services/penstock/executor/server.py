@@ -16,6 +16,7 @@ from penstock.common.fingerprint import tokenizer_fingerprint
 from penstock.common.logs import logger
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
+from penstock.common.waiting import tell_waiting
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import EngineDead
 from penstock.executor.handoff.exchange import Exchange, settings_of
@@ -94,6 +95,9 @@ class ExecutorServer:
         if config.scheduler is not None:
             self._registration = Registration(config.scheduler, description, loaded.engine, self._healthy, self._why, exchange)
             self._spawn(self._registration.run())
+            self._spawn(tell_waiting("scheduler", config.scheduler, self._registration.kept))
+        else:
+            logger().warning("registers with no scheduler, so that no request comes: --scheduler HOST:PORT names one")
         logger().info(
             "model loaded",
             model=loaded.name,

@@ -19,6 +19,7 @@ from penstock.common.events import EventLog
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.common.tracing import Traceparents
+from penstock.common.waiting import tell_waiting
 from penstock.gateway.admission import Admission
 from penstock.gateway.auth import load_keys
 from penstock.gateway.catalog import Catalog
@@ -98,6 +99,8 @@ class GatewayServer:
             told["metrics"] = self._endpoint.address
         for run in (self.placement.run(), self.decoding.run(), self.tokenization.run(), self._sweep(), self._tell_health()):
             self._spawn(run)
+        self._spawn(tell_waiting("scheduler", config.scheduler, lambda: self.placement.connected))
+        self._spawn(tell_waiting("tokenizer", config.tokenizer, lambda: self.tokenization.serving))
         return told
 
     def _connect(self) -> None:

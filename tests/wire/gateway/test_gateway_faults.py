@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from penstock.gateway.ports import Text
 from penstock.v1 import inference_pb2, inference_pb2_grpc
@@ -420,3 +421,23 @@ async def test_a_last_message_that_a_client_does_not_take_is_cut_off_over_grpc(s
             await suite.scheduler.placed.wait()
             await suite.rest()
             call.cancel()
+
+
+async def test_who_is_waited_for_and_where_is_told_once_and_so_is_that_they_are_back(suite):
+    addresses = {"scheduler": suite.scheduler.address, "tokenizer": suite.tokenizer.address}
+    with capture_logs() as logs:
+
+        def told(event, level):
+            return {
+                line["waits_for"]: line["address"]
+                for line in logs
+                if line["event"].startswith(event) and line["log_level"] == level
+            }
+
+        await suite.scheduler.kill()
+        await suite.tokenizer.kill()
+        await suite.eventually(lambda: told("waits", "warning") == addresses)
+        await suite.scheduler.start()
+        await suite.tokenizer.start()
+        await suite.eventually(lambda: told("reached", "info") == addresses)
+    assert len([line for line in logs if "waits_for" in line]) == 4
