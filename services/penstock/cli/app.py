@@ -13,6 +13,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Group, Parameter, env_var_split
 
 from penstock.cli.huge_pages import computes, start_again_with_huge_pages
+from penstock.cli.interrupts import at_once
 from penstock.cli.layers import CONFIG_LAYERS, wrong_setting
 from penstock.common.config import ConfigError
 from penstock.common.service import StartError
@@ -81,7 +82,9 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        status = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        with at_once():  # the command's own imports
+            command, bound, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
+        status = command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
     except CycloptsError as error:
         wrong = wrong_setting(error)

@@ -22,6 +22,7 @@ from penstock.cli.cluster.servicer import ClusterServicer
 from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.cluster.sockets import socket_path
 from penstock.cli.cluster.supervisor import supervise
+from penstock.cli.interrupts import at_once
 from penstock.cli.layers import SERVICES
 from penstock.common import logs
 from penstock.common.config import ConfigError, sections_of
@@ -47,7 +48,8 @@ def up(
         settings: See its fields.
     """
     sections = config if config and sections_of(config, SERVICES) else None
-    check(settings, sections)
+    with at_once():  # all backends are imported
+        check(settings, sections)
     logs.configure("up", settings.log_level, settings.log_format)
     console = Console(sys.stderr, as_json=logs.are_json(settings.log_format))
     folder = resolve(model)

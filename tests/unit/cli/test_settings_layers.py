@@ -179,18 +179,22 @@ def test_output_that_can_not_be_written_is_told_in_one_line(unbuffered):
     assert (done.returncode, done.stderr) == (1, "penstock: can not write the output: No space left on device\n")
 
 
-def test_ctrl_c_amid_imports_is_quiet():
-    program = """
+@pytest.mark.parametrize(
+    "module", ["cyclopts", "penstock.cli.cluster", "numpy.linalg"]
+)  # ml_dtypes makes an ImportError of the last
+def test_ctrl_c_amid_imports_is_quiet(module):
+    program = f"""
 import signal, sys
 class Interrupts:
     def find_spec(self, name, path=None, target=None):
-        if name == "cyclopts":
+        if name == "{module}":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupts())
 from penstock.cli.__main__ import main
 main()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = ["up", "builtin", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
