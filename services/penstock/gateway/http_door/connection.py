@@ -175,6 +175,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request_head_too_large", why)
 
     def _refuse(self, status: HTTPStatus, code: str, why: str) -> None:
+        if self._refusal is not None or self.transport.is_closing():
+            return  # the parser may have stopped where the bytes come to their bound, too
         self._disarm()
         logger().info("connection refused", door="http", status=int(status), why=why)
         self._refusal = _response(status, code, why, self.server_state.default_headers)
