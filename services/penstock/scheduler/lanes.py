@@ -1,4 +1,7 @@
-"""Queues of requests that the same executors can run: priority first, then fairness between tenants, then order of arrival.
+"""Queues of requests that the same executors can run: fairness between tenants first, then a tenant's priorities, then arrival.
+
+What was running before goes before all of it, with accounts of its own. Priorities are a client's word: they order its tenant's
+requests, and take no other tenant's turn.
 
 Fairness is start-time fair queueing (Goyal, Vin and Cheng, 1996): a tenant's virtual time grows by the tokens of each request that
 is placed, and the tenant with the least goes next. Two tenants that both have requests waiting never differ by more than the
@@ -26,7 +29,7 @@ class _Share:
 
 
 class Shares:
-    """Virtual times of the tenants at one priority of one model, whatever lanes their requests wait in."""
+    """Virtual times of the tenants at one rank of one model, whatever lanes their requests wait in."""
 
     def __init__(self) -> None:
         self.clock = 0
@@ -68,43 +71,80 @@ class Shares:
         self._sweep_at = max(1024, 2 * len(self._tenants))
 
 
+class _Line:
+    """One tenant's requests in one queue: those of higher priority first, then in order of arrival."""
+
+    __slots__ = ("_of_priority", "_order")
+
+    def __init__(self) -> None:
+        self._of_priority: dict[int, OrderedDict[int, Request]] = {}
+        self._order: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._order)
+
+    def __iter__(self) -> Iterator[Request]:
+        for requests in self._of_priority.values():
+            yield from requests.values()
+
+    def push(self, request: Request) -> None:
+        key = -request.needs.priority
+        requests = self._of_priority.get(key)
+        if requests is None:
+            requests = self._of_priority[key] = OrderedDict()
+            heapq.heappush(self._order, key)
+        requests[request.order] = request
+
+    def remove(self, request: Request) -> None:
+        key = -request.needs.priority
+        requests = self._of_priority[key]
+        del requests[request.order]
+        if not requests:
+            del self._of_priority[key]
+            self._order.remove(key)
+            heapq.heapify(self._order)
+
+    def first(self) -> Request:
+        return next(iter(self._of_priority[self._order[0]].values()))
+
+
 class FairQueue:
-    """Requests of one lane at one priority.
+    """Requests of one lane at one rank.
 
     The heap's keys may be behind their tenants' virtual times, which only grow: what comes up is checked, and put back if it is.
     """
 
     def __init__(self, shares: Shares) -> None:
         self._shares = shares
-        self._waiting: dict[str, OrderedDict[int, Request]] = {}
+        self._waiting: dict[str, _Line] = {}
         self._heap: list[tuple[int, int, str]] = []
         self._empty = 0
         self.count = 0
 
     def __iter__(self) -> Iterator[Request]:
-        for requests in self._waiting.values():
-            yield from requests.values()
+        for line in self._waiting.values():
+            yield from line
 
     def push(self, request: Request) -> None:
-        """Let a request wait behind its tenant's others."""
+        """Let a request wait in its tenant's line."""
         tenant = request.needs.tenant
         virtual = self._shares.enter(tenant)
-        requests = self._waiting.get(tenant)
-        if requests is None:
-            requests = self._waiting[tenant] = OrderedDict()
+        line = self._waiting.get(tenant)
+        if line is None:
+            line = self._waiting[tenant] = _Line()
             heapq.heappush(self._heap, (virtual, request.order, tenant))
-        elif not requests:
+        elif not line:
             self._empty -= 1
-        requests[request.order] = request
+        line.push(request)
         self.count += 1
 
     def remove(self, request: Request) -> None:
         """Take out a request that is not served."""
-        requests = self._waiting[request.needs.tenant]
-        del requests[request.order]
+        line = self._waiting[request.needs.tenant]
+        line.remove(request)
         self.count -= 1
         self._shares.leave(request.needs.tenant)
-        if not requests:
+        if not line:
             self._empty += 1
             if self._empty > 64 and 2 * self._empty > len(self._heap):
                 self._sweep()
@@ -114,32 +154,32 @@ class FairQueue:
         heap, waiting = self._heap, self._waiting
         while True:
             virtual, order, tenant = heap[0]
-            requests = waiting[tenant]
-            if not requests:
+            line = waiting[tenant]
+            if not line:
                 heapq.heappop(heap)
                 del waiting[tenant]
                 self._empty -= 1
                 continue
             now = self._shares.virtual(tenant)
             if now == virtual:
-                return virtual, next(iter(requests.values()))
+                return virtual, line.first()
             heapq.heapreplace(heap, (now, order, tenant))
 
     def serve(self, request: Request) -> None:
         """Take out the request that `head` told, and charge its tenant."""
         tenant = request.needs.tenant
-        requests = self._waiting[tenant]
-        del requests[request.order]
+        line = self._waiting[tenant]
+        line.remove(request)
         self.count -= 1
         virtual = self._shares.leave(tenant, request.tokens)
-        if requests:
+        if line:
             heapq.heapreplace(self._heap, (virtual, request.order, tenant))
         else:
             heapq.heappop(self._heap)
             del self._waiting[tenant]
 
     def _sweep(self) -> None:
-        self._waiting = {tenant: requests for tenant, requests in self._waiting.items() if requests}
+        self._waiting = {tenant: line for tenant, line in self._waiting.items() if line}
         self._heap = [entry for entry in self._heap if entry[2] in self._waiting]
         heapq.heapify(self._heap)
         self._empty = 0

@@ -19,6 +19,9 @@ __all__ = ["Pool"]
 
 _MATCHES = 4096
 
+# Rank, virtual time of its tenant, and request that is next in a lane.
+_Head = tuple[tuple[int, int, Request], Lane]
+
 
 class Pool:
     """Routes requests into lanes and picks the next one that has room somewhere.
@@ -113,7 +116,7 @@ class Pool:
         """
         heads = [(lane.head(), lane) for lane in self._lanes.values() if lane]
         if len(heads) > 1:
-            heads.sort(key=lambda h: (h[0][0], h[0][1], h[0][2].order))
+            heads = _in_turn(heads)
         for (_, _, request), lane in heads:
             choice = place(request, self._teams[lane.mask], self._index, lane.mask, self._rules, now)
             if isinstance(choice, Role):
@@ -181,3 +184,17 @@ class Pool:
             self._tenants[tenant] = left
         else:
             del self._tenants[tenant]
+
+
+def _in_turn(heads: list[_Head]) -> list[_Head]:
+    """Lanes in the order of their first requests' turns. Of one tenant's, that of higher priority goes first."""
+    arrived: dict[tuple[int, str], int] = {}
+    for (rank, _, request), _ in heads:
+        turn = (rank, request.needs.tenant)
+        arrived[turn] = min(request.order, arrived.get(turn, request.order))
+
+    def key(head: _Head) -> tuple[int, int, int, int, int]:
+        rank, virtual, request = head[0]
+        return rank, virtual, arrived[rank, request.needs.tenant], -request.needs.priority, request.order
+
+    return sorted(heads, key=key)

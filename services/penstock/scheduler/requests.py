@@ -10,15 +10,10 @@ if TYPE_CHECKING:
     from penstock.scheduler.executors import Hold
     from penstock.scheduler.lanes import Lane
 
-__all__ = ["REPLACING_RANK", "Request", "load_tokens", "rank_of"]
+__all__ = ["Request", "load_tokens"]
 
-# Before every priority: these were running, and their clients are reading.
-REPLACING_RANK = -(1 << 40)
-
-
-def rank_of(needs: Needs) -> int:
-    """The least goes first."""
-    return REPLACING_RANK if needs.replacing else -needs.priority
+# The least goes first: what was running goes before all that is new, for its client is reading.
+_REPLACING, _NEW = 0, 1
 
 
 def load_tokens(needs: Needs, expected_output: int) -> int:
@@ -57,7 +52,7 @@ class Request:
         self.order = order
         self.arrived = arrived
         self.tokens = tokens
-        self.rank = rank_of(needs)
+        self.rank = _REPLACING if needs.replacing else _NEW
         self.deadline = None if needs.deadline is None else arrived + needs.deadline
         self.deadline_tick: int | None = None
         self.stranded_tick: int | None = None

@@ -99,14 +99,49 @@ def test_higher_priority_goes_first_and_what_ran_before_goes_before_all():
     assert [one.next() for _ in range(4)] == [again, high, usual, low]
 
 
-def test_priorities_keep_accounts_of_their_own():
+PRIORITISED = st.lists(st.tuples(st.integers(2, 300), st.integers(-100, 100)), min_size=1, max_size=40)
+
+
+@given(a=PRIORITISED, b=PRIORITISED)
+def test_priority_takes_no_turn_of_another_tenant_and_orders_its_own(a, b):
     one = One()
-    for _ in range(10):
-        one.place("a", priority=1)
-    for _ in range(10):
-        one.next()
-    one.place("a"), one.place("b")
-    assert Counter(one.asked[one.next()][0] for _ in range(2)) == {"a": 1, "b": 1}
+    for size, priority in a:
+        one.place("a", size, priority=priority)
+    for size, priority in b:
+        one.place("b", size, priority=priority)
+    wanted = {"a": [size for size, _ in sorted(a, key=lambda r: -r[1])], "b": [size for size, _ in sorted(b, key=lambda r: -r[1])]}
+    served = {"a": [], "b": []}
+    bound = max(a)[0] + max(b)[0]
+    for _ in range(len(a) + len(b)):
+        both_waited = all(len(served[tenant]) < len(wanted[tenant]) for tenant in "ab")
+        tenant, tokens = one.asked[one.next()]
+        served[tenant].append(tokens)
+        assert not both_waited or abs(sum(served["a"]) - sum(served["b"])) <= bound
+    assert served == wanted
+
+
+def test_flood_of_highest_priority_starves_no_other_tenant():
+    one = One()
+    for _ in range(20):
+        one.place("fair")
+    order = []
+    for _ in range(40):
+        one.place("greedy", priority=100), one.place("greedy", priority=100)
+        order.append(one.asked[one.next()][0])
+    assert Counter(order) == {"fair": 20, "greedy": 20}
+
+
+def test_higher_priority_goes_first_also_where_fewer_executors_can_run_it():
+    one = One()
+    one.core.executors.join(
+        Description(
+            executor_id="small", address="h:2", model="m", context_length=500, kv_block_size=1, kv_blocks=500, max_batch_size=1
+        )
+    )
+    one.place("a"), one.core.step()  # both are full now
+    one.place("a", tokens=100)
+    urgent = one.place("a", tokens=2000, priority=1)
+    assert one.next() == urgent
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-1, 1)), min_size=1, max_size=30), st.data())
