@@ -77,6 +77,7 @@ def read_start(start: pb.StartSequence, now: float) -> SequenceRequest:
         prompt_logprobs=start.prompt_logprobs if start.HasField("prompt_logprobs") else None,
         salt=start.cache_salt,
         priority=start.priority,
+        tenant=start.tenant,
         deadline=now + start.deadline_ms / 1000 if start.deadline_ms else None,
         handoff=_read_handoff(start),
         request_id=start.request_id,

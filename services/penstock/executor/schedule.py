@@ -24,6 +24,7 @@ from operator import attrgetter
 from penstock.common.receiving import RECEIVING_SHARE
 from penstock.executor.blocks import BlockManager
 from penstock.executor.sequence import Sequence, Sink, Status
+from penstock.executor.turns import Turns
 
 __all__ = ["Limits", "Scheduler", "SchedulerCounts", "Step"]
 
@@ -123,17 +124,18 @@ class Scheduler:
         self._block_size = block_size
         self._copy_prefix = copy_prefix
         self.limits = limits
-        self._arrivals = 0
+        self._turns = Turns()
         self._deadlines: list[tuple[float, int, Sequence]] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Let a new sequence wait, behind those of its priority."""
-        self._arrivals += 1
-        sequence.rank = (-sequence.request.priority, self._arrivals)
+        """Let a new sequence wait for its turn."""
+        if self._turns.add(sequence):
+            for sequences in (self.waiting, self.running):
+                sequences[:] = sorted(sequences, key=_rank)
         insort(self.waiting, sequence, key=_rank)
         if sequence.request.deadline is not None:
             self._prune_deadlines()
-            heapq.heappush(self._deadlines, (sequence.request.deadline, self._arrivals, sequence))
+            heapq.heappush(self._deadlines, (sequence.request.deadline, self._turns.arrivals, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ends, for whatever reason: its blocks come back."""
@@ -144,6 +146,7 @@ class Scheduler:
         self.receiving.pop(sequence, None)
         self.sending.pop(sequence, None)
         self._give_back(sequence)
+        self._turns.remove(sequence)
         sequence.status = Status.DONE
 
     def go_on(self, sequence: Sequence) -> None:

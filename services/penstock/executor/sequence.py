@@ -51,7 +51,7 @@ class SequenceRequest:
         stop_ids: tokens that end the sequence; they are told.
         prompt_logprobs: how many of the likeliest tokens to tell at each place of the prompt; None: tell nothing.
         salt: cached blocks are shared only where this is the same.
-        priority: higher goes first.
+        priority: higher goes first among the sequences of one tenant.
         deadline: by `time.monotonic`; None: none.
         handoff: whether its KV comes from, or goes to, another executor; None: neither.
         request_id: sequences of one sink that have the same are choices of one request; empty: of one of its own.
@@ -68,6 +68,7 @@ class SequenceRequest:
     prompt_logprobs: int | None = None
     salt: bytes = b""
     priority: int = 0
+    tenant: str = ""
     deadline: float | None = None
     handoff: Receive | Send | None = None
     request_id: str = ""
@@ -123,7 +124,7 @@ class Sequence:
 
     Attributes:
         ids: prompt and output. Those before `computed` stand in the KV cache, in the blocks `table[:blocks]`.
-        rank: (-priority, number of arrival); the least goes first.
+        rank: see `Turns`; the least goes first.
         awaits_kv: whether its KV is computed elsewhere, and has not come yet.
         arriving: whether some of that has come.
         sends: whether it ends here with its first token, and is decoded elsewhere.
@@ -164,7 +165,7 @@ class Sequence:
         self.ids = array("I", request.prompt)
         self.ids.extend(request.replayed)
         self.prompt_length = len(request.prompt)
-        self.rank = (-request.priority, 0)
+        self.rank = 0
         self.computed = 0
         self.hashes = block_hashes(self.ids, block_size, request.salt)
         self.registered = 0

@@ -161,6 +161,36 @@ def test_higher_priority_starts_first_and_equal_ones_by_arrival():
     assert list(bench.finished) == [1, 2, 0, 3]
 
 
+def test_priority_takes_no_turn_of_another_tenant():
+    bench = Bench(max_batch_size=1, max_batch_tokens=64)
+    asked = [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 100), ("b", -1), ("a", 100)]
+    for i, (tenant, priority) in enumerate(asked):
+        bench.submit(i, [i], 2, tenant=tenant, priority=priority)
+    bench.run()
+    assert list(bench.finished) == [4, 1, 6, 3, 0, 5, 2]
+
+
+def test_preemption_takes_the_last_turn_whatever_priority_another_tenant_gives_itself():
+    bench = Bench(blocks=8)
+    bench.submit(1, [1] * 40, 60, tenant="a")
+    bench.submit(2, [2] * 40, 60, tenant="b", priority=100)
+    bench.run()
+    assert bench.tokens == {1: expected([1] * 40, 60), 2: expected([2] * 40, 60)}
+    assert bench.finished[1].preemptions == 0
+    assert bench.finished[2].preemptions > 0
+
+
+def test_running_sequence_gives_way_to_one_of_its_tenant_with_a_higher_priority():
+    bench = Bench(blocks=8)
+    bench.submit(1, [1] * 40, 60, tenant="a")
+    bench.engine.step()
+    bench.submit(2, [2] * 40, 60, tenant="a", priority=1)
+    bench.run()
+    assert bench.tokens == {1: expected([1] * 40, 60), 2: expected([2] * 40, 60)}
+    assert (bench.finished[1].preemptions > 0, bench.finished[2].preemptions) == (True, 0)
+    assert not bench.engine.scheduler._turns._tenants
+
+
 def test_an_abort_and_a_deadline_free_their_blocks_within_a_step():
     bench = Bench()
     bench.submit(1, [1] * 50, 900)

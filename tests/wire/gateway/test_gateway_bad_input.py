@@ -279,3 +279,4 @@ async def test_with_keys_only_their_bearers_come_in(suite_with, tmp_path):
             reply = await client.post("/v1/completions", json=body, headers={"authorization": "Bearer secret-b"})
             assert reply.status_code == 200
         assert [p.tenant for p in suite.scheduler.placings] == ["acme", "beta"]
+        assert [s.tenant for s in suite.executors[0].all_started] == ["acme", "beta"]

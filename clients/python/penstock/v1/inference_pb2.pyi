@@ -459,7 +459,7 @@ class GenerateRequest(_message.Message):
     n: _builtins.int
     """Choices to draw; 0 means 1."""
     priority: _builtins.int
-    """Higher goes first; in [-100, 100]."""
+    """Higher goes first among the requests of the same tenant; in [-100, 100]."""
     cache_salt: _builtins.str
     """Requests share cached prefixes only with requests of the same tenant and salt."""
     @_builtins.property

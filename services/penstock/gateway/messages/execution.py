@@ -77,6 +77,7 @@ def _start(choice: Choice) -> executor_pb2.StartSequence:
         logprobs=plan.reporting.logprobs,
         cache_salt=plan.salt,
         priority=plan.priority,
+        tenant=caller.tenant,
     )
 
 

@@ -26,7 +26,7 @@ from penstock.internal.v1 import handoff_pb2 as penstock_dot_internal_dot_v1_dot
 from penstock.internal.v1 import scheduler_pb2 as penstock_dot_internal_dot_v1_dot_scheduler__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#penstock/internal/v1/executor.proto\x12\x14penstock.internal.v1\x1a\"penstock/internal/v1/handoff.proto\x1a$penstock/internal/v1/scheduler.proto\"Q\n\nRunRequest\x12\x32\n\x05start\x18\x01 \x03(\x0b\x32#.penstock.internal.v1.StartSequence\x12\x0f\n\x07\x61\x62orted\x18\x02 \x03(\x04\"\x86\x04\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x14\n\x0creplayed_ids\x18\x05 \x03(\r\x12:\n\x08sampling\x18\x06 \x01(\x0b\x32(.penstock.internal.v1.SamplingParameters\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x15\n\x08logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\rH\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0c \x01(\x0c\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0e \x01(\x04\x12\x13\n\x0b\x65xecutor_id\x18\x0f \x01(\t\x12\x32\n\x07receive\x18\x10 \x01(\x0b\x32\x1f.penstock.internal.v1.ReceiveKvH\x00\x12,\n\x04send\x18\x11 \x01(\x0b\x32\x1c.penstock.internal.v1.SendKvH\x00\x42\t\n\x07handoffB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"(\n\tReceiveKv\x12\x1b\n\x13prefill_executor_id\x18\x01 \x01(\t\"=\n\x06SendKv\x12\x33\n\x06ticket\x18\x01 \x01(\x0b\x32#.penstock.internal.v1.HandoffTicket\"\xb4\x02\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12K\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x37.penstock.internal.v1.SamplingParameters.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\x9c\x03\n\x0bRunResponse\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x38\n\x08\x66inished\x18\x04 \x03(\x0b\x32&.penstock.internal.v1.FinishedSequence\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.penstock.internal.v1.TokenLogprobs\x12\x36\n\x07started\x18\x06 \x03(\x0b\x32%.penstock.internal.v1.StartedSequence\x12=\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32$.penstock.internal.v1.PromptLogprobs\x12\x37\n\x08reserved\x18\x08 \x03(\x0b\x32%.penstock.internal.v1.ReservedHandoff\x12\x30\n\x07\x61rrived\x18\t \x03(\x0b\x32\x1f.penstock.internal.v1.KvArrival\"[\n\x0fReservedHandoff\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x33\n\x06ticket\x18\x02 \x01(\x0b\x32#.penstock.internal.v1.HandoffTicket\"\xde\x01\n\tKvArrival\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x11\n\twaited_us\x18\x03 \x01(\x04\x12\x13\n\x0btransfer_us\x18\x04 \x01(\x04\x12\x12\n\nexposed_us\x18\x05 \x01(\x04\x12\x39\n\ttransport\x18\x06 \x01(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\x0e\n\x06native\x18\x07 \x01(\x08\x12\x0e\n\x06pushes\x18\x08 \x01(\r\x12\x13\n\x0bresumptions\x18\t \x01(\r\"d\n\x0fStartedSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x11\n\twaited_us\x18\x03 \x01(\x04\x12\x12\n\nprefill_us\x18\x04 \x01(\x04\"\xd5\x01\n\x10\x46inishedSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.penstock.internal.v1.SequenceFinish\x12\x13\n\x0bpreemptions\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\tdecode_us\x18\x05 \x01(\x04\x12=\n\x0fhandoff_failure\x18\x06 \x01(\x0e\x32$.penstock.internal.v1.HandoffFailure\"|\n\rTokenLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x06 \x03(\x02\"Z\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x33\n\x06tokens\x18\x02 \x03(\x0b\x32#.penstock.internal.v1.TokenLogprobs\"\x14\n\x12GetExecutorRequest\"\xda\x01\n\x13GetExecutorResponse\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32).penstock.internal.v1.ExecutorDescription\x12(\n\x04load\x18\x02 \x01(\x0b\x32\x1a.penstock.internal.v1.Load\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x04 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\x05 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t*\x82\x02\n\x0eSequenceFinish\x12\x1f\n\x1bSEQUENCE_FINISH_UNSPECIFIED\x10\x00\x12\x18\n\x14SEQUENCE_FINISH_STOP\x10\x01\x12\x1a\n\x16SEQUENCE_FINISH_LENGTH\x10\x02\x12\x1c\n\x18SEQUENCE_FINISH_DEADLINE\x10\x03\x12\x1b\n\x17SEQUENCE_FINISH_REFUSED\x10\x04\x12\x1a\n\x16SEQUENCE_FINISH_FAILED\x10\x05\x12\x1e\n\x1aSEQUENCE_FINISH_HANDED_OFF\x10\x06\x12\"\n\x1eSEQUENCE_FINISH_HANDOFF_FAILED\x10\x07*\xef\x01\n\x0eHandoffFailure\x12\x1f\n\x1bHANDOFF_FAILURE_UNSPECIFIED\x10\x00\x12!\n\x1dHANDOFF_FAILURE_LEASE_EXPIRED\x10\x01\x12\x1b\n\x17HANDOFF_FAILURE_ABORTED\x10\x02\x12\x1b\n\x17HANDOFF_FAILURE_REFUSED\x10\x03\x12 \n\x1cHANDOFF_FAILURE_UNKNOWN_PEER\x10\x04\x12\x1b\n\x17HANDOFF_FAILURE_BACKEND\x10\x05\x12 \n\x1cHANDOFF_FAILURE_INCOMPATIBLE\x10\x06\x32\xc5\x01\n\x0f\x45xecutorService\x12N\n\x03Run\x12 .penstock.internal.v1.RunRequest\x1a!.penstock.internal.v1.RunResponse(\x01\x30\x01\x12\x62\n\x0bGetExecutor\x12(.penstock.internal.v1.GetExecutorRequest\x1a).penstock.internal.v1.GetExecutorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#penstock/internal/v1/executor.proto\x12\x14penstock.internal.v1\x1a\"penstock/internal/v1/handoff.proto\x1a$penstock/internal/v1/scheduler.proto\"Q\n\nRunRequest\x12\x32\n\x05start\x18\x01 \x03(\x0b\x32#.penstock.internal.v1.StartSequence\x12\x0f\n\x07\x61\x62orted\x18\x02 \x03(\x04\"\x96\x04\n\rStartSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x14\n\x0creplayed_ids\x18\x05 \x03(\r\x12:\n\x08sampling\x18\x06 \x01(\x0b\x32(.penstock.internal.v1.SamplingParameters\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x15\n\x08logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\rH\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0c \x01(\x0c\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0e \x01(\x04\x12\x13\n\x0b\x65xecutor_id\x18\x0f \x01(\t\x12\x32\n\x07receive\x18\x10 \x01(\x0b\x32\x1f.penstock.internal.v1.ReceiveKvH\x00\x12,\n\x04send\x18\x11 \x01(\x0b\x32\x1c.penstock.internal.v1.SendKvH\x00\x12\x0e\n\x06tenant\x18\x12 \x01(\tB\t\n\x07handoffB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"(\n\tReceiveKv\x12\x1b\n\x13prefill_executor_id\x18\x01 \x01(\t\"=\n\x06SendKv\x12\x33\n\x06ticket\x18\x01 \x01(\x0b\x32#.penstock.internal.v1.HandoffTicket\"\xb4\x02\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12K\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x37.penstock.internal.v1.SamplingParameters.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\x9c\x03\n\x0bRunResponse\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x38\n\x08\x66inished\x18\x04 \x03(\x0b\x32&.penstock.internal.v1.FinishedSequence\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.penstock.internal.v1.TokenLogprobs\x12\x36\n\x07started\x18\x06 \x03(\x0b\x32%.penstock.internal.v1.StartedSequence\x12=\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32$.penstock.internal.v1.PromptLogprobs\x12\x37\n\x08reserved\x18\x08 \x03(\x0b\x32%.penstock.internal.v1.ReservedHandoff\x12\x30\n\x07\x61rrived\x18\t \x03(\x0b\x32\x1f.penstock.internal.v1.KvArrival\"[\n\x0fReservedHandoff\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x33\n\x06ticket\x18\x02 \x01(\x0b\x32#.penstock.internal.v1.HandoffTicket\"\xde\x01\n\tKvArrival\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x11\n\twaited_us\x18\x03 \x01(\x04\x12\x13\n\x0btransfer_us\x18\x04 \x01(\x04\x12\x12\n\nexposed_us\x18\x05 \x01(\x04\x12\x39\n\ttransport\x18\x06 \x01(\x0e\x32&.penstock.internal.v1.HandoffTransport\x12\x0e\n\x06native\x18\x07 \x01(\x08\x12\x0e\n\x06pushes\x18\x08 \x01(\r\x12\x13\n\x0bresumptions\x18\t \x01(\r\"d\n\x0fStartedSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x11\n\twaited_us\x18\x03 \x01(\x04\x12\x12\n\nprefill_us\x18\x04 \x01(\x04\"\xd5\x01\n\x10\x46inishedSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.penstock.internal.v1.SequenceFinish\x12\x13\n\x0bpreemptions\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\tdecode_us\x18\x05 \x01(\x04\x12=\n\x0fhandoff_failure\x18\x06 \x01(\x0e\x32$.penstock.internal.v1.HandoffFailure\"|\n\rTokenLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x06 \x03(\x02\"Z\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x33\n\x06tokens\x18\x02 \x03(\x0b\x32#.penstock.internal.v1.TokenLogprobs\"\x14\n\x12GetExecutorRequest\"\xda\x01\n\x13GetExecutorResponse\x12>\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32).penstock.internal.v1.ExecutorDescription\x12(\n\x04load\x18\x02 \x01(\x0b\x32\x1a.penstock.internal.v1.Load\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x04 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\x05 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t*\x82\x02\n\x0eSequenceFinish\x12\x1f\n\x1bSEQUENCE_FINISH_UNSPECIFIED\x10\x00\x12\x18\n\x14SEQUENCE_FINISH_STOP\x10\x01\x12\x1a\n\x16SEQUENCE_FINISH_LENGTH\x10\x02\x12\x1c\n\x18SEQUENCE_FINISH_DEADLINE\x10\x03\x12\x1b\n\x17SEQUENCE_FINISH_REFUSED\x10\x04\x12\x1a\n\x16SEQUENCE_FINISH_FAILED\x10\x05\x12\x1e\n\x1aSEQUENCE_FINISH_HANDED_OFF\x10\x06\x12\"\n\x1eSEQUENCE_FINISH_HANDOFF_FAILED\x10\x07*\xef\x01\n\x0eHandoffFailure\x12\x1f\n\x1bHANDOFF_FAILURE_UNSPECIFIED\x10\x00\x12!\n\x1dHANDOFF_FAILURE_LEASE_EXPIRED\x10\x01\x12\x1b\n\x17HANDOFF_FAILURE_ABORTED\x10\x02\x12\x1b\n\x17HANDOFF_FAILURE_REFUSED\x10\x03\x12 \n\x1cHANDOFF_FAILURE_UNKNOWN_PEER\x10\x04\x12\x1b\n\x17HANDOFF_FAILURE_BACKEND\x10\x05\x12 \n\x1cHANDOFF_FAILURE_INCOMPATIBLE\x10\x06\x32\xc5\x01\n\x0f\x45xecutorService\x12N\n\x03Run\x12 .penstock.internal.v1.RunRequest\x1a!.penstock.internal.v1.RunResponse(\x01\x30\x01\x12\x62\n\x0bGetExecutor\x12(.penstock.internal.v1.GetExecutorRequest\x1a).penstock.internal.v1.GetExecutorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,40 +35,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_SEQUENCEFINISH']._serialized_start=2668
-  _globals['_SEQUENCEFINISH']._serialized_end=2926
-  _globals['_HANDOFFFAILURE']._serialized_start=2929
-  _globals['_HANDOFFFAILURE']._serialized_end=3168
+  _globals['_SEQUENCEFINISH']._serialized_start=2684
+  _globals['_SEQUENCEFINISH']._serialized_end=2942
+  _globals['_HANDOFFFAILURE']._serialized_start=2945
+  _globals['_HANDOFFFAILURE']._serialized_end=3184
   _globals['_RUNREQUEST']._serialized_start=135
   _globals['_RUNREQUEST']._serialized_end=216
   _globals['_STARTSEQUENCE']._serialized_start=219
-  _globals['_STARTSEQUENCE']._serialized_end=737
-  _globals['_RECEIVEKV']._serialized_start=739
-  _globals['_RECEIVEKV']._serialized_end=779
-  _globals['_SENDKV']._serialized_start=781
-  _globals['_SENDKV']._serialized_end=842
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=845
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=1153
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=1105
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=1153
-  _globals['_RUNRESPONSE']._serialized_start=1156
-  _globals['_RUNRESPONSE']._serialized_end=1568
-  _globals['_RESERVEDHANDOFF']._serialized_start=1570
-  _globals['_RESERVEDHANDOFF']._serialized_end=1661
-  _globals['_KVARRIVAL']._serialized_start=1664
-  _globals['_KVARRIVAL']._serialized_end=1886
-  _globals['_STARTEDSEQUENCE']._serialized_start=1888
-  _globals['_STARTEDSEQUENCE']._serialized_end=1988
-  _globals['_FINISHEDSEQUENCE']._serialized_start=1991
-  _globals['_FINISHEDSEQUENCE']._serialized_end=2204
-  _globals['_TOKENLOGPROBS']._serialized_start=2206
-  _globals['_TOKENLOGPROBS']._serialized_end=2330
-  _globals['_PROMPTLOGPROBS']._serialized_start=2332
-  _globals['_PROMPTLOGPROBS']._serialized_end=2422
-  _globals['_GETEXECUTORREQUEST']._serialized_start=2424
-  _globals['_GETEXECUTORREQUEST']._serialized_end=2444
-  _globals['_GETEXECUTORRESPONSE']._serialized_start=2447
-  _globals['_GETEXECUTORRESPONSE']._serialized_end=2665
-  _globals['_EXECUTORSERVICE']._serialized_start=3171
-  _globals['_EXECUTORSERVICE']._serialized_end=3368
+  _globals['_STARTSEQUENCE']._serialized_end=753
+  _globals['_RECEIVEKV']._serialized_start=755
+  _globals['_RECEIVEKV']._serialized_end=795
+  _globals['_SENDKV']._serialized_start=797
+  _globals['_SENDKV']._serialized_end=858
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=861
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1169
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=1121
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=1169
+  _globals['_RUNRESPONSE']._serialized_start=1172
+  _globals['_RUNRESPONSE']._serialized_end=1584
+  _globals['_RESERVEDHANDOFF']._serialized_start=1586
+  _globals['_RESERVEDHANDOFF']._serialized_end=1677
+  _globals['_KVARRIVAL']._serialized_start=1680
+  _globals['_KVARRIVAL']._serialized_end=1902
+  _globals['_STARTEDSEQUENCE']._serialized_start=1904
+  _globals['_STARTEDSEQUENCE']._serialized_end=2004
+  _globals['_FINISHEDSEQUENCE']._serialized_start=2007
+  _globals['_FINISHEDSEQUENCE']._serialized_end=2220
+  _globals['_TOKENLOGPROBS']._serialized_start=2222
+  _globals['_TOKENLOGPROBS']._serialized_end=2346
+  _globals['_PROMPTLOGPROBS']._serialized_start=2348
+  _globals['_PROMPTLOGPROBS']._serialized_end=2438
+  _globals['_GETEXECUTORREQUEST']._serialized_start=2440
+  _globals['_GETEXECUTORREQUEST']._serialized_end=2460
+  _globals['_GETEXECUTORRESPONSE']._serialized_start=2463
+  _globals['_GETEXECUTORRESPONSE']._serialized_end=2681
+  _globals['_EXECUTORSERVICE']._serialized_start=3187
+  _globals['_EXECUTORSERVICE']._serialized_end=3384
 # @@protoc_insertion_point(module_scope)

@@ -143,6 +143,7 @@ class StartSequence(_message.Message):
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     RECEIVE_FIELD_NUMBER: _builtins.int
     SEND_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Minted by the gateway, unique on the stream."""
     request_id: _builtins.str
@@ -156,10 +157,12 @@ class StartSequence(_message.Message):
     cache_salt: _builtins.bytes
     """Cached blocks are shared only where this is the same."""
     priority: _builtins.int
+    """Higher goes first among the sequences of one tenant."""
     deadline_ms: _builtins.int
     """Milliseconds from now; 0: none."""
     executor_id: _builtins.str
     """The model the gateway means; another is refused (a recycled address may serve another)."""
+    tenant: _builtins.str
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -200,10 +203,11 @@ class StartSequence(_message.Message):
         executor_id: _builtins.str = ...,
         receive: Global___ReceiveKv | None = ...,
         send: Global___SendKv | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "handoff", b"handoff", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "receive", b"receive", "sampling", b"sampling", "send", b"send"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "executor_id", b"executor_id", "handoff", b"handoff", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "receive", b"receive", "replayed_ids", b"replayed_ids", "request_id", b"request_id", "sampling", b"sampling", "send", b"send", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "executor_id", b"executor_id", "handoff", b"handoff", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "receive", b"receive", "replayed_ids", b"replayed_ids", "request_id", b"request_id", "sampling", b"sampling", "send", b"send", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -191,7 +191,9 @@ class Placing(_message.Message):
     block_hashes: _builtins.bytes
     """Chained hashes of the prompt's full blocks, as the executors' KV events tell them, 8 bytes each."""
     priority: _builtins.int
+    """Higher goes first among the requests of one tenant."""
     tenant: _builtins.str
+    """Tenants whose requests wait get equal shares of tokens."""
     deadline_ms: _builtins.int
     """Milliseconds from now until the request's deadline; 0: none."""
     replacing: _builtins.bool
