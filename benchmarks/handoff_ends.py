@@ -86,6 +86,10 @@ class _Engine:
         self._loop.call_soon_threadsafe(self._end, "handed off")
         self.handoff.ended(handle)
 
+    def leave(self, handle: Handle) -> None:
+        self._loop.call_soon_threadsafe(self._end, "left")
+        self.handoff.ended(handle)
+
     def fail(self, handle: Handle, failure: Any, message: str) -> None:
         self._loop.call_soon_threadsafe(self._end, f"{failure.value}: {message}")
         self.handoff.ended(handle)

@@ -99,5 +99,6 @@ async def hand_over(prefill, decode, sequence_id, prompt, max_tokens, **fields):
     await decode.until(lambda: sequence_id in decode.tickets)
     await prefill.start(sequence_id, prompt, max_tokens, send=pb.SendKv(ticket=decode.tickets[sequence_id]), **fields)
     await prefill.until(lambda: sequence_id in prefill.finished)
-    await decode.until(lambda: sequence_id in decode.finished)
+    if prefill.finished[sequence_id].reason not in {pb.SEQUENCE_FINISH_STOP, pb.SEQUENCE_FINISH_LENGTH}:
+        await decode.until(lambda: sequence_id in decode.finished)
     return [token for _, token in sorted((prefill.tokens.get(sequence_id, {}) | decode.tokens.get(sequence_id, {})).items())]

@@ -118,6 +118,9 @@ class Engine:
     def handed_off(self, handle):
         handle.ends.append(("handed off",))
 
+    def leave(self, handle):
+        handle.ends.append(("left",))
+
     def fail(self, handle, failure, message):
         handle.ends.append(("failed", failure, message))
 

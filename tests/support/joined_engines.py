@@ -19,7 +19,7 @@ class Handoff:
     def __init__(self, prefill, decode, native=False):
         self.prefill, self.decode, self.native = prefill, decode, native
         self.tickets, self.receivers, self.senders = {}, {}, {}
-        self.told, self.live, self.over = [], [], set()
+        self.told, self.live, self.over, self.left = [], [], set(), set()
         self.hold = False
         prefill.handoff = decode.handoff = self
 
@@ -56,7 +56,11 @@ class Handoff:
         if handle in self.live:
             self.live.remove(handle)
         if isinstance(handle.request.handoff, Send):
-            self.fail(self.decode, self._sender(handle).receiver, HandoffFailure.ABORTED)
+            receiver = self._sender(handle).receiver
+            if receiver in self.live:
+                self.live.remove(receiver)
+                self.left.add(receiver)
+                self.decode.leave(receiver)
         else:
             for sender in self.senders.values():
                 if sender.receiver is handle:

@@ -104,8 +104,9 @@ async def test_an_answer_of_one_token_ends_where_it_was_prefilled():
     async with executor_pair() as (prefill, decode):
         assert await hand_over(prefill, decode, 1, PROMPT, 1) == expected(decode.description, PROMPT, 1)
         assert prefill.finished[1].reason == pb.SEQUENCE_FINISH_LENGTH
-        assert decode.finished[1].handoff_failure == pb.HANDOFF_FAILURE_ABORTED
         await asyncio.gather(prefill.idle(), decode.idle())
+        assert not decode.finished
+        assert (prefill.handoffs.counts.sent, decode.handoffs.counts.received) == ({"ended": 1}, {"ended": 1})
 
 
 async def test_streams_that_should_not_be_are_refused():

@@ -173,6 +173,11 @@ class Engine:
         sequence = _sequence(handle)
         self._command(lambda: self._end_handoff(sequence, Finish.HANDED_OFF))
 
+    def leave(self, handle: Handle) -> None:
+        """End a sequence that has ended where it was prefilled."""
+        sequence = _sequence(handle)
+        self._command(lambda: self._leave(sequence))
+
     def fail(self, handle: Handle, failure: HandoffFailure, message: str) -> None:
         """End a sequence whose KV could not be handed over."""
         sequence = _sequence(handle)
@@ -441,6 +446,11 @@ class Engine:
         if sequence.handing:
             sequence.handing = False
             self._finish(sequence, reason, message, failure)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.handing:
+            sequence.handing = False
+            self._forget(sequence)
 
     def _tell_prompts(self, prompts: list[PromptRows], logits: StepLogits) -> None:
         for rows in prompts:

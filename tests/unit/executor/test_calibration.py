@@ -214,7 +214,7 @@ def test_measuring_and_keeping_can_be_turned_off(tmp_path):
     limits = off.engine.scheduler.limits
     assert (off.times, limits.max_batch_tokens, limits.prefill_chunk) == (None, 2048, 512)
     assert loaded(tmp_path, calibration_cache=False).times is not None
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "calibrations").exists()
 
 
 def test_what_the_operator_gives_wins(tmp_path):

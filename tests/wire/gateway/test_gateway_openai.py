@@ -1,10 +1,13 @@
 """The HTTP door as the real `openai` package sees it."""
 
 import asyncio
+import socket
 
 import httpx
 import openai
 import pytest
+
+from penstock.gateway.http_door.connection import BoundedConnection
 
 
 @pytest.fixture
@@ -183,3 +186,19 @@ async def test_metrics_count_what_ran(suite, client):
     assert 'penstock_time_to_first_token_seconds_count{model_name="story"} 3.0' in text
     assert "penstock_gateway_requests_running 0.0" in text
     assert "penstock_gateway_sequences 0.0" in text
+
+
+async def test_small_writes_do_not_wait_for_acknowledgements(suite, monkeypatch):
+    """Nagle's algorithm would hold back each small chunk until the client has acknowledged the one before: 40 ms."""
+    found = []
+    connection_made = BoundedConnection.connection_made
+
+    def noted(connection, transport):
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        connection_made(connection, transport)
+
+    monkeypatch.setattr(BoundedConnection, "connection_made", noted)
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        await client.get("/health")
+    assert found
+    assert all(found)

@@ -78,7 +78,7 @@ def tell_ask(word: Ask) -> Request:
         case Renew():
             return Request(pb.HandoffRequest(renew=pb.Renew(handoff_ids=word.handoff_ids)))
         case Abort():
-            return Request(pb.HandoffRequest(abort=pb.Abort(handoff_id=word.handoff_id, epoch=word.epoch)))
+            return Request(pb.HandoffRequest(abort=pb.Abort(handoff_id=word.handoff_id, epoch=word.epoch, ended=word.ended)))
         case Release():
             return Request(pb.HandoffRequest(release=pb.Release(handoff_id=word.handoff_id, epoch=word.epoch)))
 
@@ -97,7 +97,7 @@ def read_ask(request: Request) -> Ask | None:  # noqa: PLR0911 - one for each wo
         case "renew":
             return Renew(tuple(message.renew.handoff_ids))
         case "abort":
-            return Abort(message.abort.handoff_id, message.abort.epoch)
+            return Abort(message.abort.handoff_id, message.abort.epoch, message.abort.ended)
         case "release":
             return Release(message.release.handoff_id, message.release.epoch)
     return None

@@ -89,5 +89,8 @@ class KvEngine(Protocol):
     def handed_off(self, handle: Handle) -> None:
         """The other side decodes: the sequence ends here with `Finish.HANDED_OFF`."""
 
+    def leave(self, handle: Handle) -> None:
+        """The sequence has ended on the other side, which has told how: it ends here too, and nothing more is told of it."""
+
     def fail(self, handle: Handle, failure: HandoffFailure, message: str) -> None:
         """The sequence ends here with `Finish.HANDOFF_FAILED`."""

@@ -98,6 +98,9 @@ class Receiver:
     def abort(self) -> None:
         self._apply(Event.ABORT)
 
+    def left(self) -> None:
+        self._apply(Event.LEFT)
+
     def release(self) -> None:
         self._apply(Event.RELEASE)
 
@@ -254,6 +257,10 @@ class Receiver:
     def _abort(self) -> None:
         self._fail(HandoffFailure.ABORTED, "the prefill executor has given the sequence up")
 
+    def _leave(self) -> None:
+        self._ports.leave(self)
+        self._end()
+
     def _backend_failed(self, chunk: Chunk, message: str) -> None:
         self._writing.discard(chunk)
         self._fail(HandoffFailure.BACKEND, message)
@@ -319,6 +326,7 @@ class Receiver:
         Event.RENEW: (_ignore, _ignore, _ignore, _ack, _aborted),
         # Of whichever epoch: who holds the ticket never goes on behind its own Abort.
         Event.ABORT: (_abort, _abort, _abort, _ack, _aborted),
+        Event.LEFT: (_leave, _leave, _leave, _ack, _aborted),
         Event.RELEASE: (_ignore, _ignore, _ignore, _forget, _ignore),
         Event.STREAM_LOST: (_ignore, _cut, _cut, _ignore, _ignore),
         # Nothing that is awaited while COMMITTING comes from the other side.

@@ -36,6 +36,7 @@ class Event(enum.Enum):
     COMMIT = "commit"
     RENEW = "renew"
     ABORT = "abort"
+    LEFT = "left"  # the sequence has ended on the other side
     RELEASE = "release"
     STREAM_LOST = "stream lost"
     LEASE_EXPIRED = "lease expired"
@@ -74,6 +75,9 @@ class ReceiverPorts(Protocol):
 
     def begin_decode(self, receiver: Receiver, first_token: int, arrival: Arrival) -> None:
         """The sequence goes on here."""
+
+    def leave(self, receiver: Receiver) -> None:
+        """The sequence has ended on the other side."""
 
     def fail(self, receiver: Receiver, failure: HandoffFailure, message: str) -> None:
         """The sequence ends here."""

@@ -124,6 +124,8 @@ class Receiving:
                 receiver.push(message, stream, now, native_agreed=stream.native)
             case Commit():
                 receiver.commit(message, now)
+            case Abort(ended=True):
+                receiver.left()
             case Abort():
                 receiver.abort()
             case Release():
@@ -197,6 +199,10 @@ class Receiving:
         """The engine goes on."""
         self._counts.arrived(arrival)
         self._engine.begin_decode(receiver.handle, first_token, arrival)
+
+    def leave(self, receiver: Receiver) -> None:
+        """The engine ends it, and tells nobody."""
+        self._engine.leave(receiver.handle)
 
     def fail(self, receiver: Receiver, failure: HandoffFailure, message: str) -> None:
         """The engine ends it."""

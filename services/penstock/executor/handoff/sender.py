@@ -285,11 +285,14 @@ class Sender:
     def _fail(self, failure: HandoffFailure, message: str) -> None:
         """Here, and on the other side."""
         self.failure = failure
-        self._end()
+        self._part(ended=False)
         self._ports.fail(self, failure, message)
 
     def _end(self) -> None:
-        self._ports.ask(self, Abort(self.ticket.handoff_id, self.epoch))
+        self._part(ended=True)
+
+    def _part(self, *, ended: bool) -> None:
+        self._ports.ask(self, Abort(self.ticket.handoff_id, self.epoch, ended))
         self._close(State.FAILED)
 
     def _be_aborted(self) -> None:

@@ -91,10 +91,11 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The prefill side gives up."""
+    """The prefill side gives up, or the sequence has `ended` there by itself."""
 
     handoff_id: bytes
     epoch: int
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,9 @@ class HttpServer:
             )
         except (OSError, OverflowError) as error:
             raise StartError(f"http: can not listen on {address}: {error}") from error
+        # A small write would wait for the client's delayed acknowledgement of the one before, 40 ms. Connections inherit it;
+        # asyncio sets it only where a socket names its protocol, and this one does not.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not self._task.done():  # noqa: ASYNC110 - uvicorn tells by this flag alone
             await asyncio.sleep(0.001)

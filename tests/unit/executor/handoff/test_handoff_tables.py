@@ -83,6 +83,7 @@ RECEIVER_EVENTS = {
     R.COMMIT: lambda r, _: r.commit(Commit(ID, 1, 8, 5), 0.0),
     R.RENEW: lambda r, _: r.renew(),
     R.ABORT: lambda r, _: r.abort(),
+    R.LEFT: lambda r, _: r.left(),
     R.RELEASE: lambda r, _: r.release(),
     R.STREAM_LOST: lambda r, _: r.stream_lost(),
     R.LEASE_EXPIRED: lambda r, _: r.lease_expired(),
@@ -99,6 +100,7 @@ RECEIVER_STATES = {
     R.COMMIT: "RES REC COM DON END",
     R.RENEW: "RES REC COM DON END",
     R.ABORT: "END END END DON END",
+    R.LEFT: "END END END DON END",
     R.RELEASE: "RES REC COM DON END",
     R.STREAM_LOST: "RES REC REC DON END",
     R.LEASE_EXPIRED: "END END COM DON END",
@@ -118,7 +120,8 @@ def test_each_event_moves_a_receiver_as_decided(state, event):
     assert ("closed" in told) == (
         ended or (receiver.state is receiver_states.State.DONE and state is not receiver_states.State.DONE)
     )
-    assert ("fail" in told) == (ended and event is not R.SEQUENCE_ENDED)
+    assert ("fail" in told) == (ended and event not in {R.SEQUENCE_ENDED, R.LEFT})
+    assert ("leave" in told) == (ended and event is R.LEFT)
     assert ("begin_decode" in told) == (receiver.state is receiver_states.State.DONE and state is not receiver_states.State.DONE)
 
 

@@ -69,8 +69,13 @@ class TestNixl:
         outgoing, incoming = ends
         await outgoing.put(memoryview(b"kv"))
         incoming.close()
+
+        async def write():
+            for _ in range(1000):  # this side hears of it a moment later
+                await outgoing.put(memoryview(b"kv"))
+
         with pytest.raises(TransportFailed):
-            await outgoing.put(memoryview(b"kv"))
+            await write()
         outgoing.close()
         with pytest.raises(LinkClosed):
             await outgoing.put(memoryview(b"kv"))
