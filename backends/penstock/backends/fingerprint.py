@@ -54,7 +54,7 @@ def _digests(shard: Path, entries: Mapping[str, TensorEntry], cache: Path | None
     try:
         with shard.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            state = [status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev]
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
             kept = (
                 None
                 if cache is None
@@ -76,7 +76,7 @@ def _digest(file: int, entry: TensorEntry) -> str:
     while place < entry.end:
         count = os.preadv(file, [buffer[: entry.end - place]], place)
         if not count:
-            break
+            raise CheckpointError(f"{entry.shard}: ends before its tensors do; fetch the checkpoint again")
         digest.update(buffer[:count])
         place += count
     return digest.hexdigest()

@@ -67,7 +67,7 @@ async def tell_waiting(service: str, address: str, reached: Callable[[], bool]) 
         address: where it should be, HOST:PORT.
         reached: whether it serves now.
     """
-    waiting = Waiting(service, address, patience=_PATIENCE_SECONDS)
+    waiting = Waiting(service, address)
     while True:
         waiting.look(reached=reached())
         await asyncio.sleep(_LOOK_SECONDS)

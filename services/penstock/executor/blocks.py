@@ -90,6 +90,13 @@ class BlockManager:
             self._hashes[block] = key
             self._copies.setdefault(key, {})[block] = None
 
+    def forget(self, block: int) -> None:
+        """Let a used block be found no more: what it held is gone."""
+        key = self._hashes[block]
+        if key is not None:
+            self._hashes[block] = None
+            self._unregister(block, key)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give a sequence's blocks back. The end of a prefix is evicted before its begin, without which it can't be found."""
         for block in reversed(blocks):
@@ -121,10 +128,10 @@ class BlockManager:
         key = self._hashes[block]
         if key is not None:
             self._hashes[block] = None
-            self._forget(block, key)
+            self._unregister(block, key)
         return block
 
-    def _forget(self, block: int, key: bytes) -> None:
+    def _unregister(self, block: int, key: bytes) -> None:
         copies = self._copies.get(key)
         if copies is None:
             del self._by_hash[key]

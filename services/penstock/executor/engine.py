@@ -35,6 +35,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies
+from penstock.common.logs import logger
 from penstock.common.step_times import StepTimes
 from penstock.executor.acceptance import fault_of, refusal_of
 from penstock.executor.batch import Built, PromptRows, build
@@ -59,6 +60,8 @@ _MOVE_SHARE, _LEAST_MOVE_SECONDS, _MOVE_SECONDS = 0.1, 0.005, 0.1
 _PATIENCE = 0.02
 # A step that takes so many times what was measured hangs: other work on the machine may double it, or more.
 _STALLED = 4.0
+# Bytes of a prefix: a copy that is slower hangs.
+_LEAST_COPIED_PER_SECOND = 1e8
 # A wait for a deadline is cut into such pieces: a thread can not wait for as long as a deadline may be away.
 _LONGEST_WAIT = 3600.0
 
@@ -89,7 +92,7 @@ class Engine:
         self.model = model
         self.block_size = model.kv.block_size
         self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
-        copier = _copier(model) if config.prefix_cache else None
+        copier = self._copier(model) if config.prefix_cache else None
         self.blocks = BlockManager(model.kv.blocks, caching=config.prefix_cache, copying=copier is not None)
         self.meter = Meter()
         self.failure: str | None = None
@@ -344,6 +347,30 @@ class Engine:
         with self._wake:
             return left > 0 and self._wake.wait_for(lambda: bool(self._commands), min(left, _PATIENCE))
 
+    def _copier(self, model: GenerativeModel) -> Callable[[list[int], list[int]], int] | None:
+        """How a model copies prefixes; None where sequences share them.
+
+        Raises:
+            TypeError: its cache says that they are copied, and the model can not.
+        """
+        if not model.kv.copies_prefixes:
+            return None
+        if not isinstance(model, PrefixCopies):
+            raise TypeError("kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there")
+
+        def copy(source: list[int], target: list[int]) -> int:
+            seconds = len(source) * model.kv.bytes_per_block / _LEAST_COPIED_PER_SECOND
+            self.meter.begin(time.monotonic() + self._config.stall_seconds + seconds)
+            try:
+                return model.copy_prefix(source, target)
+            except ModelLost as error:
+                raise EngineDead(str(error)) from error
+            except Exception as error:  # noqa: BLE001 - the contract lets a backend raise anything; the prefix is computed instead
+                logger().warning("prefix not copied", error=f"{type(error).__name__}: {error}")
+                return 0
+
+        return copy
+
     def _expire(self) -> None:
         for sequence in self.scheduler.expired(time.monotonic()):
             self._finish(sequence, Finish.DEADLINE)
@@ -523,26 +550,6 @@ class Engine:
         with self._wake:
             self._over = True
         self._obey()
-
-
-def _copier(model: GenerativeModel) -> Callable[[list[int], list[int]], int] | None:
-    """How a model copies prefixes; None where sequences share them.
-
-    Raises:
-        TypeError: its cache says that they are copied, and the model can not.
-    """
-    if not model.kv.copies_prefixes:
-        return None
-    if not isinstance(model, PrefixCopies):
-        raise TypeError("kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there")
-
-    def copy(source: list[int], target: list[int]) -> int:
-        try:
-            return model.copy_prefix(source, target)
-        except ModelLost as error:
-            raise EngineDead(str(error)) from error
-
-    return copy
 
 
 def _sequence(handle: Handle) -> Sequence:

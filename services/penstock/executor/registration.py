@@ -26,8 +26,6 @@ _HEARTBEATS_PER_LEASE = 3
 _FIRST_BACK_OFF = 0.1
 _LAST_BACK_OFF = 1.0
 _FAREWELL_SECONDS = 2.0
-# Between two lines of the log, while there is no connection to the scheduler.
-_SILENCE_SECONDS = 10.0
 
 
 class Registration:
@@ -71,14 +69,19 @@ class Registration:
             stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
             back_off = _FIRST_BACK_OFF
             while True:
-                await self._reach(channel)
+                # While the scheduler is away gRPC alone decides when to try again: two pauses, each grown over the same absence,
+                # would outlast the time that a new scheduler waits for its executors.
+                await channel.channel_ready()
                 if self._healthy():
                     try:
                         await self._report(stub)
                     except grpc.aio.AioRpcError as error:
-                        self._tell_lost(f"{error.code().name}: {error.details()}")
+                        # One that never was there is waited for; one that refuses has a reason.
+                        if self.registered.is_set() or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                            self._tell_lost(f"{error.code().name}: {error.details()}")
                     except asyncio.InvalidStateError:  # what a write raises on a stream that has ended meanwhile
-                        self._tell_lost("the stream ended")
+                        if self.registered.is_set():
+                            self._tell_lost("the stream ended")
                 if self.registered.is_set():
                     self.registered.clear()
                     back_off = _FIRST_BACK_OFF
@@ -86,27 +89,12 @@ class Registration:
                 await asyncio.sleep(back_off * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
                 back_off = min(2 * back_off, _LAST_BACK_OFF)
 
-    async def _reach(self, channel: grpc.aio.Channel) -> None:
-        """Return once there is a connection.
-
-        While the scheduler is away gRPC alone decides when to try again: two pauses, each grown over the same absence, would
-        outlast the time that a new scheduler waits for its executors.
-        """
-        ready = asyncio.ensure_future(channel.channel_ready())
-        try:
-            while not (await asyncio.wait((ready,), timeout=_SILENCE_SECONDS))[0]:
-                logger().warning("scheduler not reached", scheduler=self._scheduler)
-            ready.result()
-        finally:
-            ready.cancel()
-
     def kept(self) -> bool:
         """Whether the scheduler has this executor, or need not have it: one that is not healthy stays away."""
         return self.registered.is_set() or not self._healthy()
 
     def _tell_lost(self, why: str) -> None:
-        if self.registered.is_set():  # what never was there is waited for
-            logger().warning("scheduler lost", scheduler=self._scheduler, why=why)
+        logger().warning("scheduler lost", scheduler=self._scheduler, why=why)
 
     async def _report(self, stub: Any) -> None:
         """One stream, until it is lost or the executor is not healthy."""

@@ -265,6 +265,8 @@ class Scheduler:
             self._begin(sequence, plan)
             if self.limits.caching:
                 (awaited.setdefault(_request_of(sequence), set()) if sequence.awaits_kv else coming).update(sequence.fresh_hashes)
+            if self._copy_prefix and sequence.computed and plan.counts:  # a copy takes as long as a step: others come with the next
+                return
 
     def _hold(self, sequence: Sequence, found: list[int], fresh: int) -> None:
         """Give a sequence its blocks, the first of them with what was found."""
@@ -278,6 +280,8 @@ class Scheduler:
         sequence.hold(own)
         try:
             copied = self._copy_prefix(found, own[: len(found)]) if found else 0
+            if copied < len(found):  # it would be found again, and hide what is computed in its place
+                self._blocks.forget(found[copied])
         finally:
             self._blocks.release(found)
         sequence.computed = copied * self._block_size

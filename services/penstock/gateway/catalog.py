@@ -137,8 +137,8 @@ class Catalog:
             UnknownModel: there is none of this name.
         """
         self._forget()
-        if not self._models:
-            raise Unavailable("no model is served: no executor has registered", _RETRY_SECONDS)
+        if not self._models and not name:
+            raise Unavailable("no model is served: no executor is registered", _RETRY_SECONDS)
         if not name:
             served = self.models() or self._models
             if len(served) > 1:

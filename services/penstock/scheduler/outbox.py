@@ -37,10 +37,11 @@ class Outbox(Generic[M]):
 
     async def __aiter__(self) -> AsyncIterator[M]:
         while True:
-            await self._ready.wait()
+            if not self._closed:
+                await self._ready.wait()
             self._ready.clear()
             response, self.response = self.response, self._empty()
             if response.ByteSize():
                 yield response
-            if self._closed:
+            elif self._closed:
                 return

@@ -130,3 +130,10 @@ def test_a_flag_and_a_variable_are_given_whatever_they_say(words, variables, giv
         monkeypatch.setenv(name, value)
     _, bound, _ = app.parse_args(["up", "builtin", *words])
     assert bound.arguments.get("settings", UpConfig()).given == given
+
+
+def test_a_variable_for_all_commands_is_left_to_each(monkeypatch):
+    (only,) = first_plans(UpConfig().pools, None)
+    monkeypatch.setenv("PENSTOCK_LOG_LEVEL", "info")
+    assert "--log-level" not in command(only, log_level="info")
+    assert command(only, log_level="debug")["--log-level"] == "debug"

@@ -84,6 +84,44 @@ def test_what_was_copied_is_found_as_long_as_one_of_the_copies_is_there():
     assert bench.started[4].cached_tokens == 2 * BLOCK_SIZE
 
 
+def test_what_is_gone_is_forgotten_and_what_is_computed_in_its_place_is_found():
+    gone = [2]
+    bench = Bench(model=CopyingModel(64, lambda found: gone.pop() if gone else 0))
+    prompt = list(range(5 * BLOCK_SIZE + 1))
+    cached = []
+    for number in range(4):
+        bench.submit(number, prompt, 2)
+        bench.run()
+        cached.append(bench.started[number].cached_tokens // BLOCK_SIZE)
+    assert cached == [0, 3, 5, 5]
+    assert bench.tokens[3] == expected(prompt, 2)
+
+
+def test_a_prefix_that_can_not_be_copied_is_computed():
+    def fail(_):
+        raise ValueError("no such lane")
+
+    bench = Bench(model=CopyingModel(64, fail))
+    prompt = list(range(3 * BLOCK_SIZE))
+    for number in (1, 2):
+        bench.submit(number, prompt, 2)
+        bench.run()
+    assert bench.tokens[2] == expected(prompt, 2)
+    assert bench.started[2].cached_tokens == 0
+
+
+def test_a_step_copies_for_one_sequence_that_it_computes():
+    bench = Bench(model=CopyingModel(64), max_batch_size=8)
+    prompt = list(range(3 * BLOCK_SIZE))
+    bench.submit(0, prompt, 1)
+    bench.run()
+    for number in (1, 2, 3):
+        bench.submit(number, [*prompt, number], 4)
+    bench.engine.step()
+    assert len(bench.engine.scheduler.running) == 1
+    assert bench.run() == {0: expected(prompt, 1)} | {i: expected([*prompt, i], 4) for i in (1, 2, 3)}
+
+
 def test_a_model_that_is_lost_while_it_copies_ends_the_engine_and_all_hear_of_it():
     def lose(_):
         raise ModelLost("backend fake died in copy_prefix")

@@ -77,3 +77,12 @@ def test_only_model_is_meant_without_a_name_while_its_executors_restart():
     world.now = 61.0
     with pytest.raises(Unavailable):
         world.catalog.model("")
+
+
+def test_the_only_model_that_is_gone_for_good_is_unknown_by_its_name():
+    world = World()
+    world.serve("a")
+    world.serve()
+    world.now = 61.0
+    with pytest.raises(UnknownModel):
+        world.catalog.model("a")

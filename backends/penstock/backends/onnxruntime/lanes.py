@@ -103,7 +103,10 @@ class Lanes:
     def copy(self, source: Sequence[int], target: Sequence[int]) -> int:
         """Begin a sequence with what these blocks hold, the i-th being the i-th of some sequence; how many of them were copied."""
         ids = np.asarray(target, np.int64)
-        for lane, _ in self._pieces(source):
+        sources = [lane for lane, _ in self._pieces(source)]
+        if not sources:
+            return 0
+        for lane in sources:
             self._used[lane] = self._now + 1  # not one of these is the one to be emptied
         into = self._begin(self._find(ids))
         copied = 0

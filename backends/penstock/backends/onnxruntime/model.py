@@ -23,7 +23,8 @@ from penstock.common.service import StartError
 __all__ = ["OnnxRuntimeModel"]
 
 # Ended sequences keep their lanes, of which new ones copy prefixes, until others take their blocks: so many for each that may run,
-# if their address space is not beyond this, but always as many as do run.
+# if their address space is not beyond this, but always twice as many. So many have to come before one that only waits, for KV or
+# for room in a step, could lose its lane as the one that was not used for longest.
 _LANES_PER_SEQUENCE = 16
 _ADDRESS_SPACE = 1 << 43
 _BINDINGS = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from penstock.cli.cluster.child import Program
 from penstock.cli.cluster.pools import ExecutorPlan
 from penstock.cli.cluster.settings import UpConfig
+from penstock.common.config import ENVIRONMENT_PREFIX
 
 __all__ = ["Plan"]
 
@@ -84,9 +86,13 @@ class Plan:
         return Program(name=name, service=service, argv=argv, listen=listen)
 
     def _given(self, keys: Sequence[str]) -> list[str]:
-        """Flags for what was given; the rest is left to the service's own section, environment and defaults."""
-        given = [key for key in keys if key in self.settings.given]
-        return [word for key in given for word in _flag(key.replace("_", "-"), getattr(self.settings, key))]
+        """Flags for what was given; the rest is left to the service's own section, environment and defaults.
+
+        So is what a variable for all commands says: a service reads it too, and what is said to it alone goes before.
+        """
+        given = {key: getattr(self.settings, key) for key in keys if key in self.settings.given}
+        own = {key: value for key, value in given.items() if os.environ.get(f"{ENVIRONMENT_PREFIX}{key.upper()}") != str(value)}
+        return [word for key, value in own.items() for word in _flag(key.replace("_", "-"), value)]
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -180,8 +180,8 @@ def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
     for prefix, part in _parts(told):
         violations = list(_extras(part, prefix))
         if violations:
-            supported = any(violation.description != _UNSUPPORTED for violation in violations)
-            raise (InvalidRequest if supported else UnsupportedField)(*violations)
+            known = all(violation.description == _UNSUPPORTED for violation in violations)
+            raise (UnsupportedField if known else InvalidRequest)(*violations)
     return told
 
 

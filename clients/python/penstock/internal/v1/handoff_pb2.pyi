@@ -685,7 +685,7 @@ class Abort(_message.Message):
     handoff_id: _builtins.bytes
     epoch: _builtins.int
     ended: _builtins.bool
-    """The sequence has ended there, and its gateway was told how: nothing has failed."""
+    """The sequence has ended there, and its gateway was told how, or has ended it: nothing has failed."""
     def __init__(
         self,
         *,
