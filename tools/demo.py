@@ -25,7 +25,8 @@ QUESTION = "What is 58 + 67?"
 @contextmanager
 def suite() -> Iterator[tuple[str, str]]:
     """`penstock up` on free ports: where its HTTP and its gRPC door are."""
-    command = ["up", "builtin", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--log-level", "warning", *sys.argv[1:]]
+    command = ["up", "builtin", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--log-level", "warning"]
+    command += ["--log-format", "console", *sys.argv[1:]]  # for a person, wherever it goes
     print(f"$ penstock {' '.join(command)}", flush=True)
     up = subprocess.Popen([sys.executable, "-m", "penstock.cli", *command], stdout=subprocess.PIPE, text=True)
     try:
