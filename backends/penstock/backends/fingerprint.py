@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import xxhash
 
 from penstock.backends.safetensors import CheckpointError, TensorEntry
+from penstock.common.whole_files import write_whole
 
 __all__ = ["fingerprint"]
 
@@ -55,11 +55,8 @@ def _digests(shard: Path, entries: Mapping[str, TensorEntry], cache: Path | None
         with shard.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
-            kept = (
-                None
-                if cache is None
-                else cache / "digests" / f"{hashlib.blake2b(bytes(shard.resolve()), digest_size=16).hexdigest()}.json"
-            )
+            place = hashlib.blake2b(bytes(shard.resolve()), digest_size=16).hexdigest()
+            kept = cache and cache / "digests" / f"{place}.json"
             found = _read(kept, state, entries) if kept else None
             if found is None:
                 found = {name: _digest(file.fileno(), entry) for name, entry in entries.items()}
@@ -95,11 +92,4 @@ def _read(kept: Path, state: list[int], names: Iterable[str]) -> dict[str, str] 
 def _keep(kept: Path, state: list[int], digests: Mapping[str, str]) -> None:
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", prefix=".", dir=kept.parent, delete=False, encoding="utf-8") as file:
-            try:
-                json.dump({"state": state, "digests": digests}, file)
-                file.flush()
-                Path(file.name).replace(kept)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_whole(kept, json.dumps({"state": state, "digests": digests}).encode())

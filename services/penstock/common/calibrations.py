@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from typing import Any
 
 from penstock.common.logs import logger
 from penstock.common.step_times import Curve, StepTimes
+from penstock.common.whole_files import write_whole
 
 __all__ = ["Calibrations", "Key", "Record"]
 
@@ -94,9 +94,7 @@ class Calibrations:
         content = {"format": _FORMAT, "key": asdict(key), "measured_at": time.time(), "times": asdict(times)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", prefix=".", dir=path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(content, file)
-            Path(file.name).replace(path)
+            write_whole(path, json.dumps(content).encode())
         except OSError as error:
             logger().warning("calibration not kept", file=str(path), error=str(error))
 

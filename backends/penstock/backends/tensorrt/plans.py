@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from penstock.common.whole_files import write_whole
 
 __all__ = ["PlanCache"]
 
@@ -56,20 +56,10 @@ class PlanCache:
         if self.folder is None:
             return
         path = _path(self.folder, kind, built_for)
-        written = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=path.suffix, delete=False) as file:
-                written = Path(file.name)
-                file.write(json.dumps(_header(built_for, content)).encode() + b"\n")
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            written.replace(path)
+            write_whole(path, json.dumps(_header(built_for, content)).encode() + b"\n", content)
         except OSError as error:
-            if written is not None:
-                with suppress(OSError):
-                    written.unlink()
             warnings.warn(f"{self.folder} keeps no {kind} for the next start: {error}", stacklevel=2)
 
 
