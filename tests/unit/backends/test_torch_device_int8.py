@@ -8,16 +8,15 @@ import structlog
 import torch
 from imitated_cuda import imitate
 
-from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance import CHECKS, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DType
 from penstock.backends.pytorch import REGISTRATION, tuning
 from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
-from penstock.backends.pytorch.device_int8 import DeviceInt8Product, kernel_rows
+from penstock.backends.pytorch.device_int8 import DeviceInt8Product
+from penstock.backends.pytorch.kernel_rows import kernel_rows
 from penstock.backends.pytorch.model import TorchModel
 from penstock.backends.pytorch.precision import precision_of
-from penstock.backends.pytorch.registration import _capabilities
 
 CPU = torch.device("cpu")
 
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def on_the_processor(monkeypatch):
     """Models hold and multiply int8 as on an accelerator, up to two rows by PyTorch's kernel."""
-    monkeypatch.setattr(tuning, "precision_of", lambda dtype, device: precision_of(dtype, torch.device("cuda"), 2))
+    monkeypatch.setattr(tuning, "precision_of", lambda dtype, device: precision_of(dtype, torch.device("cuda"), {DType.INT8: 2}))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 40])
@@ -67,7 +66,7 @@ def timed(quickest_up_to):
 @pytest.mark.parametrize(("quickest_up_to", "rows"), [(0, 0), (1, 1), (7, 4), (1000, 64)])
 @torch.inference_mode()
 def test_the_kernel_is_taken_as_far_as_it_is_quicker(quickest_up_to, rows):
-    assert kernel_rows(96, 64, CPU, timed(quickest_up_to)) == rows
+    assert kernel_rows("int8", DeviceInt8Product, 96, 64, CPU, timed(quickest_up_to)) == rows
 
 
 def absent(product, x):
@@ -79,7 +78,12 @@ def absent(product, x):
 def test_a_kernel_that_raises_or_is_wrong_is_not_taken_and_the_log_says_why(kernel, reason, monkeypatch):
     monkeypatch.setattr(DeviceInt8Product, "by_kernel", kernel)
     with structlog.testing.capture_logs() as logs:
-        assert kernel_rows(96, 64, CPU, lambda compute: (compute(), 0.0 if compute.func.__func__ is kernel else 1.0)) == 0
+        assert (
+            kernel_rows(
+                "int8", DeviceInt8Product, 96, 64, CPU, lambda compute: (compute(), 0.0 if compute.func.__func__ is kernel else 1.0)
+            )
+            == 0
+        )
     assert reason in logs[0]["tried"][0]
 
 
@@ -87,19 +91,13 @@ def test_a_device_is_tuned_before_anything_is_loaded(tmp_path, monkeypatch):
     imitate(monkeypatch)
     decoder = write_checkpoint(tmp_path, CONFIGS["llama"]).decoder
     kind = SimpleNamespace(type="cuda")  # where it is told to the processor
-    monkeypatch.setattr(tuning, "kernel_rows", lambda outputs, inputs, device, timed: kernel_rows(outputs, inputs, CPU, timed))
+    monkeypatch.setattr(tuning, "kernel_rows", lambda *asked: kernel_rows(*asked[:4], CPU, asked[5]))
     found = tuning.tuning_of(decoder, DType.INT8, kind, 16, ON_PROCESSOR)
     assert int(found.ways["int8_kernel_rows"]) in {0, 1, 2, 4, 8, 16, 32, 64}
     assert found.ways["decode_attention"] == "gathered"
     product = found.precision.product(torch.randn(64, 32).bfloat16(), None)
     assert product.rows == int(found.ways["int8_kernel_rows"])
     assert "int8_kernel_rows" not in tuning.tuning_of(decoder, DType.BF16, kind, 16, ON_PROCESSOR).ways
-
-
-def test_it_is_offered_where_an_accelerator_is(tmp_path, monkeypatch):
-    spec = read_model(write_checkpoint(tmp_path, CONFIGS["llama"]).folder, "m")
-    monkeypatch.setattr("penstock.backends.pytorch.registration._accelerators", lambda _: ("cuda:0",))
-    assert _capabilities(spec).dtypes == (DType.BF16, DType.F32, DType.INT8)
 
 
 @pytest.mark.gpu

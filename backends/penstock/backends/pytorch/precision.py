@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from penstock.backends.contract import DType
+from penstock.backends.pytorch.device_int4 import DeviceInt4Product
 from penstock.backends.pytorch.device_int8 import DeviceInt8Product
 from penstock.backends.pytorch.products import HostProduct, Int4Product, Int8Product
 
 __all__ = ["Precision", "precision_of"]
+
+_BY_NO_KERNEL: Mapping[DType, int] = {}
 
 MakeProduct = Callable[[Tensor, Tensor | None], nn.Module]
 
@@ -35,18 +38,19 @@ class Precision:
     head: MakeProduct
 
 
-def precision_of(dtype: DType, device: torch.device, kernel_rows: int = 0) -> Precision:
+def precision_of(dtype: DType, device: torch.device, kernel_rows: Mapping[DType, int] = _BY_NO_KERNEL) -> Precision:
     """How `dtype` is served on `device`. Four-bit models keep their vocabulary's product in eight: that one shows in each logit.
 
     Args:
         dtype: of the weights.
         device: where they are.
-        kernel_rows: see `DeviceInt8Product`.
+        kernel_rows: on an accelerator, up to how many rows products with weights of each type go through a kernel.
     """
     held = torch.float32 if dtype == DType.F32 else torch.bfloat16
-    if device.type == "cuda" and dtype == DType.INT8:
-        int8 = partial(DeviceInt8Product, rows=kernel_rows)
-        return Precision(held, held, int8, int8)
+    if device.type == "cuda" and dtype.quantised:
+        int8 = partial(DeviceInt8Product, rows=kernel_rows.get(DType.INT8, 0))
+        int4 = partial(DeviceInt4Product, rows=kernel_rows.get(DType.INT4, 0))
+        return Precision(held, held, int4 if dtype == DType.INT4 else int8, int8)
     if device.type == "cuda" or (dtype == DType.BF16 and multiplies_bfloat16()):
         return Precision(held, held, _linear, _linear)
     products = {DType.INT8: Int8Product, DType.INT4: Int4Product}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["HostProduct", "Int4Product", "Int8Product"]
+__all__ = ["INT4_GROUPS", "HostProduct", "Int4Product", "Int8Product", "four_bits"]
 
 # Below these row counts a vector's product with the short weight itself is quicker than widening it.
 _BFLOAT16_ROWS = 2
@@ -18,6 +18,9 @@ _INT8_ROWS = 4
 # From so many rows on, the arithmetic outweighs all else, and the library's own order of operands is the quicker one.
 _MANY_ROWS = 128
 _NARROW_TILE, _WIDE_TILE = 512, 8192  # outputs that are widened at a time
+
+INT4_GROUPS = (128, 64, 32)
+"""Inputs that may share a scale and an offset in four bits, as PyTorch's kernels know them; best first."""
 
 
 class HostProduct(nn.Module):
@@ -66,13 +69,7 @@ class Int8Product(HostProduct):
 
 
 class Int4Product(nn.Module):
-    """A linear map whose weights have four bits, with a scale and an offset for each group of inputs, by PyTorch's own kernel.
-
-    Attributes:
-        GROUPS: sizes of a group that the kernel knows, best first.
-    """
-
-    GROUPS = (128, 64, 32)
+    """A linear map whose weights have four bits, with a scale and an offset for each group of inputs, by PyTorch's own kernel."""
 
     packed: Tensor
     scales: Tensor
@@ -80,16 +77,9 @@ class Int4Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        outputs, inputs = weight.shape
-        self._group = next(group for group in self.GROUPS if inputs % group == 0)
-        grouped = weight.float().unflatten(1, (-1, self._group))  # type: ignore[no-untyped-call]  # torch gives it no types
-        least, most = grouped.aminmax(dim=2, keepdim=True)
-        scales = _positive((most - least) / 15).bfloat16().float()
-        middle = (least + 8 * scales).bfloat16().float()  # the kernel's zero point: what the code 8 stands for
-        codes = ((grouped - middle) / scales + 8).round_().clamp_(0, 15).to(torch.int32).view(outputs, inputs)
+        codes, scales, self._group = four_bits(weight)
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))  # noqa: SLF001  the same
-        both = torch.cat((scales, middle), dim=2).transpose(0, 1)
-        self.register_buffer("scales", both.bfloat16().contiguous())
+        self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +87,23 @@ class Int4Product(nn.Module):
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001  the same
         out: Tensor = kernel(x.bfloat16(), self.packed, self._group, self.scales).float()
         return out if self.bias is None else out + self.bias
+
+
+def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """A weight [outputs, inputs] in four bits.
+
+    Returns:
+        Codes, int32 [outputs, inputs] of 0 to 15; for each group of inputs and each output the scale, and what the code 8 stands
+        for: bfloat16 [groups, outputs, 2], as PyTorch's kernels take them; and the inputs of a group.
+    """
+    outputs, inputs = weight.shape
+    group = next(group for group in INT4_GROUPS if inputs % group == 0)
+    grouped = weight.float().unflatten(1, (-1, group))  # type: ignore[no-untyped-call]  # torch gives it no types
+    least, most = grouped.aminmax(dim=2, keepdim=True)
+    scales = _positive((most - least) / 15).bfloat16().float()
+    middle = (least + 8 * scales).bfloat16().float()
+    codes = ((grouped - middle) / scales + 8).round_().clamp_(0, 15).to(torch.int32).view(outputs, inputs)
+    return codes, torch.cat((scales, middle), dim=2).transpose(0, 1).bfloat16().contiguous(), group
 
 
 def _positive(scales: Tensor) -> Tensor:

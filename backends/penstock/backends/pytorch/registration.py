@@ -55,14 +55,12 @@ def _capabilities(spec: ModelSpec) -> Capabilities:
     available = _probe()
     accelerated = isinstance(available, Available) and available.devices[0] != "cpu"
     dtypes: tuple[DType, ...] = (DType.BF16, DType.F32) if accelerated or _fast_bfloat16() else (DType.F32, DType.BF16)
-    dtypes += (DType.INT8,)
-    if not accelerated and _fits_int4(spec.decoder):
-        dtypes += (DType.INT4,)
+    dtypes += (DType.INT8, DType.INT4) if _fits_int4(spec.decoder) else (DType.INT8,)
     return Capabilities(dtypes=dtypes, export_kv=True, import_kv=True, kv_layouts=(KV_LAYOUT,))
 
 
 def _fits_int4(decoder: DecoderSpec) -> bool:
-    """Whether PyTorch's four-bit kernel takes the shapes of all products: inputs in groups of 32, outputs in tiles of 32."""
+    """Whether PyTorch's four-bit kernels take the shapes of all products: inputs in groups of 32, outputs in tiles of 32."""
     heads, kv_heads = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     sizes = (decoder.hidden_size, decoder.intermediate_size, heads, heads + 2 * kv_heads)
     return all(size % 32 == 0 for size in sizes)
