@@ -2,7 +2,8 @@
 
 The plug-in lays its own copy of each weight out at the first step, and looks at ours again only if it ever chooses another layout.
 Memory of the process would hold both; pages of a file hold neither longer than `release` allows, and come back when they are read.
-A file may also be kept, for the next start of the same model to map instead of computing it again.
+A file may also be kept, for the next start of the same model to map instead of computing it again. Kept files that no start has
+mapped for a month go when another is kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import tempfile
+import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +28,8 @@ __all__ = ["MappedArrays", "scratch_folder", "weight_arrays"]
 
 _MAGIC = b"penstock arrays 2"
 _SLICE = 1 << 22
+_UNUSED_SECONDS = 30 * 24 * 3600  # a kept file without a start in that time is of a model that is served no longer
+_LEFT_SECONDS = 24 * 3600  # what a start that was killed has left is nobody's by then
 _TAIL = len(_MAGIC) + 8  # behind the index: its length, and what kind of file this is
 
 
@@ -101,6 +106,7 @@ class MappedArrays:
                 os.link(f"/proc/self/fd/{self._file}", whole, src_dir_fd=self._file)  # which makes it follow the link
             whole.replace(self._kept)
             self._name = None
+        _remove_unused(self._kept.parent)
 
     def close(self) -> None:
         """Close the file. The arrays stay for as long as they are referenced."""
@@ -156,10 +162,20 @@ class MappedArrays:
                     if _checksum(mapped) != checksum:
                         raise ValueError(path)
                 self._index[name] = (offset, stored, checksum)
+            with suppress(OSError):
+                os.utime(path)  # it is in use
         except (OSError, ValueError, TypeError, AttributeError):
             self.close()
             return False
         return True
+
+
+def _remove_unused(folder: Path) -> None:
+    for pattern, seconds in (("*.arrays", _UNUSED_SECONDS), (".new-*", _LEFT_SECONDS)):
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > seconds:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _checksum(mapped: mmap.mmap) -> int:

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -124,3 +125,18 @@ def test_large_files_go_where_tmpdir_says_and_else_to_a_disk(monkeypatch, tmp_pa
     assert scratch_folder() == tmp_path
     monkeypatch.delenv("TMPDIR")
     assert scratch_folder() == Path("/var/tmp")
+
+
+def test_kept_files_that_nothing_has_used_for_a_month_go_when_another_is_kept(tmp_path):
+    old, used, left, young = tmp_path / "old.arrays", tmp_path / "used.arrays", tmp_path / ".new-left", tmp_path / ".new-young"
+    for kept in (old, used):
+        fill(tmp_path, kept)
+    for folder in (left, young):
+        folder.mkdir()
+        (folder / "arrays").write_bytes(b"of a start that was killed")
+    month = time.time() - 31 * 24 * 3600
+    for path in (old, used, left):
+        os.utime(path, (month, month))
+    assert fill(tmp_path, used)[1] is False  # which counts as use
+    fill(tmp_path, tmp_path / "new.arrays")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new-young", "new.arrays", "used.arrays"]
