@@ -74,6 +74,7 @@ async def free_again(stub):
     """Wait until no block is used."""
     state = await stub.GetExecutor(pb.GetExecutorRequest())
     while state.kv_blocks_used or state.load.running:
+        await asyncio.sleep(0.01)  # asking has its price for who is asked
         state = await stub.GetExecutor(pb.GetExecutorRequest())
     return state
 
