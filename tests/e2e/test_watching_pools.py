@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from suite import Suite, wait_for
 
 ROOT = Path(__file__).parents[2]
+PARTS = ("encode", "queue", "prefill", "hops", "text")
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 88, 300)]
 
 
@@ -72,8 +73,10 @@ def test_metrics_agree_with_what_the_responses_prove(suite):
     assert grown("penstock_fallbacks_total") == 0
     assert grown("penstock_handoff_refusals_total") == 0
     assert total(after, "penstock_handoffs_live") == 0
-    for part in ("queue", "prefill", "transfer", "first_step"):
+    for part in ("encode", "queue", "prefill", "hops", "text", "transfer", "first_step"):
         assert grown("penstock_time_to_first_token_part_seconds_count", part=part) == len(results)
+    before_text = [grown("penstock_time_to_first_token_part_seconds_sum", part=part) for part in PARTS]
+    assert sum(before_text) == pytest.approx(sum(result.closing.first_text_seconds for result in results), abs=1e-5)
 
 
 def test_kv_that_came_for_one_tenant_is_found_by_no_other(suite):

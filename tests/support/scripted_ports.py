@@ -133,18 +133,18 @@ def plan(n=1, max_tokens=8, stop=()):
     )
 
 
-def build(new=Request, **fields):
-    """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told; `new` makes it."""
+def build(new=Request, clock=None, arrived=None, **fields):
+    """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told; `new` makes it. A clock ticks when read."""
     ports, told, done = Ports(), Told(), []
-    caller = Caller(tenant="t", request_id="r", deadline=1e9)
-    clock = itertools.count()
+    caller = Caller(tenant="t", request_id="r", deadline=1e9, arrived=arrived)
+    ticks = itertools.count()
     request = new(
         plan(**fields),
         caller,
         (ports, ports, ports),
         told,
         known_tokens={},
-        clock=lambda: float(next(clock)),
+        clock=clock or (lambda: float(next(ticks))),
         max_attempts=3,
         on_done=done.append,
     )

@@ -134,6 +134,9 @@ def test_a_closing_tells_of_a_handoff_and_takes_what_a_newer_server_says(fake, c
         fallback=pb.FALLBACK_REPLACED,
         fallback_reason="decode_lost",
         first_step_time=duration_pb2.Duration(nanos=3_000_000),
+        encode_time=duration_pb2.Duration(nanos=1_000_000),
+        first_token_time=duration_pb2.Duration(nanos=5_000_000),
+        first_text_time=duration_pb2.Duration(seconds=1),
     )
     newer = pb.Closing.FromString(pb.Closing(placement_reason=99, fallback=99).SerializeToString())
     fake.script = [told]
@@ -142,6 +145,7 @@ def test_a_closing_tells_of_a_handoff_and_takes_what_a_newer_server_says(fake, c
     assert (closing.placement_reason, closing.fallback, closing.fallback_reason) == ("cost", "replaced", "decode_lost")
     assert (closing.handoff.kv_bytes, closing.handoff.transfer_seconds, closing.handoff.exposed_seconds) == (2**40, 0.007, 0.0)
     assert (closing.handoff.transport, closing.handoff.native, closing.first_step_seconds) == ("nixl", True, 0.003)
+    assert (closing.encode_seconds, closing.first_token_seconds, closing.first_text_seconds) == (0.001, 0.005, 1.0)
     fake.script = [newer]
     closing = connect().generate("hello").result().closing
     assert (closing.placement_reason, closing.fallback, closing.handoff) == ("unspecified", "unspecified", None)

@@ -126,6 +126,9 @@ class Closing:
         handoff: None where no KV was handed over.
         fallback: the last one that was taken.
         first_step_seconds: from the first token to the second; 0 where there is none.
+        encode_seconds: from arrival to the first question for a place.
+        first_token_seconds: from arrival to the first token; 0 where there is none.
+        first_text_seconds: from arrival to the first text or finish that the client is told.
     """
 
     prompt_tokens: int
@@ -146,6 +149,9 @@ class Closing:
     fallback: Fallback = Fallback.NONE
     fallback_reason: FallbackReason | None = None
     first_step_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    first_text_seconds: float = 0.0
 
 
 @dataclass(slots=True)

@@ -36,6 +36,9 @@ def closing(request: Request) -> Closing:
         fallback=fallback,
         fallback_reason=reason,
         first_step_seconds=request.record.first_step_seconds or 0.0,
+        encode_seconds=request.record.encode_seconds,
+        first_token_seconds=request.record.first_token_seconds or 0.0,
+        first_text_seconds=request.record.first_text_seconds or 0.0,
     )
 
 

@@ -56,7 +56,6 @@ class Request:
         on_done: told once, when everything has been given back.
 
     Attributes:
-        told: whether the client was told anything.
         attempts_left: placements that may still bring no token.
         record: how it has run so far.
     """
@@ -85,7 +84,6 @@ class Request:
         self.choices = [Choice(self, i, next(_decoding_ids)) for i in range(plan.n)]
         self.lease: Lease | None = None
         self.error: PenstockError | None = None
-        self.told = False
         self.attempts_left = self.max_attempts = max_attempts
         now = clock()
         self.record = Record(self.choices, now, now if caller.arrived is None else caller.arrived)
@@ -191,6 +189,11 @@ class Request:
     def described(self, choice: Choice, tokens: Iterable[bytes]) -> None:
         """The bytes of the ids that were asked for first."""
         telling.described(self, choice, tokens)
+
+    @property
+    def told(self) -> bool:
+        """Whether the client was told anything."""
+        return self.record.first_text_at is not None
 
     # What is done about it
 

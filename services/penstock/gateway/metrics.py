@@ -41,7 +41,7 @@ class GatewayMetrics:
         self._fallbacks = self._counter("fallbacks", "Handoffs and executors that were lost to a running request", "reason")
         self._parts = Histogram(
             "penstock_time_to_first_token_part_seconds",
-            "Where the time to the first token, and from there to the second, went",
+            "Where the time to the first text, and from the first token to the second, went",
             (*_MODEL, "part"),
             buckets=TIME_TO_FIRST_TOKEN_SECONDS,
             registry=self.registry,
@@ -62,8 +62,9 @@ class GatewayMetrics:
             self._placed.labels(model, "apart" if apart else "together", why.value).inc()
         for _, lost, _ in request.record.fallbacks:
             self._fallbacks.labels(model, lost.value).inc()
+        for part, seconds in request.record.parts.items():
+            self._parts.labels(model, part).observe(seconds)
         if request.record.first_token_at is not None:
-            self._observe_parts(request)
             self._first.labels(model).observe(request.record.first_token_at - request.record.arrived)
             longest = max(choice.told_tokens for choice in request.choices)
             if longest > 1 and request.record.last_token_at is not None:
@@ -78,18 +79,6 @@ class GatewayMetrics:
         for choice in request.choices:
             reason = choice.finish.reason if choice.finish is not None else FinishReason.DEADLINE
             self._success.labels(model, reason.value).inc()
-
-    def _observe_parts(self, request: Request) -> None:
-        parts = {
-            "queue": request.record.queue_seconds,
-            "prefill": request.record.prefill_seconds,
-            "first_step": request.record.first_step_seconds,
-        }
-        if request.record.arrivals:
-            parts["transfer"] = sum(arrival.exposed_seconds for _, arrival in request.record.arrivals)
-        for part, seconds in parts.items():
-            if seconds is not None:
-                self._parts.labels(request.plan.model, part).observe(seconds)
 
     def watch(self, live: Mapping[int, Request]) -> None:
         """Tell how many requests run and wait."""

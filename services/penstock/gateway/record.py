@@ -19,6 +19,7 @@ class Record:
     Attributes:
         begun: when it was encoded and first asked for a place.
         arrived: when it came to the door.
+        first_text_at: when the client was first told anything.
         executor_ids: where it ran, in the order of the starts.
         lost_on: executors that it was lost on.
         prefill_executor_id: that computed the prompt last.
@@ -34,6 +35,7 @@ class Record:
         self.arrived = arrived
         self.placed_at: float | None = None
         self.first_token_at: float | None = None
+        self.first_text_at: float | None = None
         self.second_token_at: float | None = None
         self.last_token_at: float | None = None
         self.executor_ids: list[str] = []
@@ -62,6 +64,41 @@ class Record:
     def prefill_seconds(self) -> float:
         """The longest of the choices' prefills."""
         return max((c.start.prefill_seconds for c in self._choices if c.start is not None), default=0.0)
+
+    @property
+    def encode_seconds(self) -> float:
+        """From arrival to the first question for a place."""
+        return self.begun - self.arrived
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From arrival to the first token; None before that."""
+        return None if self.first_token_at is None else self.first_token_at - self.arrived
+
+    @property
+    def first_text_seconds(self) -> float | None:
+        """From arrival to what the client was told first; None before that."""
+        return None if self.first_text_at is None else self.first_text_at - self.arrived
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What has passed until the first text, by part, and the step and the KV behind the first token.
+
+        Other services tell how long they took, and not when: what is left of the time to the first token is the hops between them,
+        with attempts that were lost. Of several choices the longest wait and prefill count, and hops may be told too short.
+        """
+        if self.first_token_at is None:
+            return {}
+        encode, queue, prefill = self.encode_seconds, self.queue_seconds, self.prefill_seconds
+        hops = max(0.0, self.first_token_at - self.begun - queue - prefill)
+        parts = {"encode": encode, "queue": queue, "prefill": prefill, "hops": hops}
+        if self.first_text_at is not None:
+            parts["text"] = self.first_text_at - self.first_token_at
+        if self.first_step_seconds is not None:
+            parts["first_step"] = self.first_step_seconds
+        if self.arrivals:
+            parts["transfer"] = sum(arrival.exposed_seconds for _, arrival in self.arrivals)
+        return parts
 
     @property
     def first_step_seconds(self) -> float | None:

@@ -102,6 +102,30 @@ def test_each_event_in_each_state(state, event):
         assert len(case.done) == 1
 
 
+def test_the_parts_of_the_time_to_the_first_text_add_up_to_it():
+    now = 100.5
+    case = build(clock=lambda: now, arrived=100.0)
+    request, choice = case.request, case.request.choices[0]
+    now = 101.0
+    request.granted(Lease("e0", "host:1", queued_seconds=0.25))
+    now = 102.5
+    request.sequence_started(choice, choice.sequence_id, SequenceStart(0, 0.125, 0.75))
+    request.token(choice, 5, 0)
+    now = 102.75
+    request.text(choice, Text("", 0, 0))
+    request.text(choice, Text("a", 0, 1))
+    now = 103.0
+    request.token(choice, 6, 1)
+    request.sequence_ended(choice, choice.sequence_id, SequenceEnd.LENGTH, 0)
+    request.text(choice, Text("b", 1, 2, last=True))
+    closing = case.told.closing
+    assert (closing.encode_seconds, closing.queue_seconds, closing.prefill_seconds) == (0.5, 0.375, 0.75)
+    assert (closing.first_token_seconds, closing.first_text_seconds, closing.total_seconds) == (2.5, 2.75, 3.0)
+    parts = request.record.parts
+    assert parts == {"encode": 0.5, "queue": 0.375, "prefill": 0.75, "hops": 0.875, "text": 0.25, "first_step": 0.5}
+    assert sum(parts.values()) - parts["first_step"] == closing.first_text_seconds
+
+
 @pytest.mark.parametrize("state", [State.QUEUED, State.PREFILLING])
 def test_a_deadline_before_the_first_text_is_an_error(state):
     case = build()

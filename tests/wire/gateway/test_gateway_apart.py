@@ -1,6 +1,7 @@
 """A request whose prefill runs on one executor and whose decoding on another: what goes over the wire, and what clients see."""
 
 import asyncio
+import json
 
 import grpc
 import httpx
@@ -11,6 +12,8 @@ from penstock.client import AsyncClient, Fallback, PlacementReason
 from penstock.common import tracing
 from penstock.internal.v1 import executor_pb2
 from penstock.v1 import inference_pb2
+
+PARTS = ("encode", "queue", "prefill", "hops", "text")
 
 
 def request(tokens=60, **fields):
@@ -85,10 +88,14 @@ async def test_the_python_client_and_http_tell_the_same(apart):
         usage = {"stream": True, "stream_options": {"include_usage": True}}
         streamed = await client.post("/v1/completions", json={**body, **usage})
         assert streamed.text.count('"closings":') == 1
+        closings += next(json.loads(line[6:])["closings"] for line in streamed.text.splitlines() if '"closings":' in line)
         metrics = (await client.get("/metrics")).text
     assert 'penstock_requests_placed_total{how="apart",model_name="story",reason="cost"} 5.0' in metrics
-    for part in ("queue", "prefill", "transfer", "first_step"):
-        assert f'penstock_time_to_first_token_part_seconds_count{{model_name="story",part="{part}"}} 5.0' in metrics
+    part_seconds = 'penstock_time_to_first_token_part_seconds_{}{{model_name="story",part="{}"}} '
+    for part in ("encode", "queue", "prefill", "hops", "text", "transfer", "first_step"):
+        assert part_seconds.format("count", part) + "5.0" in metrics
+    before = [float(metrics.split(part_seconds.format("sum", part))[1].split()[0]) for part in PARTS]
+    assert sum(before) == pytest.approx(told.first_text_seconds + sum(c["first_text_seconds"] for c in closings), abs=1e-4)
     await apart.rest()
 
 

@@ -69,6 +69,9 @@ def closing_of(closing: pb.Closing) -> Closing:
         fallback=_named(Fallback, pb.Fallback.Name, "FALLBACK_", closing.fallback),
         fallback_reason=closing.fallback_reason,
         first_step_seconds=closing.first_step_time.ToNanoseconds() / 1e9,
+        encode_seconds=closing.encode_time.ToNanoseconds() / 1e9,
+        first_token_seconds=closing.first_token_time.ToNanoseconds() / 1e9,
+        first_text_seconds=closing.first_text_time.ToNanoseconds() / 1e9,
     )
 
 

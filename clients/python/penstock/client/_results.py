@@ -162,6 +162,9 @@ class Closing:
         handoff: None where no KV was handed over.
         fallback_reason: a word, as in the metric penstock_fallbacks; empty without a fallback.
         first_step_seconds: from the first token, which prefill gives, to the second.
+        encode_seconds: from the request's arrival, through checking and encoding, to the question for a place.
+        first_token_seconds: from arrival to the first token. What it has beyond encoding, queue and prefill went by between services.
+        first_text_seconds: from arrival to the first text on its way to the client.
     """
 
     usage: Usage
@@ -182,6 +185,9 @@ class Closing:
     fallback: Fallback = Fallback.UNSPECIFIED
     fallback_reason: str = ""
     first_step_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    first_text_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

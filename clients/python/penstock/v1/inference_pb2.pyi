@@ -743,7 +743,11 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Closing(_message.Message):
-    """Where a request ran and where its time went."""
+    """Where a request ran and where its time went.
+
+    first_text_time is what a client waits for, less its own network. It is encode_time, queue_time and prefill_time, then the messages
+    between the services that these were done in, and the decoding of the first text; first_token_time is all of it but the last.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -765,6 +769,9 @@ class Closing(_message.Message):
     FALLBACK_FIELD_NUMBER: _builtins.int
     FALLBACK_REASON_FIELD_NUMBER: _builtins.int
     FIRST_STEP_TIME_FIELD_NUMBER: _builtins.int
+    ENCODE_TIME_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_TIME_FIELD_NUMBER: _builtins.int
+    FIRST_TEXT_TIME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     replacements: _builtins.int
@@ -800,6 +807,18 @@ class Closing(_message.Message):
     def first_step_time(self) -> _duration_pb2.Duration:
         """From the first token, which prefill gives, to the second."""
 
+    @_builtins.property
+    def encode_time(self) -> _duration_pb2.Duration:
+        """From arrival, through checking and encoding of the prompt, to the question for a place."""
+
+    @_builtins.property
+    def first_token_time(self) -> _duration_pb2.Duration:
+        """From arrival to the first token, as the gateway heard of it."""
+
+    @_builtins.property
+    def first_text_time(self) -> _duration_pb2.Duration:
+        """From arrival to the first text on its way to the client, or to the first finish where no text came before it."""
+
     def __init__(
         self,
         *,
@@ -821,10 +840,13 @@ class Closing(_message.Message):
         fallback: Global___Fallback.ValueType = ...,
         fallback_reason: _builtins.str = ...,
         first_step_time: _duration_pb2.Duration | None = ...,
+        encode_time: _duration_pb2.Duration | None = ...,
+        first_token_time: _duration_pb2.Duration | None = ...,
+        first_text_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "first_step_time", b"first_step_time", "handoff", b"handoff", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "encode_time", b"encode_time", "first_step_time", b"first_step_time", "first_text_time", b"first_text_time", "first_token_time", b"first_token_time", "handoff", b"handoff", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_executor_id", b"decode_executor_id", "decode_time", b"decode_time", "fallback", b"fallback", "fallback_reason", b"fallback_reason", "first_step_time", b"first_step_time", "handoff", b"handoff", "model", b"model", "placement_reason", b"placement_reason", "placements", b"placements", "preemptions", b"preemptions", "prefill_executor_id", b"prefill_executor_id", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "replacements", b"replacements", "request_id", b"request_id", "seed", b"seed", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_executor_id", b"decode_executor_id", "decode_time", b"decode_time", "encode_time", b"encode_time", "fallback", b"fallback", "fallback_reason", b"fallback_reason", "first_step_time", b"first_step_time", "first_text_time", b"first_text_time", "first_token_time", b"first_token_time", "handoff", b"handoff", "model", b"model", "placement_reason", b"placement_reason", "placements", b"placements", "preemptions", b"preemptions", "prefill_executor_id", b"prefill_executor_id", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "replacements", b"replacements", "request_id", b"request_id", "seed", b"seed", "total_time", b"total_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

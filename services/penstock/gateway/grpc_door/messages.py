@@ -154,6 +154,9 @@ def closing(call: Live, told: Closing, request_id: str, catalog: Catalog) -> inf
         fallback=_FALLBACKS[told.fallback],
         fallback_reason=told.fallback_reason.value if told.fallback_reason is not None else "",
         first_step_time=_duration(told.first_step_seconds),
+        encode_time=_duration(told.encode_seconds),
+        first_token_time=_duration(told.first_token_seconds),
+        first_text_time=_duration(told.first_text_seconds),
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from penstock.gateway.choice import Choice
     from penstock.gateway.machine import Request
 
-__all__ = ["break_off", "end_choice", "end_early", "expire", "fail", "finish", "rest", "stop", "stop_prefill"]
+__all__ = ["break_off", "end_choice", "end_early", "expire", "fail", "finish", "rest", "stop", "stop_prefill", "tell_first"]
 
 
 def stop(request: Request, choice: Choice) -> None:
@@ -69,13 +69,19 @@ def rest(request: Request) -> None:
 def finish(request: Request, choice: Choice, how: Finish) -> None:
     """The client is told the end of a choice."""
     choice.finish = how
-    request.told = True
+    tell_first(request)
     stop(request, choice)
     request.decoding.close(choice.decoding_id)
     request.output.finish(choice.index, how)
     if request.record.last_token_at is None:
         request.record.last_token_at = request.now()
     rest(request)
+
+
+def tell_first(request: Request) -> None:
+    """The client is told something now."""
+    if request.record.first_text_at is None:
+        request.record.first_text_at = request.now()
 
 
 def expire(request: Request) -> None:

@@ -9,7 +9,7 @@ from penstock.common.errors import InternalError, Unavailable
 from penstock.gateway.answer import Finish, FinishReason
 from penstock.gateway.choice import ids_of
 from penstock.gateway.ports import SequenceEnd, Text
-from penstock.gateway.transitions.ending import fail, finish
+from penstock.gateway.transitions.ending import fail, finish, tell_first
 from penstock.gateway.transitions.reports import describe_again, named_in_prompt
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _tell(request: Request, choice: Choice, text: Text) -> None:
     ids = choice.ids[first:end] if reporting.token_ids else ()
     logprobs = choice.logprobs(first, end, request.tokens) if reporting.logprobs is not None else ()
     if fresh or ids or logprobs:
-        request.told = True
+        tell_first(request)
         request.output.text(choice.index, fresh, ids, logprobs)
     if text.last:
         _end(request, choice, text)
