@@ -54,6 +54,13 @@ def test_tells_where_it_listens_and_drains_on_a_signal(start, signum):
     assert said == ["draining", "drained", "closed"]
 
 
+def test_a_collection_while_it_serves_does_not_look_at_what_it_was_started_with(start):
+    """It would stand still for that, streams and all."""
+    process = start("counts objects")
+    told = read_until(process.stderr, "objects to look at")[-1]
+    assert int(told.rpartition(" ")[2]) < 2000
+
+
 def test_a_second_signal_ends_the_drain(start):
     process = start("drains for ever")
     process.stdout.readline()

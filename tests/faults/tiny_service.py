@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -34,6 +35,8 @@ class TinyService:
             raise RuntimeError("the engine stopped")
         if self._behaviour == "returns":
             return
+        if self._behaviour == "counts objects":
+            tell(f"objects to look at: {len(gc.get_objects())}")
         await asyncio.Event().wait()
 
     async def drain(self) -> None:
