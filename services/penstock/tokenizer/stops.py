@@ -72,7 +72,8 @@ class StopTexts:
                 self.held[state] = self.held[fail]
 
 
-@lru_cache(maxsize=256)
+# A request's choices share one, and so do requests of one kind. Few are kept: the largest take four megabytes each.
+@lru_cache(maxsize=16)
 def stop_texts(stops: tuple[str, ...]) -> StopTexts:
     """The automaton of these stop texts; many decodings share one."""
     return StopTexts(stops)

@@ -1,3 +1,5 @@
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +25,20 @@ def test_timers_fire_once_never_early_and_less_than_a_tick_late(asked, looks):
         assert (wake is None) == (not waiting)
         assert wake is None or now < wake < min(waiting.values()) + TICK_SECONDS + 1e-9
     assert len(timers) == len(waiting)
+
+
+def test_a_cleared_timer_leaves_nothing_however_far_away_it_was():
+    timers = Timers()
+    timers.add("waits", 10.0)
+    tracemalloc.start()
+    try:
+        for number in range(5000):
+            timers.discard(number, timers.add(number, 86_400 + number))
+            assert timers.next_due() == 10.0
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 32_768
 
 
 BLOCKS = st.lists(st.integers(0, 6), max_size=8)

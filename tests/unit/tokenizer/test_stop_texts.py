@@ -1,12 +1,14 @@
 """Stop texts: found wherever the text was cut, never told too early, and told where they are asked for."""
 
 import itertools
+import weakref
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.tokenizer.decoding import Decoding, Decodings
+from penstock.tokenizer.stops import stop_texts
 
 
 class Letters:
@@ -141,3 +143,10 @@ def test_a_closed_decoding_tells_nothing_more():
 def test_columns_of_different_length_are_an_error():
     with pytest.raises(ValueError, match="zip"):
         Decodings().feed([1, 2], [3])
+
+
+def test_automata_are_shared_while_they_are_in_use_and_few_are_kept_behind():
+    """A client chooses the texts, and an automaton can take megabytes."""
+    assert stop_texts(("one", "two")) is stop_texts(("one", "two"))
+    made = [weakref.ref(stop_texts((f"text {number}",))) for number in range(100)]
+    assert sum(one() is not None for one in made) <= 16
