@@ -307,8 +307,10 @@ def test_losses_cost_no_token_and_no_text(script, n, max_tokens, stop_at):
     world = World(case, stop_at)
     for action, pick in script:
         world.step(action, pick)
-        if isinstance(case.told.error, Unavailable):  # more losses in a row than there are attempts
+        if isinstance(case.request.error, Unavailable):  # more losses in a row than there are attempts
             assert case.ports.at_rest()
+            unfinished = [finish for finish in case.told.finishes.values() if finish.reason is FinishReason.ERROR]
+            assert bool(unfinished) is (case.told.error is None), "behind the first text it is a finish"
             return
     world.finish()
     assert case.request.state is State.DONE
