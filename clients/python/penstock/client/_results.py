@@ -163,7 +163,7 @@ class Closing:
         fallback_reason: a word, as in the metric penstock_fallbacks; empty without a fallback.
         first_step_seconds: from the first token, which prefill gives, to the second.
         encode_seconds: from the request's arrival, through checking and encoding, to the question for a place.
-        first_token_seconds: from arrival to the first token. What is not encoding, queue or prefill of it are hops between services.
+        first_token_seconds: from arrival to the first token. Beside encoding, queue and prefill it holds hops between services.
         first_text_seconds: from arrival to the first text on its way to the client.
     """
 
