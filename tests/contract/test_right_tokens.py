@@ -134,10 +134,10 @@ def engines(checkpoints):
 
     def make(backend, name, **settings):
         spec = read_model(checkpoints(name).folder, name)
-        registration, capabilities = select(spec, backend, DType.F32)
-        settings = {"max_batch_tokens": 512, "max_batch_size": 16, "prefix_cache": capabilities.prefix_cache} | settings
+        selection = select(spec, backend, DType.F32)
+        settings = {"max_batch_tokens": 512, "max_batch_size": 16, "prefix_cache": selection.capabilities.prefix_cache} | settings
         sizes = {key: settings[key] for key in ("max_batch_tokens", "max_batch_size")}
-        model = registration.create(spec, DeviceConfig(dtype=DType.F32, kv_cache_bytes=8 << 20, **sizes))
+        model = selection.registration.create(spec, DeviceConfig(dtype=DType.F32, kv_cache_bytes=8 << 20, **sizes))
         engine = Engine(
             model,
             EngineConfig(vocabulary_size=spec.decoder.vocabulary_size, context_length=spec.decoder.context_length, **settings),

@@ -14,11 +14,10 @@ from penstock.backends.ranking import Speeds, Standing, Verdict, no_speeds, rank
 __all__ = [
     "AUTO",
     "BackendReport",
-    "Choice",
     "DuplicateBackend",
     "NoBackend",
+    "Selection",
     "backends",
-    "choose",
     "describe",
     "select",
     "sources",
@@ -29,7 +28,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """The backend that is to run a model.
 
     Attributes:
@@ -49,7 +48,7 @@ class Choice:
 
 
 def backends(found: Mapping[str, Source] | None = None) -> Mapping[str, Registration]:
-    """Every backend by name, imported into this process: for tests and the conformance suite. To serve, `choose`.
+    """Every backend by name, imported into this process: for tests and the conformance suite. To serve, `select`.
 
     One that can not be imported is there too, and its probe says why.
 
@@ -59,7 +58,7 @@ def backends(found: Mapping[str, Source] | None = None) -> Mapping[str, Registra
     return {name: source.registration() for name, source in (sources() if found is None else found).items()}
 
 
-def choose(
+def select(
     spec: ModelSpec,
     name: str = AUTO,
     dtype: DType | None = None,
@@ -68,7 +67,7 @@ def choose(
     found: Mapping[str, Source] | None = None,
     speeds: Speeds = no_speeds,
     seconds: float = PROBE_SECONDS,
-) -> Choice:
+) -> Selection:
     """The backend that is to run a model.
 
     `auto` takes what is available and can, those with an accelerator before those without; of these the fastest as far as both were
@@ -99,15 +98,7 @@ def choose(
         raise TypeError(f"{best.report.name} was chosen and can not run")
     source = known[best.report.name]
     registration = source.registration() if source.built_in else registration_apart(best.report)
-    return Choice(registration, capabilities, availability.version, availability.devices[0], best.dtype, tuple(judged))
-
-
-def select(
-    spec: ModelSpec, name: str = AUTO, dtype: DType | None = None, *, found: Mapping[str, Source] | None = None
-) -> tuple[Registration, Capabilities]:
-    """As `choose`, for what needs no more than the backend."""
-    choice = choose(spec, name, dtype, found=found)
-    return choice.registration, choice.capabilities
+    return Selection(registration, capabilities, availability.version, availability.devices[0], best.dtype, tuple(judged))
 
 
 def describe(

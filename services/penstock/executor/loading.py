@@ -11,7 +11,7 @@ from penstock.backends.checkpoint import CheckpointError, read_model
 from penstock.backends.contract import Capabilities, DeviceConfig, DType, GenerativeModel, ModelSpec
 from penstock.backends.kv_memory import free_memory
 from penstock.backends.memory_need import check_memory
-from penstock.backends.registry import Choice, NoBackend, choose
+from penstock.backends.registry import NoBackend, Selection, select
 from penstock.backends.speed import kept_speeds
 from penstock.backends.validation import fault_of_model
 from penstock.common.cache import found_cache
@@ -38,7 +38,7 @@ class Prepared:
 
     config: ExecutorConfig
     spec: ModelSpec
-    choice: Choice
+    selection: Selection
     device: DeviceConfig
 
 
@@ -80,15 +80,15 @@ def prepare(config: ExecutorConfig) -> Prepared:
         cache = found_cache(config.cache_folder)
         spec = read_model(folder, name, cache=cache)
         speeds = kept_speeds(cache, spec.fingerprint, config.threads)
-        choice = choose(spec, config.backend, dtype, kv_dtype, speeds=speeds, seconds=config.probe_seconds)
+        selection = select(spec, config.backend, dtype, kv_dtype, speeds=speeds, seconds=config.probe_seconds)
     except (CheckpointError, NoBackend) as error:
         raise StartError(str(error)) from error
-    device = _device_config(config, spec, choice)
-    if choice.device == "cpu":
+    device = _device_config(config, spec, selection)
+    if selection.device == "cpu":
         check_memory(
-            choice.registration.name, spec.decoder, choice.capabilities, replace(device, dtype=choice.dtype), free_memory()
+            selection.registration.name, spec.decoder, selection.capabilities, replace(device, dtype=selection.dtype), free_memory()
         )
-    return Prepared(config, spec, choice, device)
+    return Prepared(config, spec, selection, device)
 
 
 def create(prepared: Prepared, *, calibrate_anew: bool = False) -> Loaded:
@@ -101,13 +101,13 @@ def create(prepared: Prepared, *, calibrate_anew: bool = False) -> Loaded:
     Raises:
         StartError: the backend can not.
     """
-    spec, choice = prepared.spec, prepared.choice
-    model = _create(choice, spec, prepared.device)
+    spec, selection = prepared.spec, prepared.selection
+    model = _create(selection, spec, prepared.device)
     try:
-        engine_config = _engine_config(prepared.config, spec, choice.capabilities, prepared.device)
+        engine_config = _engine_config(prepared.config, spec, selection.capabilities, prepared.device)
         engine = Engine(model, engine_config)
         fastest = _warm_up(engine)
-        identity = Identity(spec.fingerprint, choice.registration.name, choice.version)
+        identity = Identity(spec.fingerprint, selection.registration.name, selection.version)
         times = tune(engine, engine_config, prepared.config, identity, fastest, anew=calibrate_anew)
     except EngineDead as error:
         model.close()
@@ -115,16 +115,16 @@ def create(prepared: Prepared, *, calibrate_anew: bool = False) -> Loaded:
     except BaseException:
         model.close()
         raise
-    backend, capabilities = choice.registration.name, choice.capabilities
-    return Loaded(spec.folder, spec.name, backend, choice.version, spec, capabilities, model, engine, times)
+    backend, capabilities = selection.registration.name, selection.capabilities
+    return Loaded(spec.folder, spec.name, backend, selection.version, spec, capabilities, model, engine, times)
 
 
-def _create(choice: Choice, spec: ModelSpec, device: DeviceConfig) -> GenerativeModel:
+def _create(selection: Selection, spec: ModelSpec, device: DeviceConfig) -> GenerativeModel:
     """The model, held to what its backend said of it."""
-    backend = choice.registration.name
+    backend = selection.registration.name
     try:
-        model = choice.registration.create(spec, device)
-        fault = fault_of_model(model, choice.capabilities)
+        model = selection.registration.create(spec, device)
+        fault = fault_of_model(model, selection.capabilities)
     except StartError:
         raise
     except Exception as error:
@@ -139,13 +139,13 @@ def _asked(dtype: str) -> DType | None:
     return None if dtype == "auto" else DType(dtype)
 
 
-def _device_config(config: ExecutorConfig, spec: ModelSpec, choice: Choice) -> DeviceConfig:
+def _device_config(config: ExecutorConfig, spec: ModelSpec, selection: Selection) -> DeviceConfig:
     """What is asked of the backend, within its limits."""
-    capabilities = choice.capabilities
+    capabilities = selection.capabilities
     longest = (spec.decoder.context_length, config.max_context, capabilities.max_context)
     return DeviceConfig(
         dtype=_asked(config.dtype),
-        device=choice.device,
+        device=selection.device,
         threads=config.threads,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * (1 << 30)),
         kv_cache_share=config.kv_cache_share,

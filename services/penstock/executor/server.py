@@ -161,9 +161,9 @@ class ExecutorServer:
         config, told = self._config, self._servicer
         told.failure = "the checkpoint is read and the backends are asked"
         prepared = await asyncio.to_thread(prepare, config)
-        backend = prepared.choice.registration.name
+        backend = prepared.selection.registration.name
         told.failure = f"backend {backend} loads {prepared.spec.name}"
-        logger().info("backend chosen", backend=backend, **_why(prepared.choice.standings))
+        logger().info("backend chosen", backend=backend, **_why(prepared.selection.standings))
         try:
             async with asyncio.timeout(config.load_seconds):
                 return await asyncio.to_thread(create, prepared)

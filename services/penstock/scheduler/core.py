@@ -13,11 +13,11 @@ from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.executors import Executor
 from penstock.scheduler.leases import Leases
 from penstock.scheduler.model import Grant, Needs, Outcome, Reason, Refused
-from penstock.scheduler.pairing import Choice, Rules
-from penstock.scheduler.placement import Unsupported
+from penstock.scheduler.placement import Placement, Rules
 from penstock.scheduler.pool import Pool
 from penstock.scheduler.registry import Registry
 from penstock.scheduler.requests import Request, load_tokens
+from penstock.scheduler.routing import Unsupported
 from penstock.scheduler.timers import Timers
 
 __all__ = ["Scheduler"]
@@ -208,21 +208,21 @@ class Scheduler:
 
     def _dispatch(self, pool: Pool, now: float) -> None:
         while (found := pool.next_placement(now)) is not None:
-            request, choice = found
+            request, placement = found
             self._clear_timers(request)
             if request.deadline is not None and request.deadline <= now:
                 del self._gateways[request.gateway][request.request_id]
                 self._refuse(request, Reason.DEADLINE, "the deadline passed in the queue")
                 continue
             pool.drain_rate.mark(now)
-            self._grant(request, choice, now)
+            self._grant(request, placement, now)
         self._forget_if_idle(pool)
 
-    def _grant(self, request: Request, choice: Choice, now: float) -> None:
-        needs, description = request.needs, choice.executor.description
-        prefill = self._leases.grant(request, choice)
+    def _grant(self, request: Request, placement: Placement, now: float) -> None:
+        needs, description = request.needs, placement.executor.description
+        prefill = self._leases.grant(request, placement)
         if prefill is not None:
-            choice.executor.unreached.tries(prefill.executor_id, now)
+            placement.executor.unreached.tries(prefill.executor_id, now)
         self._outcomes.append(
             Grant(
                 request.gateway,
@@ -233,8 +233,8 @@ class Scheduler:
                 request.leased_tokens,
                 needs.choices,
                 now - request.arrived,
-                choice.cached_tokens,
-                choice.reason,
+                placement.cached_tokens,
+                placement.reason,
                 prefill,
                 needs.traceparent,
                 needs.client_request_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.scheduler.model import Prefill
-from penstock.scheduler.pairing import Choice
+from penstock.scheduler.placement import Placement
 from penstock.scheduler.registry import Registry
 from penstock.scheduler.requests import Request
 
@@ -34,17 +34,17 @@ class Leases:
         if request.hold is not None:
             request.hold.receive(request.leased_tokens)
 
-    def grant(self, request: Request, choice: Choice) -> Prefill | None:
+    def grant(self, request: Request, placement: Placement) -> Prefill | None:
         """Take the leases of a placement; what is told of the prefill's."""
-        prompt, executor, prefill = request.needs.prompt_tokens, choice.executor, choice.prefill
-        self.take(request, executor.description.executor_id, max(request.tokens - choice.cached_tokens, 1))
+        prompt, executor, prefill = request.needs.prompt_tokens, placement.executor, placement.prefill
+        self.take(request, executor.description.executor_id, max(request.tokens - placement.cached_tokens, 1))
         if prefill is None:
-            executor.fresh_tokens += prompt - choice.cached_tokens
+            executor.fresh_tokens += prompt - placement.cached_tokens
             return None
-        tokens = prompt - choice.prefill_cached_tokens
+        tokens = prompt - placement.prefill_cached_tokens
         self.take_prefill(request, prefill.description.executor_id, tokens)
         prefill.fresh_tokens += tokens
-        return Prefill(prefill.description.executor_id, prefill.description.address, tokens, choice.prefill_cached_tokens)
+        return Prefill(prefill.description.executor_id, prefill.description.address, tokens, placement.prefill_cached_tokens)
 
     def announce(self, request: Request, executor_id: str, tokens: int, prefill: tuple[str, int] | None) -> None:
         """Take over leases that were granted before; what executors reported of them is known now."""

@@ -1,17 +1,4 @@
-"""Which executors can run a request, and which of them should: pure functions.
-
-The cost of an executor for a request, in tokens, the least being chosen:
-
-    cost = prefill_slowness * prefill_weight * (uncached + waiting + fresh) + decode_slowness * leased
-
-where *uncached* is the part of the request's prompt that is not expected in the executor's prefix cache, *waiting* the prompt
-tokens that the executor reported as waiting for prefill, *fresh* those leased since that report, and *leased* all tokens that the
-scheduler holds against the executor. The first three delay this request's first token, the last slows every step of its decoding;
-the shape is that of NVIDIA Dynamo's KV router (overlap weight times prefill blocks, plus decode blocks). *prefill_slowness* is the
-model's highest prefill rate over the executor's own, as reported or, until it has prefilled, as calibrated; 1 where unknown.
-*decode_slowness* is the calibrated time of a common step of decoding over that of the model's quickest executor; where the executor
-has none, its prefill_slowness. Equal costs go to the executor with fewer sequences.
-"""
+"""Where one request runs: on one executor, or its prefill on another. The rules of each policy, in order."""
 
 from __future__ import annotations
 
@@ -19,88 +6,197 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from penstock.scheduler.config import Policy
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Needs
+from penstock.scheduler.model import Needs, PlacementReason, Role
+from penstock.scheduler.prefixes import PrefixIndex
+from penstock.scheduler.requests import Request
+from penstock.scheduler.routing import cached_tokens, choose
+from penstock.scheduler.splitting import COUNTED, COUNTED_LINK, Decoding, Estimate, Pace, apart, link_seconds, splits, together
+from penstock.scheduler.teams import Team
 
-__all__ = ["Capable", "Unsupported", "cached_tokens", "capable", "choose", "cost", "fitting"]
+__all__ = ["Placement", "Rules", "place"]
+
+Depths = Mapping[int, int]
+# Seconds of prefill on an executor, what is ahead included; then what settles ties, and the executor.
+_Timed = tuple[float, int, int, Executor]
 
 
 @dataclass(frozen=True, slots=True)
-class Unsupported:
-    """No executor can run it: the public field that stands in the way, and a sentence for the client."""
+class Rules:
+    """What an operator has set of placement; names as in `penstock.scheduler.config`."""
 
-    field: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Capable:
-    """Executors that support all of a request's fields; `least` tokens of a sequence fit every one of them."""
-
-    executors: tuple[Executor, ...]
-    least: int
+    policy: Policy
+    prefill_weight: float
+    expected_output_tokens: int
 
 
-def capable(model: str, fingerprint: str, fields: Sequence[str], executors: Sequence[Executor]) -> Capable | Unsupported:
-    """The executors with the same tokenizer that support every field. None have the tokenizer: none are capable."""
-    left = [e for e in executors if e.description.tokenizer_fingerprint == fingerprint]
-    had = bool(left)
-    for field in fields:
-        supporting = [e for e in left if field in e.description.fields]
-        if had and not supporting:
-            return Unsupported(field, _unsupported(model, field, left, executors))
-        left = supporting
-    return Capable(tuple(left), min((e.sequence_tokens for e in left), default=0))
+@dataclass(slots=True)
+class Placement:
+    """The executor, the prompt tokens expected in its cache, why, and the same of the one that prefills, if it is another."""
+
+    executor: Executor
+    cached_tokens: int
+    reason: PlacementReason
+    prefill: Executor | None = None
+    prefill_cached_tokens: int = 0
 
 
-def _unsupported(model: str, field: str, left: Sequence[Executor], executors: Sequence[Executor]) -> str:
-    if any(field in e.description.fields for e in executors):
-        return f"no executor of model {model!r} supports {field} together with the request's other fields; leave one of them out"
-    backends = len(left)
-    return f"none of the {backends} executor(s) of model {model!r} supports {field}; leave it out, or run one that does"
+def place(request: Request, team: Team, index: PrefixIndex, mask: int, rules: Rules, now: float) -> Placement | Role:
+    """Where a request runs now, or the pool that it has to wait for.
+
+    Args:
+        request: it fits every member of the team.
+        team: who can run it.
+        index: what the executors have cached.
+        mask: the bits of the team.
+        rules: as the operator has set them.
+        now: on the clock of its deadline.
+    """
+    needs, reason = request.needs, team.whole
+    one_token = reason is None and needs.max_tokens == 1
+    sequences, tokens = needs.choices, request.tokens
+    room = [e for e in (team.members if one_token else team.homes) if e.has_room(sequences, tokens)]
+    if not room:
+        return team.home_role
+    depths = index.depths(needs.block_hashes, mask) if needs.block_hashes else {}
+    if one_token:
+        reason = PlacementReason.ONE_TOKEN
+    elif reason is None and needs.replacing and rules.policy == "apart":
+        reason = PlacementReason.REPLACED
+    if reason is not None:
+        return _whole(needs, room, depths, rules, reason)
+    pairs = _Pairs(request, team, depths, rules, now)
+    return pairs.wherever_cheaper(room) if rules.policy == "auto" else pairs.apart(room)
 
 
-def fitting(needs: Needs, found: Capable) -> tuple[Executor, ...] | Unsupported:
-    """Those of the capable executors that can hold one of the request's sequences, without those to avoid unless all are."""
-    executors = found.executors
-    total = needs.prompt_tokens + needs.max_tokens
-    if total > found.least and executors:
-        executors = tuple(e for e in executors if e.sequence_tokens >= total)
-        if not executors:
-            return _too_long(needs, max(e.sequence_tokens for e in found.executors))
-    if needs.avoid:
-        executors = tuple(e for e in executors if e.description.executor_id not in needs.avoid) or executors
-    return executors
+def _whole(needs: Needs, room: Sequence[Executor], depths: Depths, rules: Rules, reason: PlacementReason) -> Placement:
+    executor, cached = choose(needs.prompt_tokens, room, depths, rules.prefill_weight)
+    return Placement(executor, cached, reason)
 
 
-def _too_long(needs: Needs, most: int) -> Unsupported:
-    if needs.prompt_tokens >= most:
-        return Unsupported("prompt", f"the prompt has {needs.prompt_tokens} tokens, and executors hold {most} with the answer")
-    fit = most - needs.prompt_tokens
-    return Unsupported(
-        "stopping.max_tokens", f"{needs.max_tokens} is too many: {fit} fit behind the prompt's {needs.prompt_tokens}"
-    )
+class _Pairs:
+    """One request among the executors that can exchange KV."""
 
+    def __init__(self, request: Request, team: Team, depths: Depths, rules: Rules, now: float) -> None:
+        self._request = request
+        self._needs = request.needs
+        self._team = team
+        self._depths = depths
+        self._rules = rules
+        self._now = now
+        self._output = min(self._needs.max_tokens, rules.expected_output_tokens)
+        self._senders: dict[str, list[_Timed]] = {}
+        self._decodings: dict[Executor, Decoding] = {}
 
-def cached_tokens(executor: Executor, depths: Mapping[int, int], prompt_tokens: int) -> int:
-    """Prompt tokens expected in the executor's cache. The last one is always computed: the answer begins from it."""
-    return min(depths.get(executor.bit, 0) * executor.description.kv_block_size, prompt_tokens - 1)
+    def apart(self, room: Sequence[Executor]) -> Placement | Role:
+        """The best pair, whatever it costs; the pool to wait for if none has room."""
+        receivers = [e for e in room if e in self._team.receivers]
+        if not receivers:
+            return _whole(self._needs, room, self._depths, self._rules, PlacementReason.INCOMPATIBLE)
+        for executor in receivers:
+            if self._all_cached(executor):
+                return _whole(self._needs, [executor], self._depths, self._rules, PlacementReason.CACHED)
+        found = self._best(receivers)
+        if found is not None:
+            return found[0]
+        if not self._any_reachable(receivers):
+            return _whole(self._needs, room, self._depths, self._rules, PlacementReason.UNREACHABLE)
+        prefill_is_full = any(e.has_room_to_receive(self._request.tokens) for e in receivers)
+        return self._team.sender_role if prefill_is_full else self._team.home_role
 
+    def wherever_cheaper(self, room: Sequence[Executor]) -> Placement:
+        """On one executor or on a pair, whichever costs less."""
+        needs = self._needs
+        otherwise = PlacementReason.REPLACED if needs.replacing else PlacementReason.COST
+        whole = _whole(needs, room, self._depths, self._rules, otherwise)
+        if self._all_cached(whole.executor):
+            whole.reason = PlacementReason.CACHED
+            return whole
+        receivers = [e for e in room if e in self._team.receivers]
+        found = self._best(receivers)
+        if found is None:
+            if receivers and not needs.replacing and not self._any_reachable(receivers):
+                whole.reason = PlacementReason.UNREACHABLE
+            return whole
+        pair, split = found
+        decoding = self._decoding(whole.executor)
+        deadline = self._request.deadline if self._team.calibrated else None
+        left = None if deadline is None else deadline - self._now
+        return pair if splits(together(needs.prompt_tokens, decoding), split, left) else whole
 
-def cost(executor: Executor, uncached: int, prefill_weight: float) -> float:
-    """The module's formula."""
-    prefill = uncached + executor.load.waiting_tokens + executor.fresh_tokens
-    return executor.prefill_slowness * prefill_weight * prefill + executor.decode_slowness * executor.hold.tokens
+    def _best(self, receivers: Sequence[Executor]) -> tuple[Placement, Estimate] | None:
+        """The cheapest pair that has room."""
+        best, found = (math.inf, 0), None
+        for executor in receivers:
+            sender = self._sender_for(executor) if executor.has_room_to_receive(self._request.tokens) else None
+            if sender is None:
+                continue
+            split = apart(self._needs.prompt_tokens, sender[0], self._decoding(executor), self._link(sender[-1]))
+            key = (split.cost, executor.hold.tokens)
+            if found is None or key < best:
+                best, found = key, (executor, sender[-1], split)
+        if found is None:
+            return None
+        executor, prefill, split = found
+        reason = PlacementReason.POLICY if self._rules.policy == "apart" else PlacementReason.COST
+        return Placement(executor, self._decoding(executor).cached, reason, prefill, self._cached(prefill)), split
 
+    def _sender_for(self, receiver: Executor) -> _Timed | None:
+        """The quickest that has room."""
+        version = receiver.description.model_fingerprint
+        senders = self._senders.get(version)
+        if senders is None:
+            senders = self._senders[version] = self._timed(self._team.senders[version])
+        for sender in senders:
+            executor = sender[-1]
+            if not self._reaches(executor, receiver):
+                continue
+            if executor.has_room(1, self._needs.prompt_tokens - self._cached(executor)):
+                return sender
+        return None
 
-def choose(
-    prompt_tokens: int, open_executors: Sequence[Executor], depths: Mapping[int, int], prefill_weight: float
-) -> tuple[Executor, int]:
-    """The cheapest of the executors that have room, at least one, and the prompt tokens expected in its cache."""
-    best, best_cached, best_key = open_executors[0], 0, (math.inf, 0)
-    for executor in open_executors:
-        cached = cached_tokens(executor, depths, prompt_tokens) if depths else 0
-        key = (cost(executor, prompt_tokens - cached, prefill_weight), executor.hold.sequences + executor.foreign)
-        if key < best_key:
-            best, best_cached, best_key = executor, cached, key
-    return best, best_cached
+    def _any_reachable(self, receivers: Sequence[Executor]) -> bool:
+        """Whether one of them can receive at all now, whoever has room."""
+        senders = self._team.senders
+        return any(self._reaches(s, e) for e in receivers for s in senders[e.description.model_fingerprint])
+
+    def _reaches(self, sender: Executor, receiver: Executor) -> bool:
+        return sender is not receiver and not receiver.unreached.avoids(sender.description.executor_id, self._now)
+
+    def _timed(self, senders: Sequence[Executor]) -> list[_Timed]:
+        """Prefill on each of these, the quickest first."""
+        prompt, timed = self._needs.prompt_tokens, []
+        for executor in senders:
+            cached, pace = self._cached(executor), self._pace(executor)
+            seconds = executor.ahead * pace.token_seconds + pace.prefill(prompt - cached, cached)
+            timed.append((seconds, executor.hold.sequences, executor.bit, executor))
+        timed.sort()
+        return timed
+
+    def _decoding(self, executor: Executor) -> Decoding:
+        found = self._decodings.get(executor)
+        if found is None:
+            hold, sequences, pace = executor.hold, self._needs.choices, self._pace(executor)
+            running = hold.sequences + executor.foreign - hold.receiving
+            context = (hold.tokens + self._request.tokens) / (running + sequences)
+            answer = self._output * pace.step(running + sequences, context)
+            found = Decoding(pace, executor.ahead, running, pace.step(running, context), answer, self._cached(executor))
+            self._decodings[executor] = found
+        return found
+
+    def _pace(self, executor: Executor) -> Pace:
+        return executor.pace if self._team.calibrated else COUNTED
+
+    def _link(self, sender: Executor) -> float:
+        if not self._team.calibrated:
+            return COUNTED_LINK
+        return link_seconds(sender.description.kv_bytes_per_token, sender.load.handoff_bytes_per_second)
+
+    def _cached(self, executor: Executor) -> int:
+        return cached_tokens(executor, self._depths, self._needs.prompt_tokens) if self._depths else 0
+
+    def _all_cached(self, executor: Executor) -> bool:
+        """Whether it has every block of the prompt that can be taken from a cache: at least one, and not the last token's."""
+        depth = self._depths.get(executor.bit, 0)
+        return depth > 0 and (depth + 1) * executor.description.kv_block_size >= self._needs.prompt_tokens

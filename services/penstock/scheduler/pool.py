@@ -9,10 +9,10 @@ from penstock.scheduler.admission import DrainRate, admits
 from penstock.scheduler.executors import Executor
 from penstock.scheduler.lanes import Lane, Shares
 from penstock.scheduler.model import Needs, Role
-from penstock.scheduler.pairing import Choice, Rules, place
-from penstock.scheduler.placement import Capable, Unsupported, capable, fitting
+from penstock.scheduler.placement import Placement, Rules, place
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.requests import Request
+from penstock.scheduler.routing import Capable, Unsupported, capable, fitting
 from penstock.scheduler.teams import Team, team_of
 
 __all__ = ["Pool"]
@@ -109,7 +109,7 @@ class Pool:
             request.lane.remove(request)
         self._left(request)
 
-    def next_placement(self, now: float) -> tuple[Request, Choice] | None:
+    def next_placement(self, now: float) -> tuple[Request, Placement] | None:
         """Take out the request whose turn it is, with its place; None if no lane's first request has room anywhere.
 
         A lane whose first request has none knows the pool that it waits for.
@@ -118,13 +118,13 @@ class Pool:
         if len(heads) > 1:
             heads = _in_turn(heads)
         for (_, _, request), lane in heads:
-            choice = place(request, self._teams[lane.mask], self._index, lane.mask, self._rules, now)
-            if isinstance(choice, Role):
-                lane.waits_for = choice
+            placement = place(request, self._teams[lane.mask], self._index, lane.mask, self._rules, now)
+            if isinstance(placement, Role):
+                lane.waits_for = placement
                 continue
             lane.serve(request)
             self._left(request)
-            return request, choice
+            return request, placement
         return None
 
     def rebuild(self, *, strict: bool) -> list[tuple[Request, Unsupported]]:

@@ -175,5 +175,5 @@ def test_auto_takes_the_backend_that_has_it_though_another_is_faster(spec, monke
 
     monkeypatch.setattr("penstock.executor.loading.kept_speeds", faster)
     asked = ExecutorConfig(model=str(spec.folder), dtype="f32", kv_cache_gib=0.01)
-    assert prepare(asked).choice.registration.name == "torch"
-    assert prepare(replace(asked, kv_cache_dtype="int8")).choice.registration.name == "openvino"
+    assert prepare(asked).selection.registration.name == "torch"
+    assert prepare(replace(asked, kv_cache_dtype="int8")).selection.registration.name == "openvino"

@@ -12,7 +12,7 @@ from penstock.backends.conformance import CHECKS, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DType
 from penstock.backends.pytorch import REGISTRATION, tuning
-from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
+from penstock.backends.pytorch.attention.selection import ON_PROCESSOR
 from penstock.backends.pytorch.device_int8 import DeviceInt8Product
 from penstock.backends.pytorch.kernel_rows import kernel_rows
 from penstock.backends.pytorch.model import TorchModel

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.backends.contract import StepBatch
-from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
 from penstock.backends.pytorch.attention.paged import Paged
 from penstock.backends.pytorch.attention.plan import Attention
 from penstock.backends.pytorch.attention.planning import group_by_width, plan_attention
 from penstock.backends.pytorch.attention.sdpa import GatheredDecoding, SdpaPrefilling
+from penstock.backends.pytorch.attention.selection import ON_PROCESSOR
 
 BLOCK, BLOCKS, KV_HEADS, HEADS, DIM = 4, 64, 2, 6, 8
 

@@ -9,9 +9,9 @@ import torch
 
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import DType
-from penstock.backends.pytorch.attention.choice import ON_PROCESSOR
 from penstock.backends.pytorch.attention.measured import quickest
 from penstock.backends.pytorch.attention.plan import Attention
+from penstock.backends.pytorch.attention.selection import ON_PROCESSOR
 from penstock.backends.pytorch.device import current
 from penstock.backends.pytorch.device_int4 import DeviceInt4Product
 from penstock.backends.pytorch.device_int8 import DeviceInt8Product

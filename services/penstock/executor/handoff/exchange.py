@@ -14,7 +14,7 @@ from penstock.executor.handoff.link import Links
 from penstock.executor.handoff.peers import Peers
 from penstock.executor.handoff.servicer import Door
 from penstock.executor.handoff.ticket import Transport
-from penstock.executor.handoff.transports.choice import Transports
+from penstock.executor.handoff.transports.negotiation import Transports
 
 __all__ = ["Exchange", "settings_of"]
 

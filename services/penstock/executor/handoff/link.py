@@ -20,7 +20,7 @@ from penstock.executor.handoff.messages import read_answer, read_offer, refusal_
 from penstock.executor.handoff.peers import Peer, Peers
 from penstock.executor.handoff.points import passed
 from penstock.executor.handoff.ticket import HandoffFailure
-from penstock.executor.handoff.transports.choice import SendingEnds, Transports
+from penstock.executor.handoff.transports.negotiation import SendingEnds, Transports
 from penstock.executor.handoff.transports.sizes import best
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import handoff_pb2 as pb

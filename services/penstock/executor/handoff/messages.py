@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from penstock.executor.handoff.framing import Request
 from penstock.executor.handoff.ticket import Transport
-from penstock.executor.handoff.transports.choice import Attachment, Offer
+from penstock.executor.handoff.transports.negotiation import Attachment, Offer
 from penstock.executor.handoff.transports.port import DevicePayload, InlinePayload, Parcel, Payload, SharedPayload
 from penstock.executor.handoff.transports.segments import SegmentOffer
 from penstock.executor.handoff.words import (

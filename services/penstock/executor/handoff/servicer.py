@@ -20,7 +20,7 @@ from penstock.executor.handoff.messages import read_ask, read_attach, read_trans
 from penstock.executor.handoff.peers import Peers
 from penstock.executor.handoff.points import passed
 from penstock.executor.handoff.seats import Seats
-from penstock.executor.handoff.transports.choice import ReceivingEnds, Transports
+from penstock.executor.handoff.transports.negotiation import ReceivingEnds, Transports
 from penstock.executor.handoff.words import Answer, Refusal, Refused
 from penstock.internal.v1 import handoff_pb2 as pb
 

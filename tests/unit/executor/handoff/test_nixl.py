@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from penstock.executor.handoff.ticket import Transport
-from penstock.executor.handoff.transports.choice import Attachment, Transports
+from penstock.executor.handoff.transports.negotiation import Attachment, Transports
 from penstock.executor.handoff.transports.nixl import NixlIncoming, NixlOutgoing
 from penstock.executor.handoff.transports.port import (
     DevicePayload,
@@ -105,7 +105,7 @@ class TestNixl:
 
 
 async def test_an_executor_without_it_takes_what_there_is(monkeypatch):
-    monkeypatch.setattr("penstock.executor.handoff.transports.choice.missing", lambda: "nixl can not be imported: absent")
+    monkeypatch.setattr("penstock.executor.handoff.transports.negotiation.missing", lambda: "nixl can not be imported: absent")
     transports = Transports((Transport.NIXL, Transport.GRPC))
     assert transports.names == (Transport.GRPC,)
     receiving = await transports.receiving(WINDOW, [Transport.NIXL, Transport.GRPC])

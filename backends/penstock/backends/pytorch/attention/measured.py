@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from penstock.backends.architectures.spec import DecoderSpec
-from penstock.backends.pytorch.attention.choice import Trial, choose, ways_of
 from penstock.backends.pytorch.attention.plan import Attention
+from penstock.backends.pytorch.attention.selection import Trial, choose, ways_of
 from penstock.backends.pytorch.timing import launched, recorded
 from penstock.common.logs import logger
 

@@ -9,7 +9,7 @@ from penstock.backends.checkpoint import read_model
 from penstock.backends.contract import Available, Capabilities, DType, Registration
 from penstock.backends.discovery import Source
 from penstock.backends.ranking import Verdict
-from penstock.backends.registry import choose
+from penstock.backends.registry import select
 from penstock.backends.speed import kept_speeds
 from penstock.common.calibrations import Calibrations, Key
 from penstock.common.machine import machine
@@ -56,7 +56,7 @@ def key(spec, backend, **other):
 
 
 def chosen(spec, folder):
-    return choose(spec, found=found("one", "two"), speeds=kept_speeds(folder, spec.fingerprint, threads=2))
+    return select(spec, found=found("one", "two"), speeds=kept_speeds(folder, spec.fingerprint, threads=2))
 
 
 def test_the_faster_one_is_taken_and_the_figures_are_told(spec, tmp_path):
@@ -64,9 +64,9 @@ def test_the_faster_one_is_taken_and_the_figures_are_told(spec, tmp_path):
     kept.write(key(spec, "one"), times(prefill=1000, decode=100))
     assert chosen(spec, tmp_path).registration.name == "one"
     kept.write(key(spec, "two"), times(prefill=2000, decode=200))
-    choice = chosen(spec, tmp_path)
-    assert choice.registration.name == "two"
-    (one,) = (s for s in choice.standings if s.report.name == "one")
+    selection = chosen(spec, tmp_path)
+    assert selection.registration.name == "two"
+    (one,) = (s for s in selection.standings if s.report.name == "one")
     assert one.verdict is Verdict.SLOWER
     assert one.reason == (
         "two is 2.00 times as fast: prefill 2,000 tokens/s, decode 25 tokens/s, 200 at batch 8 in f32; "

@@ -14,11 +14,11 @@ from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.conformance.driver import Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType
 from penstock.backends.pytorch import REGISTRATION
-from penstock.backends.pytorch.attention.choice import ON_PROCESSOR, Ways, choose
 from penstock.backends.pytorch.attention.measured import quickest
 from penstock.backends.pytorch.attention.paged import Paged
 from penstock.backends.pytorch.attention.plan import Attention
 from penstock.backends.pytorch.attention.sdpa import GatheredDecoding, SdpaPrefilling
+from penstock.backends.pytorch.attention.selection import ON_PROCESSOR, Ways, choose
 from penstock.backends.pytorch.model import TorchModel
 
 
@@ -93,7 +93,7 @@ def test_where_none_is_right_each_ones_reason_is_told(decoder):
 def test_a_device_is_asked_for_all_ways_and_the_log_has_each(decoder, monkeypatch):
     imitate(monkeypatch)
     monkeypatch.setattr("penstock.backends.pytorch.timing._RUNS", 1)  # Triton's interpreter takes its time
-    monkeypatch.setattr("penstock.backends.pytorch.attention.choice._DECODES", ((1, 20), (3, 9)))
+    monkeypatch.setattr("penstock.backends.pytorch.attention.selection._DECODES", ((1, 20), (3, 9)))
     with structlog.testing.capture_logs() as logs:
         attention = quickest(replace(decoder, context_length=20), torch.float32, 16, torch.device("cpu"))
     (told,) = (entry for entry in logs if entry["event"] == "attention chosen")

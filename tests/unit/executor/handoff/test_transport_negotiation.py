@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from penstock.executor.handoff.ticket import Transport
 from penstock.executor.handoff.transports import segments
-from penstock.executor.handoff.transports.choice import Attachment, Transports
+from penstock.executor.handoff.transports.negotiation import Attachment, Transports
 from penstock.executor.handoff.transports.port import (
     DevicePayload,
     InlinePayload,
