@@ -20,6 +20,7 @@ from penstock.common.sources import resolve
 from penstock.common.step_times import StepTimes
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import Engine, EngineConfig, EngineDead
+from penstock.executor.passing_thread import on_a_passing_thread
 from penstock.executor.sequence import Finish, Frame, SequenceRequest
 from penstock.executor.tuning import Identity, tune
 
@@ -92,7 +93,7 @@ def prepare(config: ExecutorConfig) -> Prepared:
 
 
 def create(prepared: Prepared, *, calibrate_anew: bool = False) -> Loaded:
-    """Have the chosen backend load the model, make its engine, and run a first sequence.
+    """Have the chosen backend load the model, make its engine, and run a first sequence, on a thread that ends with it.
 
     Args:
         prepared: by `prepare`.
@@ -101,6 +102,10 @@ def create(prepared: Prepared, *, calibrate_anew: bool = False) -> Loaded:
     Raises:
         StartError: the backend can not.
     """
+    return on_a_passing_thread(lambda: _create_here(prepared, calibrate_anew=calibrate_anew))
+
+
+def _create_here(prepared: Prepared, *, calibrate_anew: bool) -> Loaded:
     spec, selection = prepared.spec, prepared.selection
     model = _create(selection, spec, prepared.device)
     try:
