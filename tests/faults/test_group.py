@@ -1,6 +1,7 @@
 """Members of a supervised group that come and leave while it runs: real processes of a tiny service."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +59,14 @@ def program(name, behaviour):
     return Program(
         name=name, service=name, argv=(sys.executable, SERVICE, name, behaviour), listen={"grpc": ("--listen", "127.0.0.1:0")}
     )
+
+
+async def test_members_are_out_of_reach_of_ctrl_c_but_share_processors_as_one(group):
+    """Between sessions they are shared out another way, by which short work waits long."""
+    await group.start(program("worker", "serves"), stage=0)
+    pid = group.members["worker"].pid
+    assert os.getpgid(pid) == pid
+    assert os.getsid(pid) == os.getsid(0)
 
 
 async def test_a_member_that_leaves_drains_and_is_not_started_again(group, lines):

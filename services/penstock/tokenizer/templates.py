@@ -61,7 +61,7 @@ class _Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             # Ctrl-C is for the service, which lets its work finish first.
-            start_new_session=True,
+            process_group=0,
         )
         worker = cls(process)
         try:

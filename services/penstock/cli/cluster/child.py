@@ -42,7 +42,11 @@ class Program:
 
 
 class Child:
-    """A started process. Its lines go to the console; it leads a process group of its own, which no Ctrl-C reaches."""
+    """A started process. Its lines go to the console; it leads a process group of its own, which no Ctrl-C reaches.
+
+    It stays in the supervisor's session. Linux shares processors out between sessions first, and one that mostly sleeps, as a
+    gateway does, then waits for a tenth of a second and more behind an executor that computes.
+    """
 
     def __init__(self, program: Program, process: asyncio.subprocess.Process, console: Console) -> None:
         self._name = program.name
@@ -67,7 +71,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=(supervisor_fd,),
-            start_new_session=True,
+            process_group=0,
             limit=_LONGEST_LINE,
         )
         return cls(program, process, console)
