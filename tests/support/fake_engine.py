@@ -96,8 +96,8 @@ class Bench:
     def check(self):
         counts = self.engine.blocks.counts()
         assert counts.used + counts.cached + counts.free == self.engine.blocks.count
-        scheduler = self.engine.scheduler
-        holding = [*scheduler.running, *scheduler.receiving, *scheduler.sending]
+        planner = self.engine.planner
+        holding = [*planner.running, *planner.receiving, *planner.sending]
         held = {b for s in holding for b in s.table[: s.blocks].tolist()}
         assert counts.used == len(held)
         if isinstance(self.model, FakeModel):  # what is free holds nothing that anyone may count on

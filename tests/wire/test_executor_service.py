@@ -410,8 +410,8 @@ async def test_the_scheduler_hears_that_the_engine_has_stopped_and_that_it_is_ba
     pool, release = Pool(), threading.Event()
     async with pooling(pool) as address, serving(scheduler=address, stall_seconds=0.1) as (server, _, stub, described):
         await pool.hear(lambda r: r.HasField("description"))
-        schedule = server._loaded.engine.scheduler.schedule
-        server._loaded.engine.scheduler.schedule = lambda: release.wait() and schedule()
+        plan = server._loaded.engine.planner.plan
+        server._loaded.engine.planner.plan = lambda: release.wait() and plan()
         try:
             call = stub.Run()
             await call.write(pb.RunRequest(start=[start(described)]))

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import StepBatch
-from penstock.executor.schedule import Step
 from penstock.executor.sequence import Sequence
+from penstock.executor.step_planner import Step
 
 __all__ = ["Built", "PromptRows", "build"]
 

@@ -12,7 +12,7 @@ In process, without any service::
 the engine's thread (and from the caller's, inside `submit`, for what is refused). It must be quick and must not raise. A sequence
 is told finished exactly once, unless it was aborted. Sinks stand for gateways: `abort_all(sink)` ends all that one has started.
 
-`Engine.step` is the whole of it: schedule, build the batch, compute, sample, publish. Commands reach the engine between steps, and
+`Engine.step` is the whole of it: plan, build the batch, compute, sample, publish. Commands reach the engine between steps, and
 there KV of sequences that are handed over is copied in and out (`KvMoves`); `executor/handoff/ports.py` tells how.
 What can be done beside a running step is done in other threads, since a backend releases the interpreter's lock: a sequence's
 hashes are computed by who submits it, and frames become messages in the sink's event loop.
@@ -47,9 +47,9 @@ from penstock.executor.handoff.ticket import Arrival, HandoffFailure
 from penstock.executor.kv_moves import KvMoves
 from penstock.executor.meter import Meter, StepFacts
 from penstock.executor.sampling import NotFinite, Row, Sampled, Sampler
-from penstock.executor.schedule import Limits, Scheduler, SchedulerCounts, Step
 from penstock.executor.sequence import Finish, Finished, Frame, Sequence, SequenceRequest, Sink, Status
 from penstock.executor.step_logits import StepLogits, compute
+from penstock.executor.step_planner import BatchLimits, PlannerCounts, Step, StepPlanner
 
 __all__ = ["Engine", "EngineConfig", "EngineDead"]
 
@@ -99,14 +99,14 @@ class Engine:
         self._config = config
         self.on_death = on_death
         self.handoff = handoff
-        limits = Limits(
+        limits = BatchLimits(
             max_batch_tokens=config.max_batch_tokens,
             max_batch_size=config.max_batch_size,
             prefill_chunk=config.prefill_chunk,
             chunked=config.chunked_prefill,
             caching=config.prefix_cache,
         )
-        self.scheduler = Scheduler(self.blocks, self.block_size, limits, copier)
+        self.planner = StepPlanner(self.blocks, self.block_size, limits, copier)
         self._sampler = Sampler(config.vocabulary_size)
         self._moves = KvMoves(model)
         self._sequences: dict[Sink, dict[int, Sequence]] = {}
@@ -189,14 +189,14 @@ class Engine:
     def forget(self) -> None:
         """Forget cached prefixes, counts and speeds. Only before `start`."""
         self.blocks.clear()
-        self.scheduler.counts = SchedulerCounts()
+        self.planner.counts = PlannerCounts()
         self.meter = Meter()
 
     def limit(self, max_batch_tokens: int, prefill_chunk: int) -> None:
         """Let steps hold other numbers of tokens, as `EngineConfig` names them. Only before `start`."""
         config = self._config = replace(self._config, max_batch_tokens=max_batch_tokens, prefill_chunk=prefill_chunk)
-        limits = self.scheduler.limits
-        self.scheduler.limits = replace(limits, max_batch_tokens=config.max_batch_tokens, prefill_chunk=config.prefill_chunk)
+        limits = self.planner.limits
+        self.planner.limits = replace(limits, max_batch_tokens=config.max_batch_tokens, prefill_chunk=config.prefill_chunk)
 
     def expect(self, times: StepTimes) -> None:
         """Judge by measured times whether a step is stalled. Only before `start`."""
@@ -213,7 +213,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing runs, waits, or is on its way in or out."""
-        return self.scheduler.empty and not (self._commands or self._moves or self._frames)
+        return self.planner.empty and not (self._commands or self._moves or self._frames)
 
     def wait_until_idle(self) -> None:
         """Block the calling thread until the engine is idle, dead or closed."""
@@ -285,7 +285,7 @@ class Engine:
             if self.idle:
                 self._wake.notify_all()  # for `wait_until_idle`
             if not self._stepped or self.idle:
-                left = self.scheduler.next_deadline - time.monotonic()
+                left = self.planner.next_deadline - time.monotonic()
                 self._wake.wait_for(lambda: self._stopping or self._commands or self._moves, max(0.0, min(left, _LONGEST_WAIT)))
             return not self._stopping
 
@@ -296,7 +296,7 @@ class Engine:
             self._obey()
             self._expire()
             self._move_kv()
-            step = self.scheduler.schedule()
+            step = self.planner.plan()
             self._stepped = bool(step.sequences)
             if step.reserved:
                 self._tell_reserved(step.reserved)
@@ -312,7 +312,7 @@ class Engine:
         logits = self._compute(step, built, rows)
         if logits is None:
             return
-        self.scheduler.advance(step)
+        self.planner.advance(step)
         self._tell_computed(step)
         self._tell_prompts(built.prompts, logits)
         self._deliver(built.drawing, logits.sample(self._sampler, built.drawing_rows, rows))
@@ -329,9 +329,9 @@ class Engine:
         else wait for a whole step of others.
         """
         began, share = time.monotonic(), _MOVE_SHARE * self._step_seconds
-        computing = self.scheduler.running or self.scheduler.waiting
+        computing = self.planner.running or self.planner.waiting
         self._make_moves(began + (max(_LEAST_MOVE_SECONDS, share) if computing else _MOVE_SECONDS))
-        while computing and self.scheduler.sending and self._is_asked(began + share):
+        while computing and self.planner.sending and self._is_asked(began + share):
             self._obey()
             self._make_moves(began + share)
 
@@ -372,7 +372,7 @@ class Engine:
         return copy
 
     def _expire(self) -> None:
-        for sequence in self.scheduler.expired(time.monotonic()):
+        for sequence in self.planner.expired(time.monotonic()):
             self._finish(sequence, Finish.DEADLINE)
 
     def _add(self, sequence: Sequence) -> None:
@@ -382,7 +382,7 @@ class Engine:
             self._tell_ended(sequence)
             return
         mine[sequence.request.sequence_id] = sequence
-        self.scheduler.add(sequence)
+        self.planner.add(sequence)
 
     def _tell_ended(self, sequence: Sequence) -> None:
         if sequence.handing and self.handoff is not None:
@@ -462,7 +462,7 @@ class Engine:
             self._end_handoff(sequence, Finish.HANDOFF_FAILED, message, HandoffFailure.REFUSED)
             return
         sequence.handing = False
-        self.scheduler.go_on(sequence)
+        self.planner.go_on(sequence)
         sequence.first_token_at = time.monotonic()
         self._frames.of(sequence).arrived.append((sequence.request.sequence_id, arrival))
         finish = sequence.append(first_token, self.block_size)
@@ -508,7 +508,7 @@ class Engine:
             if finish is not None:
                 self._finish(sequence, finish)
             elif sequence.sends and self.handoff is not None:
-                self.scheduler.set_aside(sequence)
+                self.planner.set_aside(sequence)
                 self.handoff.drawn(sequence, drawn.token)
 
     def _finish(self, sequence: Sequence, reason: Finish, message: str = "", failure: HandoffFailure | None = None) -> None:
@@ -517,7 +517,7 @@ class Engine:
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+        self.planner.remove(sequence)
         mine = self._sequences[sequence.sink]
         del mine[sequence.request.sequence_id]
         if not mine:

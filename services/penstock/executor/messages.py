@@ -187,16 +187,16 @@ def _logprob(sequence_id: int, position: int, told: TokenLogprob) -> pb.TokenLog
 
 def load_of(engine: Engine) -> scheduler_pb2.Load:
     """How busy the engine is now."""
-    scheduler, meter = engine.scheduler, engine.meter
+    planner, meter = engine.planner, engine.meter
     return scheduler_pb2.Load(
-        running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
+        running=len(planner.running),
+        waiting=len(planner.waiting),
         kv_blocks_free=engine.blocks.available,
-        waiting_tokens=scheduler.waiting_tokens(),
+        waiting_tokens=planner.waiting_tokens(),
         prefill_tokens_per_second=meter.prefill_tokens_per_second,
         steps_per_second=meter.steps_per_second,
-        receiving=len(scheduler.receiving),
-        sending=len(scheduler.sending),
+        receiving=len(planner.receiving),
+        sending=len(planner.sending),
     )
 
 
@@ -213,7 +213,7 @@ def kv_events(changes: KvChanges) -> scheduler_pb2.KvEvents:
 def describe(loaded: Loaded, executor_id: str, address: str, tokenizer: str) -> scheduler_pb2.ExecutorDescription:
     """What the executor is."""
     spec, decoder, defaults = loaded.spec, loaded.spec.decoder, loaded.spec.defaults
-    limits = loaded.engine.scheduler.limits
+    limits = loaded.engine.planner.limits
     prompt_fields = ("reporting.prompt_logprobs",) if loaded.capabilities.prompt_logits else ()
     return scheduler_pb2.ExecutorDescription(
         executor_id=executor_id,

@@ -43,10 +43,10 @@ class ExecutorMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The engine's state at this moment."""
-        engine, meter, counts = self._engine, self._engine.meter, self._engine.scheduler.counts
+        engine, meter, counts = self._engine, self._engine.meter, self._engine.planner.counts
         blocks = engine.blocks.counts()
-        yield self._gauge("num_requests_running", "Sequences that run.", len(engine.scheduler.running))
-        yield self._gauge("num_requests_waiting", "Sequences that wait.", len(engine.scheduler.waiting))
+        yield self._gauge("num_requests_running", "Sequences that run.", len(engine.planner.running))
+        yield self._gauge("num_requests_waiting", "Sequences that wait.", len(engine.planner.waiting))
         yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all.", blocks.used / engine.blocks.count)
         states = GaugeMetricFamily("penstock_kv_blocks", "KV blocks by state.", labels=[*self._labels, "state"])
         for state, count in (("used", blocks.used), ("cached", blocks.cached), ("free", blocks.free)):

@@ -27,7 +27,7 @@ from penstock.gateway.ports import Decoding, Execution, Placement
 from penstock.gateway.request import Caller, Generation, Plan
 from penstock.gateway.tokenization import Tokenization
 from penstock.gateway.traces import Trace
-from penstock.gateway.validation import Limits, validate
+from penstock.gateway.validation import RequestLimits, validate
 
 __all__ = ["Admission", "Live"]
 
@@ -97,7 +97,7 @@ class Admission:
         catalog: Catalog,
         tokenization: Tokenization,
         ports: tuple[Placement, Execution, Decoding],
-        limits: Limits,
+        limits: RequestLimits,
         *,
         clock: Callable[[], float],
         on_done: Callable[[Request], None],

@@ -9,7 +9,7 @@ from penstock.common.errors import ContextOverflow, InvalidRequest
 from penstock.common.prefix import block_hashes, tenant_salt, wire_form
 from penstock.gateway.catalog import GenerationDefaults, Model
 from penstock.gateway.request import Generation, Plan, PlannedSampling, Sampling
-from penstock.gateway.validation import Limits, fields_in_use
+from penstock.gateway.validation import RequestLimits, fields_in_use
 
 __all__ = ["plan"]
 
@@ -17,7 +17,14 @@ _LEAST_TEMPERATURE = 0.01
 
 
 def plan(
-    generation: Generation, model: Model, ids: Sequence[int], fingerprint: str, tenant: str, limits: Limits, *, echo: str = ""
+    generation: Generation,
+    model: Model,
+    ids: Sequence[int],
+    fingerprint: str,
+    tenant: str,
+    limits: RequestLimits,
+    *,
+    echo: str = "",
 ) -> Plan:
     """What to run for a validated request whose prompt has these ids.
 
@@ -54,7 +61,7 @@ def plan(
     )
 
 
-def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits: Limits) -> int:
+def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits: RequestLimits) -> int:
     context = model.context_length
     if prompt_tokens == 0:
         raise InvalidRequest.field("prompt", "is empty; give at least one token")

@@ -39,7 +39,7 @@ from penstock.gateway.machine import Request
 from penstock.gateway.metrics import GatewayMetrics
 from penstock.gateway.placement import SchedulerPlacement
 from penstock.gateway.tokenization import Tokenization
-from penstock.gateway.validation import Limits
+from penstock.gateway.validation import RequestLimits
 from penstock.v1 import inference_pb2_grpc, models_pb2_grpc
 
 __all__ = ["GatewayServer"]
@@ -122,7 +122,7 @@ class GatewayServer:
             self.catalog,
             self.tokenization,
             (self.placement, self.execution, self.decoding),
-            Limits(max_tokens=config.max_tokens_per_request, max_choices=config.max_choices, max_prompts=config.max_prompts),
+            RequestLimits(max_tokens=config.max_tokens_per_request, max_choices=config.max_choices, max_prompts=config.max_prompts),
             clock=clock,
             on_done=self.metrics.done,
             max_live=config.max_live_requests,

@@ -12,7 +12,7 @@ from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_
 from penstock.gateway.catalog import Model
 from penstock.gateway.request import Generation, Reporting, Sampling, Stopping
 
-__all__ = ["Limits", "fields_in_use", "validate", "validate_input"]
+__all__ = ["RequestLimits", "fields_in_use", "validate", "validate_input"]
 
 MAX_STOP_BYTES = 1024
 MAX_LOGPROBS = 20
@@ -24,7 +24,7 @@ Violations = Iterator[FieldViolation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for."""
 
     max_tokens: int
@@ -32,7 +32,7 @@ class Limits:
     max_prompts: int
 
 
-def validate(generation: Generation, model: Model, limits: Limits) -> None:
+def validate(generation: Generation, model: Model, limits: RequestLimits) -> None:
     """Check all that can be checked before the prompt is encoded.
 
     Raises:
@@ -163,7 +163,7 @@ def _reporting(reporting: Reporting) -> Violations:
     yield from _range("reporting.prompt_logprobs", reporting.prompt_logprobs, 0, MAX_LOGPROBS)
 
 
-def _rest(generation: Generation, limits: Limits) -> Violations:
+def _rest(generation: Generation, limits: RequestLimits) -> Violations:
     yield from _range("n", generation.n, 1, limits.max_choices)
     yield from _range("priority", generation.priority, -100, 100)
     yield from _unicode("cache_salt", generation.cache_salt)

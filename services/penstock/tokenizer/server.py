@@ -18,7 +18,7 @@ from penstock.tokenizer.encoding import Model, Models
 from penstock.tokenizer.loading import LoadError, load
 from penstock.tokenizer.metrics import TokenizerMetrics
 from penstock.tokenizer.servicer import TokenizerServicer
-from penstock.tokenizer.templates import Limits, TemplateError, Templates
+from penstock.tokenizer.templates import TemplateError, TemplateLimits, Templates
 
 __all__ = ["TokenizerServer"]
 
@@ -92,9 +92,9 @@ class TokenizerServer:
         logger().info("tokenizer loaded", model=name, fingerprint=vocabulary.fingerprint, size=vocabulary.size, tables=tables)
         return Model(name, vocabulary, templates)
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> TemplateLimits:
         config = self._config
-        return Limits(
+        return TemplateLimits(
             seconds=config.template_seconds,
             memory_bytes=config.template_memory_mib << 20,
             output_characters=config.template_output_mib << 20,

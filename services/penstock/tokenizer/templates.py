@@ -14,7 +14,7 @@ from penstock.common.errors import InternalError, InvalidRequest
 from penstock.common.logs import logger
 from penstock.tokenizer.template_worker import HEADER, Kind
 
-__all__ = ["Limits", "TemplateError", "Templates"]
+__all__ = ["TemplateError", "TemplateLimits", "Templates"]
 
 FIELD = "messages"
 
@@ -24,7 +24,7 @@ class TemplateError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TemplateLimits:
     """What one rendering may take.
 
     Attributes:
@@ -108,7 +108,7 @@ class Templates:
         limits: what one rendering may take.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str], limits: Limits) -> None:
+    def __init__(self, source: str, variables: Mapping[str, str], limits: TemplateLimits) -> None:
         self._variables = dict(variables)
         self._limits = limits
         setup = {

@@ -181,7 +181,7 @@ def test_second_start_measures_nothing_and_steps_as_the_first(tmp_path):
         first, second = loaded(tmp_path), loaded(tmp_path)
     assert events(logs) == ["calibrated"]
     assert second.times == first.times is not None
-    assert second.engine.scheduler.limits == first.engine.scheduler.limits
+    assert second.engine.planner.limits == first.engine.planner.limits
 
 
 def test_corrupt_cache_is_measured_again_and_replaced(tmp_path):
@@ -211,19 +211,19 @@ def test_measurement_that_was_disturbed_is_made_anew(tmp_path):
 
 def test_measuring_and_keeping_can_be_turned_off(tmp_path):
     off = loaded(tmp_path, calibration_seconds=0)
-    limits = off.engine.scheduler.limits
+    limits = off.engine.planner.limits
     assert (off.times, limits.max_batch_tokens, limits.prefill_chunk) == (None, 2048, 512)
     assert loaded(tmp_path, calibration_cache=False).times is not None
     assert not (tmp_path / "calibrations").exists()
 
 
 def test_what_the_operator_gives_wins(tmp_path):
-    limits = loaded(tmp_path, max_batch_tokens=1000, prefill_chunk=333).engine.scheduler.limits
+    limits = loaded(tmp_path, max_batch_tokens=1000, prefill_chunk=333).engine.planner.limits
     assert (limits.max_batch_tokens, limits.prefill_chunk) == (1000, 333)
-    limits = loaded(tmp_path, itl_target_ms=1e6).engine.scheduler.limits
+    limits = loaded(tmp_path, itl_target_ms=1e6).engine.planner.limits
     assert limits.prefill_chunk == 512
     with capture_logs() as logs:
-        assert loaded(tmp_path, itl_target_ms=1e-6 + 1).engine.scheduler.limits.prefill_chunk >= 16
+        assert loaded(tmp_path, itl_target_ms=1e-6 + 1).engine.planner.limits.prefill_chunk >= 16
     assert all(line["event"] != "calibrated" for line in logs)
 
 

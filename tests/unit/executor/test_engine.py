@@ -188,7 +188,7 @@ def test_running_sequence_gives_way_to_one_of_its_tenant_with_a_higher_priority(
     bench.run()
     assert bench.tokens == {1: expected([1] * 40, 60), 2: expected([2] * 40, 60)}
     assert (bench.finished[1].preemptions > 0, bench.finished[2].preemptions) == (True, 0)
-    assert not bench.engine.scheduler._turns._tenants
+    assert not bench.engine.planner._turns._tenants
 
 
 def test_an_abort_and_a_deadline_free_their_blocks_within_a_step():
@@ -200,7 +200,7 @@ def test_an_abort_and_a_deadline_free_their_blocks_within_a_step():
     assert bench.finished[3].reason is Finish.DEADLINE
     assert 3 not in bench.tokens
     bench.engine.abort([1, 77], bench.sink)
-    bench.engine.scheduler._deadlines[0] = (0.0, *bench.engine.scheduler._deadlines[0][1:])
+    bench.engine.planner._deadlines[0] = (0.0, *bench.engine.planner._deadlines[0][1:])
     bench.engine.step()
     assert {i: f.reason for i, f in bench.finished.items()} == {3: Finish.DEADLINE, 2: Finish.DEADLINE}
     assert bench.engine.idle
@@ -222,7 +222,7 @@ def test_sequences_that_ended_before_their_deadline_are_not_kept():
     for i in range(500):
         bench.submit(i, [1], 1, deadline=time.monotonic() + 3600)
         bench.run()
-    assert len(bench.engine.scheduler._deadlines) < 100
+    assert len(bench.engine.planner._deadlines) < 100
 
 
 def test_the_end_of_one_sink_leaves_the_others():
@@ -363,7 +363,7 @@ def test_a_model_that_gives_nan_costs_that_sequence_alone(fields):
     assert bench.engine.blocks.counts().used == 0
 
 
-@pytest.mark.parametrize("stage", ["schedule", "sample", "publish"])
+@pytest.mark.parametrize("stage", ["plan", "sample", "publish"])
 def test_an_engine_that_hangs_anywhere_in_a_step_makes_no_progress(stage, monkeypatch):
     bench = Bench(stall_seconds=2.5)
     inside, release = threading.Event(), threading.Event()
@@ -380,7 +380,7 @@ def test_an_engine_that_hangs_anywhere_in_a_step_makes_no_progress(stage, monkey
     if stage == "publish":
         sink = hanging(sink)
     else:
-        owner = bench.engine.scheduler if stage == "schedule" else bench.engine._sampler
+        owner = bench.engine.planner if stage == "plan" else bench.engine._sampler
         monkeypatch.setattr(owner, stage, hanging(getattr(owner, stage)))
     bench.engine.start()
     try:

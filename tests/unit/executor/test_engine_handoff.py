@@ -140,7 +140,7 @@ def test_choices_that_wait_for_a_prefix_go_on_when_its_kv_does_not_come():
     joined.step()
     joined.submit_together(1, prompt, 9, request_id="r")
     joined.step()
-    assert not joined.decode.engine.scheduler.running
+    assert not joined.decode.engine.planner.running
     (receiver,) = joined.handoff.receivers.values()
     joined.handoff.fail(joined.decode.engine, receiver, HandoffFailure.LEASE_EXPIRED, "nothing was heard")
     joined.decode.run()
@@ -208,7 +208,7 @@ def test_a_sequence_whose_kv_leaves_keeps_its_blocks_while_others_want_them():
     joined.prefill.submit(9, [9] * 30, 120, priority=5)
     joined.prefill.engine.step()
     joined.submit(1, prompt_of(90), 9)
-    while 9 not in joined.prefill.finished and joined.prefill.engine.scheduler.running:
+    while 9 not in joined.prefill.finished and joined.prefill.engine.planner.running:
         joined.step()
     assert 9 not in joined.prefill.finished  # it was preempted itself, and waits
     assert joined.prefill.tokens[1] == expected(prompt_of(90), 1)
@@ -223,7 +223,7 @@ def test_a_prompt_whose_kv_leaves_while_it_is_computed_is_not_preempted():
     joined.prefill.submit(9, [9] * 30, 120, priority=5)
     joined.prefill.engine.step()
     joined.submit(1, prompt_of(110), 9)
-    while 9 in {s.request.sequence_id for s in joined.prefill.engine.scheduler.running}:
+    while 9 in {s.request.sequence_id for s in joined.prefill.engine.planner.running}:
         joined.step()
     assert 1 not in joined.prefill.tokens  # nine gave way to a prompt that was half computed
     assert joined.run() == {1: expected(prompt_of(110), 9), 9: expected([9] * 30, 120)}
@@ -239,8 +239,8 @@ def test_those_that_wait_for_kv_take_places_of_the_batch_and_leave_some_to_other
     for i in range(5, 9):
         decode.submit(i, prompt_of(20, i), 50)
     decode.engine.step()
-    assert len(decode.engine.scheduler.receiving) == 2
-    assert {s.request.sequence_id for s in decode.engine.scheduler.running} == {5, 6}
+    assert len(decode.engine.planner.receiving) == 2
+    assert {s.request.sequence_id for s in decode.engine.planner.running} == {5, 6}
     joined.handoff.go_on()
     assert joined.run() == {i: expected(prompt_of(20, i), 5 if i < 5 else 50) for i in range(9)}
 

@@ -59,7 +59,7 @@ class Gateway(JoinedBenches):
 
     def on_expire(self, side, place):
         """A deadline passes."""
-        deadlines = self.sides[side][0].engine.scheduler._deadlines
+        deadlines = self.sides[side][0].engine.planner._deadlines
         live = [entry for entry in deadlines if entry[2].status is not Status.DONE]
         if live:
             _, arrival, sequence = entry = live[place % len(live)]

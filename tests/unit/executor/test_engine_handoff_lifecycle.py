@@ -49,17 +49,17 @@ HALVES = pytest.mark.parametrize("half", [0, 1], ids=["sending", "receiving"])
 @HALVES
 def test_a_sequence_that_waits_for_the_other_side_keeps_no_engine_busy_and_none_idle(parked, half):
     bench, _ = halves(parked)[half]
-    steps, schedule = [], bench.engine.scheduler.schedule
+    steps, plan = [], bench.engine.planner.plan
     late = threading.Event()
 
     def counted():
-        steps.append(schedule())
+        steps.append(plan())
         return steps[-1]
 
     def on_death(reason):
         raise AssertionError(reason)
 
-    bench.engine.scheduler.schedule = counted
+    bench.engine.planner.plan = counted
     bench.engine.on_death = on_death
     bench.engine.start()
     waiting = threading.Thread(target=lambda: (bench.engine.wait_until_idle(), late.set()))
@@ -85,13 +85,13 @@ def test_a_sequence_that_waits_for_the_other_side_keeps_no_engine_busy_and_none_
 
 def test_an_engine_that_only_waits_for_kv_wakes_for_a_deadline():
     joined, over = JoinedBenches(), threading.Event()
-    steps, schedule = [], joined.decode.engine.scheduler.schedule
+    steps, plan = [], joined.decode.engine.planner.plan
 
     def sink(frame):
         joined.decode.sink(frame)
         over.set() if frame.finished else None
 
-    joined.decode.engine.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]
+    joined.decode.engine.planner.plan = lambda: steps.append(plan()) or steps[-1]
     joined.decode.engine.start()
     try:
         asked = SequenceRequest(

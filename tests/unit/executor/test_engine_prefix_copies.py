@@ -118,7 +118,7 @@ def test_a_step_copies_for_one_sequence_that_it_computes():
     for number in (1, 2, 3):
         bench.submit(number, [*prompt, number], 4)
     bench.engine.step()
-    assert len(bench.engine.scheduler.running) == 1
+    assert len(bench.engine.planner.running) == 1
     assert bench.run() == {0: expected(prompt, 1)} | {i: expected([*prompt, i], 4) for i in (1, 2, 3)}
 
 

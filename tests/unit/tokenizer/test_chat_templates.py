@@ -8,7 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from penstock.common.errors import InvalidRequest
-from penstock.tokenizer.templates import Limits, TemplateError, Templates
+from penstock.tokenizer.templates import TemplateError, TemplateLimits, Templates
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -60,7 +60,7 @@ CONVERSATIONS = [
         {"role": "user", "content": "{{ 7 * 7 }} {% raw %}", "name": "Ada"},
     ],
 ]
-LIMITS = Limits(seconds=0.1, memory_bytes=256 << 20, output_characters=1_000_000, workers=2)
+LIMITS = TemplateLimits(seconds=0.1, memory_bytes=256 << 20, output_characters=1_000_000, workers=2)
 
 
 @contextlib.asynccontextmanager
@@ -135,7 +135,7 @@ async def test_a_template_that_can_not_be_compiled_does_not_start(source, reason
 
 
 async def test_a_rendering_that_nobody_awaits_leaves_no_process():
-    async with _templates(EVIL["nested loops"], Limits(30, 256 << 20, 1000, 1)) as templates:
+    async with _templates(EVIL["nested loops"], TemplateLimits(30, 256 << 20, 1000, 1)) as templates:
         pid = templates._idle[0]._process.pid
         task = asyncio.create_task(templates.render([{"role": "user", "content": "go"}], add_generation_prompt=False))
         while templates._idle:  # noqa: ASYNC110 - nothing tells when a worker is taken

@@ -1,4 +1,4 @@
-"""Who computes how many tokens in the next step.
+"""Which sequences compute how many tokens in the next step.
 
 There is one view of a sequence: it has tokens, and so many of them are computed. Decoding is one token left, prefill is more, and
 a preempted sequence is one with nothing computed. Decodes go first, so that no prompt delays them by more than its chunk; as they
@@ -26,7 +26,7 @@ from penstock.executor.blocks import BlockManager
 from penstock.executor.sequence import Sequence, Sink, Status
 from penstock.executor.turns import Turns
 
-__all__ = ["Limits", "Scheduler", "SchedulerCounts", "Step"]
+__all__ = ["BatchLimits", "PlannerCounts", "Step", "StepPlanner"]
 
 # Rows of logits over a whole vocabulary are large: prompts whose logits are all wanted come in such chunks.
 PROMPT_LOGITS_CHUNK = 128
@@ -46,7 +46,7 @@ def _request_of(sequence: Sequence) -> _Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class BatchLimits:
     """What a step may hold.
 
     Attributes:
@@ -74,7 +74,7 @@ class Step:
 
 
 @dataclass(slots=True)
-class SchedulerCounts:
+class PlannerCounts:
     """Sums since the start, in tokens but for preemptions."""
 
     preemptions: int = 0
@@ -98,8 +98,8 @@ class _Plan:
         self.room += self.counts.pop(sequence, 0)
 
 
-class Scheduler:
-    """Sequences of one engine: waiting and running ones in the order of rank, receiving and sending ones as they came.
+class StepPlanner:
+    """Plans the steps of one engine, whose sequences it keeps: waiting and running ones by rank, others as they came.
 
     Args:
         blocks: of the cache; not to be shared where prefixes are copied.
@@ -112,14 +112,14 @@ class Scheduler:
         self,
         blocks: BlockManager,
         block_size: int,
-        limits: Limits,
+        limits: BatchLimits,
         copy_prefix: Callable[[list[int], list[int]], int] | None = None,
     ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.receiving: dict[Sequence, None] = {}
         self.sending: dict[Sequence, None] = {}
-        self.counts = SchedulerCounts()
+        self.counts = PlannerCounts()
         self._blocks = blocks
         self._block_size = block_size
         self._copy_prefix = copy_prefix
@@ -188,7 +188,7 @@ class Scheduler:
         waiting = sum(s.remaining for s in self.waiting.copy() if not s.awaits_kv)
         return waiting + sum(max(0, s.remaining - 1) for s in self.running.copy())
 
-    def schedule(self) -> Step:
+    def plan(self) -> Step:
         """Choose the next step; blocks for it are allocated.
 
         Where it is empty, it stays so until a sequence comes or ends, or KV has arrived: nothing runs, and those that wait need
