@@ -6,12 +6,13 @@ import itertools
 from types import SimpleNamespace
 
 from penstock.gateway.machine import Request
+from penstock.gateway.ports import Ports
 from penstock.gateway.request import Caller, Plan, PlannedSampling, Reporting
 
 EOS = 9
 
 
-class Ports:
+class ScriptedPorts:
     """Placement, execution and decoding at once. What is held at each is counted."""
 
     def __init__(self):
@@ -135,13 +136,13 @@ def plan(n=1, max_tokens=8, stop=()):
 
 def build(new=Request, clock=None, arrived=None, **fields):
     """`build(n=…, max_tokens=…)`: a request that has begun, its ports and what it told; `new` makes it. A clock ticks when read."""
-    ports, told, done = Ports(), Told(), []
+    ports, told, done = ScriptedPorts(), Told(), []
     caller = Caller(tenant="t", request_id="r", deadline=1e9, arrived=arrived)
     ticks = itertools.count()
     request = new(
         plan(**fields),
         caller,
-        (ports, ports, ports),
+        Ports(ports, ports, ports),
         told,
         known_tokens={},
         clock=clock or (lambda: float(next(ticks))),

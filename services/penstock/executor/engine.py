@@ -186,7 +186,7 @@ class Engine:
         sequence = _sequence(handle)
         self._command(lambda: self._end_handoff(sequence, Finish.HANDOFF_FAILED, message, failure))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forget cached prefixes, counts and speeds. Only before `start`."""
         self.blocks.clear()
         self.planner.counts = PlannerCounts()
@@ -393,7 +393,7 @@ class Engine:
         mine = self._sequences.get(sink, {})
         for sequence_id in sequence_ids:
             if sequence_id in mine:
-                self._forget(mine[sequence_id])
+                self._remove(mine[sequence_id])
 
     def _compute(self, step: Step, built: Built, rows: list[Row]) -> StepLogits | None:
         """The step's logits; None where the backend failed, and the step's sequences with it."""
@@ -477,7 +477,7 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         if sequence.handing:
             sequence.handing = False
-            self._forget(sequence)
+            self._remove(sequence)
 
     def _tell_prompts(self, prompts: list[PromptRows], logits: StepLogits) -> None:
         for rows in prompts:
@@ -514,9 +514,9 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: Finish, message: str = "", failure: HandoffFailure | None = None) -> None:
         self._frames.finished(sequence, reason, message, failure)
         self.meter.finished[reason] += 1
-        self._forget(sequence)
+        self._remove(sequence)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence) -> None:
         self.planner.remove(sequence)
         mine = self._sequences[sequence.sink]
         del mine[sequence.request.sequence_id]
@@ -542,7 +542,7 @@ class Engine:
         self._end_commands()
         for mine in list(self._sequences.values()):
             for sequence in list(mine.values()):
-                self._forget(sequence)
+                self._remove(sequence)
         self._moves.give_up()
 
     def _end_commands(self) -> None:

@@ -228,5 +228,5 @@ def _warm_up(engine: Engine) -> float:
     last = frames[-1].finished[0]
     if last.reason is not Finish.LENGTH:
         raise StartError(f"the model does not run: {last.message}")
-    engine.forget()
+    engine.reset()
     return min(decoding)

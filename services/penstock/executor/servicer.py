@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import grpc.aio
 
@@ -14,64 +12,17 @@ from penstock.common import faults
 from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
+from penstock.executor.frame_queue import FrameQueue
 from penstock.executor.messages import load_of, merge, read_start
 from penstock.executor.sequence import Finish, Finished, Frame
 from penstock.executor.traces import StreamTraces
 from penstock.internal.v1 import executor_pb2 as pb
 from penstock.internal.v1 import executor_pb2_grpc, scheduler_pb2
 
-__all__ = ["ExecutorServicer", "Outbox"]
+__all__ = ["ExecutorServicer"]
 
 # Frames that may wait for a gateway which does not read: one of each step, so many seconds.
 _MOST_WAITING = 4096
-
-
-class Outbox:
-    """Frames on their way from the engine's thread to one gateway's stream.
-
-    Frames that wait for a slow gateway are sent as one message. When more wait than the bound allows, `overflowed` is set, and no
-    more are kept.
-    """
-
-    def __init__(self, most_waiting: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._frames: deque[Frame] = deque()
-        self._filled = asyncio.Event()
-        self.overflowed = asyncio.Event()
-        self._most = most_waiting
-        self._waking = False
-        self._full = False
-        self._ended = False
-
-    def put(self, frame: Frame) -> None:
-        """Add a frame, from any thread: the sink of the stream's sequences."""
-        if self._full:
-            return
-        if len(self._frames) >= self._most:
-            self._full = True
-            self._call(self.overflowed.set)
-            return
-        self._frames.append(frame)
-        if not self._waking:
-            self._waking = True
-            self._call(self._filled.set)
-
-    def end(self) -> None:
-        """Let `take` give an empty list once all frames are taken. In the loop's thread."""
-        self._ended = True
-        self._filled.set()
-
-    async def take(self) -> list[Frame]:
-        """All frames that wait, as soon as there are any; none at the end."""
-        while not self._frames and not self._ended:
-            await self._filled.wait()
-            self._filled.clear()
-            self._waking = False  # before the frames are taken: one that comes in between wakes the loop again
-        return [self._frames.popleft() for _ in range(len(self._frames))]
-
-    def _call(self, callback: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-            self._loop.call_soon_threadsafe(callback)
 
 
 class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
@@ -108,11 +59,11 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     ) -> None:
         """One gateway's stream; whatever ends it ends its sequences."""
         engine, _ = self._served()
-        outbox = Outbox(_MOST_WAITING)
+        queue = FrameQueue(_MOST_WAITING)
         traces = StreamTraces()
-        writer = asyncio.create_task(_write(outbox, traces, context))
-        reader = asyncio.create_task(self._read(request_iterator, outbox, traces))
-        overflow = asyncio.create_task(outbox.overflowed.wait())
+        writer = asyncio.create_task(_write(queue, traces, context))
+        reader = asyncio.create_task(self._read(request_iterator, queue, traces))
+        overflow = asyncio.create_task(queue.overflowed.wait())
         try:
             await asyncio.wait((writer, overflow), return_when=asyncio.FIRST_COMPLETED)
             if not writer.done():
@@ -123,31 +74,31 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         finally:
             for task in (writer, reader, overflow):
                 task.cancel()
-            engine.abort_all(outbox.put)
+            engine.abort_all(queue.put)
 
-    async def _read(self, requests: AsyncIterator[pb.RunRequest], outbox: Outbox, traces: StreamTraces) -> None:
+    async def _read(self, requests: AsyncIterator[pb.RunRequest], queue: FrameQueue, traces: StreamTraces) -> None:
         try:
             async for request in requests:
                 now = time.monotonic()
                 for start in request.start:
                     traces.begin(start.sequence_id, start.request_id, start.traceparent)
-                    self._start(start, outbox, now)
+                    self._start(start, queue, now)
                 if request.aborted:
                     traces.forget(request.aborted)
-                    self._engine.abort(request.aborted, outbox.put)
+                    self._engine.abort(request.aborted, queue.put)
         finally:
-            outbox.end()
+            queue.end()
 
-    def _start(self, start: pb.StartSequence, outbox: Outbox, now: float) -> None:
+    def _start(self, start: pb.StartSequence, queue: FrameQueue, now: float) -> None:
         if start.executor_id != self._description.executor_id:
             message = f"{start.executor_id or '(no executor_id)'} is meant, and this is {self._description.executor_id}"
-            outbox.put(Frame(finished=[Finished(start.sequence_id, Finish.REFUSED, message=message)]))
+            queue.put(Frame(finished=[Finished(start.sequence_id, Finish.REFUSED, message=message)]))
             return
         if start.HasField("receive"):
             faults.reach("executor.receive")
         if start.HasField("send"):
             faults.reach("executor.send")
-        self._engine.submit(read_start(start, now), outbox.put)
+        self._engine.submit(read_start(start, now), queue.put)
 
     async def GetExecutor(self, request: pb.GetExecutorRequest, context: object) -> pb.GetExecutorResponse:
         """What the executor is, how busy, and the state of every KV block; before it has loaded, what it waits for."""
@@ -164,8 +115,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         )
 
 
-async def _write(outbox: Outbox, traces: StreamTraces, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]) -> None:
-    while frames := await outbox.take():
+async def _write(queue: FrameQueue, traces: StreamTraces, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]) -> None:
+    while frames := await queue.take():
         await context.write(merge(frames))
         for frame in frames:
             traces.tell(frame)

@@ -23,13 +23,13 @@ from penstock.gateway.catalog import Catalog, Model
 from penstock.gateway.machine import Request
 from penstock.gateway.output import OutputQueue
 from penstock.gateway.planning import plan
-from penstock.gateway.ports import Decoding, Execution, Placement
+from penstock.gateway.ports import Ports
 from penstock.gateway.request import Caller, Generation, Plan
 from penstock.gateway.tokenization import Tokenization
 from penstock.gateway.traces import Trace
 from penstock.gateway.validation import RequestLimits, validate
 
-__all__ = ["Admission", "Live"]
+__all__ = ["Admission", "Call"]
 
 # Of models that are not known yet.
 _LONGEST_CONTEXT = 1 << 17
@@ -42,7 +42,7 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
-class Live:
+class Call:
     """One client's call: its requests and the queue that its door reads. Leaving it, in whatever way, frees all of it."""
 
     def __init__(self, model: Model, plans: Sequence[Plan], queue: OutputQueue) -> None:
@@ -84,7 +84,7 @@ class Admission:
     """Admits calls and keeps those that are in work.
 
     Args:
-        ports: placement, execution and decoding.
+        ports: to the other services.
         on_done: told of each request that has ended.
         max_live: calls in work at most.
         max_attempts: see `Request`.
@@ -96,7 +96,7 @@ class Admission:
         self,
         catalog: Catalog,
         tokenization: Tokenization,
-        ports: tuple[Placement, Execution, Decoding],
+        ports: Ports,
         limits: RequestLimits,
         *,
         clock: Callable[[], float],
@@ -117,7 +117,7 @@ class Admission:
         self._new_request = new_request
         self._max_attempts = max_attempts
         self._slow_reader_seconds = slow_reader_seconds
-        self._calls: set[Live] = set()
+        self._calls: set[Call] = set()
         self._coming = 0
         self._draining = False
         self._tokens: dict[str, dict[int, bytes]] = {}
@@ -183,7 +183,7 @@ class Admission:
                 self._idle.set()
 
     @contextlib.asynccontextmanager
-    async def admit(self, generations: Sequence[Generation], caller: Caller) -> AsyncIterator[Live]:
+    async def admit(self, generations: Sequence[Generation], caller: Caller) -> AsyncIterator[Call]:
         """Run one counted call's generations, all of one model and with the same `n`, for as long as the block lasts.
 
         Raises:
@@ -194,7 +194,7 @@ class Admission:
             self._check(generations, model)
             plans = [await self._plan(g, model, caller) for g in generations]
             queue = OutputQueue(len(plans), self.clock)
-            call = Live(model, plans, queue)
+            call = Call(model, plans, queue)
             self._calls.add(call)
             timer = asyncio.get_running_loop().call_later(max(0.0, caller.deadline - self.clock()), self._expire, call)
             try:
@@ -250,7 +250,7 @@ class Admission:
         skip = not generation.reporting.special_tokens
         return await self.tokenization.detokenize(model.name, ids, deadline, skip_special_tokens=skip)
 
-    def _begin(self, call: Live, number: int, planned: Plan, caller: Caller) -> None:
+    def _begin(self, call: Call, number: int, planned: Plan, caller: Caller) -> None:
         request = self._new_request(
             planned,
             caller,
@@ -270,6 +270,6 @@ class Admission:
         del self.requests[request.number]
         self._on_done(request)
 
-    def _expire(self, call: Live) -> None:
+    def _expire(self, call: Call) -> None:
         for request in list(call.requests):
             request.deadline()

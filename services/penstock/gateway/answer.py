@@ -6,6 +6,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from penstock.common.placement import PlacementReason
+
 __all__ = [
     "Closing",
     "Delta",
@@ -15,7 +17,6 @@ __all__ = [
     "FinishReason",
     "Handoff",
     "Logprob",
-    "PlacementReason",
     "TokenAlternative",
 ]
 
@@ -58,21 +59,6 @@ class Logprob:
     token: bytes
     rank: int
     alternatives: Sequence[TokenAlternative]
-
-
-class PlacementReason(enum.Enum):
-    """Why the scheduler had a request run together or apart."""
-
-    UNSPECIFIED = "unspecified"
-    POLICY = "policy"
-    COST = "cost"
-    NO_PREFILL_EXECUTOR = "no_prefill_executor"
-    NO_DECODE_EXECUTOR = "no_decode_executor"
-    ONE_TOKEN = "one_token"  # noqa: S105 - no password
-    CACHED = "cached"
-    INCOMPATIBLE = "incompatible"
-    REPLACED = "replaced"
-    UNREACHABLE = "unreachable"
 
 
 class Fallback(enum.Enum):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.gateway.answer import Closing, Fallback, Handoff, PlacementReason
+from penstock.common.placement import PlacementReason
+from penstock.gateway.answer import Closing, Fallback, Handoff
 
 if TYPE_CHECKING:
     from penstock.gateway.machine import Request

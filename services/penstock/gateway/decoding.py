@@ -1,4 +1,4 @@
-"""The tokenizer's decoding stream, as the state machine's `Decoding` port: one `Decode` stream, opened again when it is lost."""
+"""The tokenizer's decoding stream, as the state machine's `DecodingPort`: one `Decode` stream, opened again when it is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The executors, as the state machine's `Execution` port: one `Run` stream to each that a request was placed on."""
+"""The executors, as the state machine's `ExecutionPort`: one `Run` stream to each that a request was placed on."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from penstock.common.events import EventLog
 from penstock.gateway.answer import Closing, Finish, Handoff, Logprob
 from penstock.gateway.choice import Choice
 from penstock.gateway.machine import Request
-from penstock.gateway.ports import Execution, HandoffFailure, Lease, Loss, Output, PrefillLease, Refusal
+from penstock.gateway.ports import ExecutionPort, HandoffFailure, Lease, Loss, OutputPort, PrefillLease, Refusal
 from penstock.gateway.states import Event, State
 
 __all__ = ["History"]
@@ -106,9 +106,9 @@ class _Watched(Request):
 
 
 class _Execution:
-    """`penstock.gateway.ports.Execution` of one request."""
+    """`penstock.gateway.ports.ExecutionPort` of one request."""
 
-    def __init__(self, request: _Watched, execution: Execution) -> None:
+    def __init__(self, request: _Watched, execution: ExecutionPort) -> None:
         self._request = request
         self._execution = execution
         self.abort = execution.abort
@@ -133,9 +133,9 @@ class _Execution:
 
 
 class _Output:
-    """`penstock.gateway.ports.Output` of one request."""
+    """`penstock.gateway.ports.OutputPort` of one request."""
 
-    def __init__(self, request: _Watched, output: Output) -> None:
+    def __init__(self, request: _Watched, output: OutputPort) -> None:
         self._request = request
         self._output = output
         self._told = [0] * len(request.choices)

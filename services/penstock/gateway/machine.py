@@ -14,14 +14,12 @@ from penstock.common.errors import PenstockError
 from penstock.gateway.answer import FallbackReason, Handoff
 from penstock.gateway.choice import Choice
 from penstock.gateway.ports import (
-    Decoding,
-    Execution,
     HandoffFailure,
     Lease,
     Loss,
-    Output,
-    Placement,
+    OutputPort,
     Placing,
+    Ports,
     Refusal,
     SequenceEnd,
     SequenceStart,
@@ -48,7 +46,7 @@ class Request:
     Args:
         plan: what to run.
         caller: whose it is.
-        ports: placement, execution and decoding.
+        ports: to the other services.
         output: where the answer goes.
         known_tokens: the bytes of the model's token ids, as far as known; shared by all requests of a tokenizer.
         clock: monotonic seconds.
@@ -64,8 +62,8 @@ class Request:
         self,
         plan: Plan,
         caller: Caller,
-        ports: tuple[Placement, Execution, Decoding],
-        output: Output,
+        ports: Ports,
+        output: OutputPort,
         *,
         known_tokens: dict[int, bytes],
         clock: Callable[[], float],
@@ -75,7 +73,7 @@ class Request:
         self.number = next(_numbers)
         self.plan = plan
         self.caller = caller
-        self.placement, self.execution, self.decoding = ports
+        self.placement, self.execution, self.decoding = ports.placement, ports.execution, ports.decoding
         self.output = output
         self.tokens = known_tokens
         self.now = clock

@@ -113,7 +113,7 @@ class OutputQueue:
 
 
 class RequestOutput:
-    """`penstock.gateway.ports.Output` of one request."""
+    """`penstock.gateway.ports.OutputPort` of one request."""
 
     def __init__(self, queue: OutputQueue, number: int, base: int) -> None:
         self._queue = queue

@@ -1,4 +1,4 @@
-"""The scheduler, as the state machine's `Placement` port: one `Place` stream, opened again whenever it is lost."""
+"""The scheduler, as the state machine's `PlacementPort`: one `Place` stream, opened again whenever it is lost."""
 
 from __future__ import annotations
 

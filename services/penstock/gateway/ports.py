@@ -8,21 +8,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.common.errors import PenstockError
-from penstock.gateway.answer import Closing, Finish, Logprob, PlacementReason
+from penstock.common.placement import PlacementReason
+from penstock.gateway.answer import Closing, Finish, Logprob
 
 if TYPE_CHECKING:
     from penstock.gateway.choice import Choice
     from penstock.gateway.machine import Request
 
 __all__ = [
-    "Decoding",
-    "Execution",
+    "DecodingPort",
+    "ExecutionPort",
     "HandoffFailure",
     "Lease",
     "Loss",
-    "Output",
-    "Placement",
+    "OutputPort",
+    "PlacementPort",
     "Placing",
+    "Ports",
     "PrefillLease",
     "Refusal",
     "SequenceEnd",
@@ -139,7 +141,7 @@ class Text:
     last: bool = False
 
 
-class Placement(Protocol):
+class PlacementPort(Protocol):
     """The scheduler. Calls are never refused here: what can not be sent now is asked for again when the scheduler is back."""
 
     def place(self, request: Request, placing: Placing) -> None:
@@ -155,7 +157,7 @@ class Placement(Protocol):
         """Give a lease or a place in the queue back. Idempotent."""
 
 
-class Execution(Protocol):
+class ExecutionPort(Protocol):
     """The executors. Sequence ids are unique in this gateway."""
 
     def start(self, lease: Lease, choice: Choice) -> int:
@@ -171,7 +173,7 @@ class Execution(Protocol):
         """Stop a sequence and hear no more of it. Idempotent."""
 
 
-class Decoding(Protocol):
+class DecodingPort(Protocol):
     """The tokenizer's decoding stream. `choice.decoding_id` names a decoding."""
 
     def open(self, choice: Choice) -> None:
@@ -190,7 +192,16 @@ class Decoding(Protocol):
         """Forget a decoding. Idempotent."""
 
 
-class Output(Protocol):
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The other services, as all requests of a gateway use them."""
+
+    placement: PlacementPort
+    execution: ExecutionPort
+    decoding: DecodingPort
+
+
+class OutputPort(Protocol):
     """Where a request's answer goes. Choices are counted from 0 within the request."""
 
     def text(self, index: int, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprob]) -> None:

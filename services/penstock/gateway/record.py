@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from penstock.gateway.answer import Fallback, FallbackReason, Handoff, PlacementReason
+from penstock.common.placement import PlacementReason
+from penstock.gateway.answer import Fallback, FallbackReason, Handoff
 
 if TYPE_CHECKING:
     from penstock.gateway.choice import Choice

@@ -38,6 +38,7 @@ from penstock.gateway.http_door.server import HttpServer
 from penstock.gateway.machine import Request
 from penstock.gateway.metrics import GatewayMetrics
 from penstock.gateway.placement import SchedulerPlacement
+from penstock.gateway.ports import Ports
 from penstock.gateway.tokenization import Tokenization
 from penstock.gateway.validation import RequestLimits
 from penstock.v1 import inference_pb2_grpc, models_pb2_grpc
@@ -121,7 +122,7 @@ class GatewayServer:
         self.admission = Admission(
             self.catalog,
             self.tokenization,
-            (self.placement, self.execution, self.decoding),
+            Ports(self.placement, self.execution, self.decoding),
             RequestLimits(max_tokens=config.max_tokens_per_request, max_choices=config.max_choices, max_prompts=config.max_prompts),
             clock=clock,
             on_done=self.metrics.done,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from penstock.common.errors import InvalidRequest
+from penstock.common.placement import PlacementReason
 from penstock.common.step_times import Curve, StepTimes
 from penstock.internal.v1 import scheduler_pb2 as pb
 from penstock.scheduler.core import Scheduler
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Description, Failing, Grant, Load, Needs, PlacementReason, Prefill, Reason, Refused, Role
+from penstock.scheduler.model import Description, Failing, Grant, Load, Needs, Prefill, Reason, Refused, Role
 from penstock.scheduler.prefixes import unpack_hashes
 
 __all__ = [
@@ -31,17 +32,7 @@ _REASONS = {
     Reason.UNSUPPORTED: pb.REFUSAL_REASON_UNSUPPORTED,
     Reason.NO_EXECUTOR: pb.REFUSAL_REASON_NO_EXECUTOR,
 }
-_PLACEMENT_REASONS = {
-    PlacementReason.POLICY: pb.PLACEMENT_REASON_POLICY,
-    PlacementReason.COST: pb.PLACEMENT_REASON_COST,
-    PlacementReason.NO_PREFILL_EXECUTOR: pb.PLACEMENT_REASON_NO_PREFILL_EXECUTOR,
-    PlacementReason.NO_DECODE_EXECUTOR: pb.PLACEMENT_REASON_NO_DECODE_EXECUTOR,
-    PlacementReason.ONE_TOKEN: pb.PLACEMENT_REASON_ONE_TOKEN,
-    PlacementReason.CACHED: pb.PLACEMENT_REASON_CACHED,
-    PlacementReason.INCOMPATIBLE: pb.PLACEMENT_REASON_INCOMPATIBLE,
-    PlacementReason.REPLACED: pb.PLACEMENT_REASON_REPLACED,
-    PlacementReason.UNREACHABLE: pb.PLACEMENT_REASON_UNREACHABLE,
-}
+_PLACEMENT_REASONS = {reason: getattr(pb, f"PLACEMENT_REASON_{reason.name}") for reason in PlacementReason}
 _ROLES: dict[int, Role] = {pb.ROLE_BOTH: Role.BOTH, pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE}
 _ROLE_MESSAGES = {Role.BOTH: pb.ROLE_BOTH, Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.common.placement import PlacementReason
 from penstock.common.step_times import StepTimes
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "Lost",
     "Needs",
     "Outcome",
-    "PlacementReason",
     "Prefill",
     "Reason",
     "Refused",
@@ -126,20 +126,6 @@ class Reason(enum.Enum):
     UNKNOWN_MODEL = "unknown_model"
     UNSUPPORTED = "unsupported"
     NO_EXECUTOR = "no_executor"
-
-
-class PlacementReason(enum.Enum):
-    """Why a request runs on one executor, or its prefill on another."""
-
-    POLICY = "policy"
-    COST = "cost"
-    NO_PREFILL_EXECUTOR = "no_prefill_executor"
-    NO_DECODE_EXECUTOR = "no_decode_executor"
-    ONE_TOKEN = "one_token"  # noqa: S105 - of an answer
-    CACHED = "cached"
-    INCOMPATIBLE = "incompatible"
-    REPLACED = "replaced"
-    UNREACHABLE = "unreachable"
 
 
 @dataclass(slots=True)

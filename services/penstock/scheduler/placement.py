@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from penstock.common.placement import PlacementReason
 from penstock.scheduler.config import Policy
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import Needs, PlacementReason, Role
+from penstock.scheduler.model import Needs, Role
 from penstock.scheduler.prefixes import PrefixIndex
 from penstock.scheduler.requests import Request
 from penstock.scheduler.routing import cached_tokens, choose

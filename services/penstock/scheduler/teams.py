@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from penstock.common.placement import PlacementReason
 from penstock.scheduler.config import Policy
 from penstock.scheduler.executors import Executor
-from penstock.scheduler.model import PlacementReason, Role
+from penstock.scheduler.model import Role
 
 __all__ = ["Team", "team_of"]
 

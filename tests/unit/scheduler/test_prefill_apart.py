@@ -5,7 +5,8 @@ import itertools
 import pytest
 from scheduling import World, step_times
 
-from penstock.scheduler.model import Failing, Load, PlacementReason, Role
+from penstock.common.placement import PlacementReason
+from penstock.scheduler.model import Failing, Load, Role
 
 HANDS_OVER = frozenset({"export_kv", "import_kv"})
 BLOCKS = tuple(range(1, 7))

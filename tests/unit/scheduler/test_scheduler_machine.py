@@ -6,10 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
+from penstock.common.placement import PlacementReason
 from penstock.common.step_times import Curve, StepTimes
 from penstock.scheduler.config import SchedulerConfig
 from penstock.scheduler.core import Scheduler
-from penstock.scheduler.model import Description, Grant, Load, Lost, Needs, PlacementReason, Reason, Role
+from penstock.scheduler.model import Description, Grant, Load, Lost, Needs, Reason, Role
 from penstock.scheduler.timers import TICK_SECONDS
 
 CONFIG = SchedulerConfig(

@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 
 from penstock.common.errors import InvalidRequest
-from penstock.gateway.admission import Admission, Live
+from penstock.gateway.admission import Admission, Call
 from penstock.gateway.auth import Keys
 from penstock.gateway.grpc_door.callers import caller_of
 from penstock.gateway.grpc_door.messages import (
@@ -72,7 +72,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with self._admission.admit([generation], caller) as call:
                 await self._relay(call, caller, kind, context.write)
 
-    async def _relay(self, call: Live, caller: Caller, kind: Callable[..., Response], write: Callable[[Response], Any]) -> None:
+    async def _relay(self, call: Call, caller: Caller, kind: Callable[..., Response], write: Callable[[Response], Any]) -> None:
         queue = call.queue
         while deltas := await queue.take():
             queue.write_begins()

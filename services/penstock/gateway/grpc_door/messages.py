@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from google.protobuf.duration_pb2 import Duration
 
 from penstock.common.errors import InvalidRequest
-from penstock.gateway.admission import Live
-from penstock.gateway.answer import Closing, Delta, Fallback, Finish, FinishReason, Handoff, Logprob, PlacementReason
+from penstock.common.placement import PlacementReason
+from penstock.gateway.admission import Call
+from penstock.gateway.answer import Closing, Delta, Fallback, Finish, FinishReason, Handoff, Logprob
 from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS, Bounds, at_most
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.request import Generation, Message, Reporting, Sampling, Stopping
@@ -131,7 +132,7 @@ def _logprob(told: Logprob) -> inference_pb2.TokenLogprob:
     )
 
 
-def closing(call: Live, told: Closing, request_id: str, catalog: Catalog) -> inference_pb2.Closing:
+def closing(call: Call, told: Closing, request_id: str, catalog: Catalog) -> inference_pb2.Closing:
     """The last message of a stream."""
     return inference_pb2.Closing(
         usage=inference_pb2.Usage(

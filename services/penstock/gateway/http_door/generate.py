@@ -18,7 +18,7 @@ from penstock.common.errors import PenstockError
 from penstock.common.interceptors import bound_request_id
 from penstock.common.logs import logger
 from penstock.common.tracing import TRACEPARENT_KEY, traceparent_of
-from penstock.gateway.admission import Admission, Live
+from penstock.gateway.admission import Admission, Call
 from penstock.gateway.auth import Keys
 from penstock.gateway.http_door import generations
 from penstock.gateway.http_door.body import read_body
@@ -123,7 +123,7 @@ class GenerateEndpoint:
             if not began:  # otherwise the connection is closed in the middle, which the client can not take for an end
                 await error_response(error, chat=self._chat)(scope, receive, send)
 
-    async def _relay(self, call: Live, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _relay(self, call: Call, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         send = _watched(send, call.queue)
         rendering = self._rendering(call, self._id_prefix + caller.request_id, include_usage=include_usage)

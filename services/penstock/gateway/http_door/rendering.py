@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from penstock.gateway.admission import Live
+from penstock.gateway.admission import Call
 from penstock.gateway.answer import Closing, Delta, Finish, FinishReason
 from penstock.gateway.http_door.closings import closings as told_closings
 from penstock.gateway.http_door.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
@@ -55,7 +55,7 @@ class _Base:
     kind: str
     chunk_kind: str
 
-    def __init__(self, call: Live, request_id: str, *, include_usage: bool) -> None:
+    def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
         self._call = call
         self._include_usage = include_usage
         self._head = {
@@ -121,7 +121,7 @@ class CompletionRendering(_Base):
 
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, call: Live, request_id: str, *, include_usage: bool) -> None:
+    def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
         super().__init__(call, request_id, include_usage=include_usage)
         self._logprobs: dict[int, CompletionLogprobs] = {}
 

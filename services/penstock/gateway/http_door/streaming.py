@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import Receive, Send
 
 from penstock.common.errors import PenstockError
-from penstock.gateway.admission import Live
+from penstock.gateway.admission import Call
 from penstock.gateway.answer import Closing, Delta
 from penstock.gateway.http_door.errors import error_body
 from penstock.gateway.http_door.rendering import Rendering
@@ -46,7 +46,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def collect(call: Live) -> list[Delta]:
+async def collect(call: Call) -> list[Delta]:
     """The whole answer, one delta a choice.
 
     Raises:
@@ -68,7 +68,7 @@ async def collect(call: Live) -> list[Delta]:
 
 
 async def stream(
-    call: Live, rendering: Rendering, send: Send, headers: Headers, *, keepalive_seconds: float, include_usage: bool, chat: bool
+    call: Call, rendering: Rendering, send: Send, headers: Headers, *, keepalive_seconds: float, include_usage: bool, chat: bool
 ) -> None:
     """Send the answer as events. The response begins with the first of them, so what fails before is a plain error.
 
@@ -100,7 +100,7 @@ async def stream(
     await _send(send, ending + _DONE, more=False)
 
 
-def closings_of(call: Live) -> list[Closing]:
+def closings_of(call: Call) -> list[Closing]:
     """The closings of a call that is complete."""
     return [closing for closing in call.queue.closings if closing is not None]
 

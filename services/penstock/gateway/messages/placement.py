@@ -11,7 +11,7 @@ from penstock.common.errors import (
     UnknownModel,
     UnsupportedField,
 )
-from penstock.gateway.answer import PlacementReason
+from penstock.common.placement import PlacementReason
 from penstock.gateway.catalog import Executor, GenerationDefaults
 from penstock.gateway.machine import Request
 from penstock.gateway.ports import Lease, Placing, PrefillLease
