@@ -42,7 +42,7 @@ class Headway:
         if self._stuck_since is None:
             self._stuck_since = since
 
-    def told(self, first_token: int, pushed: int) -> None:
+    def reserved(self, first_token: int, pushed: int) -> None:
         """The other side has KV before `first_token`, where it was pushed before `pushed`."""
         if first_token > self._furthest or (self._waits and first_token >= pushed):
             self._furthest = max(first_token, self._furthest)

@@ -118,7 +118,7 @@ class Receiver:
     def _apply(self, event: Event, *facts: Any) -> None:
         TABLE[self.state, event](self, *facts)
 
-    def _begin(self, source: Any) -> None:
+    def _begin_epoch(self, source: Any) -> None:
         """Whatever of an earlier epoch is not being written already is wanted again.
 
         What has come over the same stream is answered again, for an answer that was lost keeps room on the other side.
@@ -128,13 +128,13 @@ class Receiver:
         self.epoch += 1
         if self.state is State.RESERVED:
             self.state = State.RECEIVING
-        self._cut()
+        self._drop_unchecked()
         self._tell(Reserved(self.ticket.handoff_id, self.epoch, self._expected))
         for taken in self._taken.values():
             if taken.source is source:
                 self._tell(Pushed(self.ticket.handoff_id, taken.epoch, taken.tokens.start))
 
-    def _cut(self) -> None:
+    def _drop_unchecked(self) -> None:
         """Forget chunks that are not checked: their bytes may be gone with the stream."""
         if self._unchecked:
             self._drop_from(self._unchecked[0])
@@ -149,8 +149,8 @@ class Receiver:
         if self.state is State.COMMITTING:
             self.state = State.RECEIVING
 
-    def _take(self, push: Push, source: Any, now: float, native_agreed: bool) -> None:
-        if self._has(push):
+    def _accept(self, push: Push, source: Any, now: float, native_agreed: bool) -> None:
+        if self._is_repeated(push):
             return
         if push.epoch != self.epoch:
             self._refuse_stale(push)
@@ -167,7 +167,7 @@ class Receiver:
         if len(self._unchecked) == 1:
             self._ports.check(self, chunk)
 
-    def _has(self, push: Push) -> bool:
+    def _is_repeated(self, push: Push) -> bool:
         """Whether it comes again; told that it is imported, if it is.
 
         Also one of an earlier epoch that is being written: behind a refusal the other side would write over what is read.
@@ -254,18 +254,18 @@ class Receiver:
         self._ack()
         self._ports.closed(self)
 
-    def _abort(self) -> None:
+    def _fail_aborted(self) -> None:
         self._fail(HandoffFailure.ABORTED, "the prefill executor has given the sequence up")
 
     def _leave(self) -> None:
         self._ports.leave(self)
         self._end()
 
-    def _backend_failed(self, chunk: Chunk, message: str) -> None:
+    def _fail_import(self, chunk: Chunk, message: str) -> None:
         self._writing.discard(chunk)
         self._fail(HandoffFailure.BACKEND, message)
 
-    def _expire(self) -> None:
+    def _fail_expired(self) -> None:
         self._fail(HandoffFailure.LEASE_EXPIRED, f"nothing was heard for {self.ticket.lease_seconds:g} s")
 
     def _fail(self, failure: HandoffFailure, message: str) -> None:
@@ -280,7 +280,7 @@ class Receiver:
         self._ports.closed(self)
         self._tell_aborted()
 
-    def _tell_aborted(self) -> None:
+    def _tell_aborted(self, *_facts: Any) -> None:
         """Once nothing of it is read any more: behind this answer the other side writes where the bytes lay."""
         if not self._writing:
             self._tell(Aborted(self.ticket.handoff_id, self.epoch))
@@ -302,9 +302,6 @@ class Receiver:
     def _ack(self, *_facts: Any) -> None:
         self._tell(Ack(self.ticket.handoff_id, self.epoch))
 
-    def _aborted(self, *_facts: Any) -> None:
-        self._tell_aborted()
-
     def _forget(self) -> None:
         self._ports.forget(self)
 
@@ -316,21 +313,21 @@ class Receiver:
 
     ROWS: ClassVar[Mapping[Event, _Row]] = {
         # columns: RESERVED, RECEIVING, COMMITTING, DONE, ENDED
-        Event.RESERVE: (_begin, _begin, _begin, _ack, _aborted),
-        Event.PUSH: (_refuse_stale, _take, _take, _ack, _aborted),
+        Event.RESERVE: (_begin_epoch, _begin_epoch, _begin_epoch, _ack, _tell_aborted),
+        Event.PUSH: (_refuse_stale, _accept, _accept, _ack, _tell_aborted),
         Event.CHECKED: (_ignore, _write, _write, _ignore, _ignore),
         Event.UNREADABLE: (_ignore, _refuse_chunk, _refuse_chunk, _ignore, _ignore),
         Event.IMPORTED: (_ignore, _note_import, _finish_import, _ignore, _end_write),
-        Event.IMPORT_FAILED: (_ignore, _backend_failed, _backend_failed, _ignore, _end_write),
-        Event.COMMIT: (_refuse_stale, _commit, _commit_again, _ack, _aborted),
-        Event.RENEW: (_ignore, _ignore, _ignore, _ack, _aborted),
+        Event.IMPORT_FAILED: (_ignore, _fail_import, _fail_import, _ignore, _end_write),
+        Event.COMMIT: (_refuse_stale, _commit, _commit_again, _ack, _tell_aborted),
+        Event.RENEW: (_ignore, _ignore, _ignore, _ack, _tell_aborted),
         # Of whichever epoch: who holds the ticket never goes on behind its own Abort.
-        Event.ABORT: (_abort, _abort, _abort, _ack, _aborted),
-        Event.LEFT: (_leave, _leave, _leave, _ack, _aborted),
+        Event.ABORT: (_fail_aborted, _fail_aborted, _fail_aborted, _ack, _tell_aborted),
+        Event.LEFT: (_leave, _leave, _leave, _ack, _tell_aborted),
         Event.RELEASE: (_ignore, _ignore, _ignore, _forget, _ignore),
-        Event.STREAM_LOST: (_ignore, _cut, _cut, _ignore, _ignore),
+        Event.STREAM_LOST: (_ignore, _drop_unchecked, _drop_unchecked, _ignore, _ignore),
         # Nothing that is awaited while COMMITTING comes from the other side.
-        Event.LEASE_EXPIRED: (_expire, _expire, _ignore, _ignore, _ignore),
+        Event.LEASE_EXPIRED: (_fail_expired, _fail_expired, _ignore, _ignore, _ignore),
         Event.SEQUENCE_ENDED: (_end, _end, _end, _ignore, _ignore),
     }
 

@@ -6,11 +6,11 @@ sequence's blocks until the Ack, so whatever was lost on the way is copied out a
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from penstock.common.tables import by_state
+from penstock.executor.handoff.chunk_queue import ChunkQueue
 from penstock.executor.handoff.headway import Headway
 from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut, Event, SenderPorts, State
 from penstock.executor.handoff.ticket import HandoffFailure, Ticket
@@ -57,14 +57,9 @@ class Sender:
         self.answer_due: float | None = None
         self.said_at = now
         self._ports = ports
-        self._cut = NO_STREAM
-        self._computed = 0
+        self._chunks = ChunkQueue(ticket.tokens)
         self._token: int | None = None
-        self._asked = 0  # tokens before this one are there, or on their way
-        self._coming: deque[Chunk] = deque()
-        self._unanswered: set[int] = set()  # first tokens of pushes of this epoch
         self._committed = False
-        self._pushed = 0  # tokens before this one have been pushed, in whichever epoch
         self._headway = Headway(ticket.lease_seconds)
 
     @property
@@ -132,7 +127,7 @@ class Sender:
         TABLE[self.state, event](self, *facts)
 
     def _note_computed(self, tokens: int) -> None:
-        self._computed = max(self._computed, tokens)
+        self._chunks.computed(tokens)
 
     def _push_computed(self, tokens: int) -> None:
         self._note_computed(tokens)
@@ -148,52 +143,37 @@ class Sender:
 
     def _advance(self, now: float) -> None:
         """Ask for what can go now, or commit if all has gone."""
-        if self._asked < self.ticket.tokens:
+        if not self._chunks.all_cut:
             self._want_room()
-        elif self._token is not None and not self._coming:
+        elif self._token is not None and self._chunks.all_pushed:
             self.state = State.COMMITTING
             self._committed = True
             self._say(Commit(self.ticket.handoff_id, self.epoch, self.ticket.tokens, self._token), now)
 
     def _want_room(self) -> None:
-        if self._next_tokens():
+        if self._chunks.next_tokens():
             self._ports.want_room(self)
 
-    def _next_tokens(self) -> range:
-        """What the next chunk would hold: whole blocks, but at the end."""
-        end = min(self._computed, self.ticket.tokens)
-        end = min(end, (self._asked // self._cut.block_size) * self._cut.block_size + self._cut.most_tokens)
-        if end < self.ticket.tokens:
-            end = end // self._cut.block_size * self._cut.block_size
-        return range(self._asked, max(end, self._asked))
-
     def _export(self) -> None:
-        tokens = self._next_tokens()
-        if not tokens:
-            return
-        chunk = Chunk(tokens, native=self._cut.native and tokens.start % self._cut.block_size == 0)
-        self._coming.append(chunk)
-        self._asked = tokens.stop
-        self._ports.export(self, chunk)
-        self._want_room()
+        chunk = self._chunks.cut_next()
+        if chunk is not None:
+            self._ports.export(self, chunk)
+            self._want_room()
 
     def _push(self, chunk: Chunk, now: float) -> None:
         """In order, whichever was copied out first."""
-        if chunk not in self._coming:
+        if chunk not in self._chunks:
             self._ports.drop(self, chunk)
             return
-        while self._coming and (parcel := self._coming[0].parcel) is not None:
-            ready = self._coming.popleft()
-            dtype = "" if ready.native else self._cut.dtype
-            self._unanswered.add(ready.tokens.start)
-            self._pushed = max(self._pushed, ready.tokens.stop)
+        for ready, parcel in self._chunks.push_ready():
+            dtype = "" if ready.native else self._chunks.cut.dtype
             self._note_said(now)
             push = Push(self.ticket.handoff_id, self.epoch, ready.tokens, ready.native, dtype, parcel)
             self._ports.push(self, ready, push)
         self._advance(now)
 
     def _reserve(self, cut: Cut, now: float) -> None:
-        self._cut = cut
+        self._chunks.cut = cut
         self._say(Reserve(self.ticket), now)
 
     def _reserve_anew(self, cut: Cut, now: float) -> None:
@@ -207,98 +187,97 @@ class Sender:
     def _go_back(self) -> None:
         """To before the Reserved."""
         self.state = State.OPENING
-        self._drop_all()
+        self._drop_chunks()
         self.answer_due = None
 
     def _lose_stream(self, now: float) -> None:
         self._go_back()
-        self._cut = NO_STREAM
+        self._chunks.cut = NO_STREAM
         self._headway.waits(now)
 
-    def _drop_all(self) -> None:
-        while self._coming:
-            self._ports.drop(self, self._coming.popleft())
-        self._unanswered.clear()
+    def _drop_chunks(self) -> None:
+        for chunk in self._chunks.take_all():
+            self._ports.drop(self, chunk)
 
-    def _begin(self, reserved: Reserved, now: float) -> None:
+    def _begin_epoch(self, reserved: Reserved, now: float) -> None:
         """The other side's word for what is there. A Reserved that is late is for an epoch that is over."""
-        if reserved.epoch <= self.epoch or self._cut is NO_STREAM:
+        if reserved.epoch <= self.epoch or self._chunks.cut is NO_STREAM:
             return
         first = reserved.first_token
         if not self.ticket.cached_tokens <= first <= self.ticket.tokens:
-            self._fail(HandoffFailure.REFUSED, f"token {first} is wanted of {self.ticket.tokens}")
+            self._fail_both(HandoffFailure.REFUSED, f"token {first} is wanted of {self.ticket.tokens}")
             return
         self._go_back()  # a room that a dropped chunk leaves is not this epoch's yet
         self.epoch = reserved.epoch
         self.state = State.PUSHING
-        self._asked = first
-        self._headway.told(first, self._pushed)
+        self._chunks.go_on_from(first)
+        self._headway.reserved(first, self._chunks.pushed)
         if not self._give_up(now):
             self._advance(now)
 
     def _note_pushed(self, pushed: Pushed, now: float) -> None:
         if pushed.epoch == self.epoch:
             self._headway.made()
-            self._unanswered.discard(pushed.first_token)
-            awaited = self._unanswered or self.state is State.COMMITTING
+            self._chunks.answered(pushed.first_token)
+            awaited = self._chunks.unanswered or self.state is State.COMMITTING
             self.answer_due = now + self._patience if awaited else None
 
     def _finish(self, ack: Ack) -> None:
         if not self._committed:
-            self._be_failed(HandoffFailure.REFUSED, "the ticket is used: its sequence decodes already")
+            self._fail_here(HandoffFailure.REFUSED, "the ticket is used: its sequence decodes already")
             return
         self._close(State.DONE)
         self._ports.ask(self, Release(self.ticket.handoff_id, ack.epoch))
         self._ports.handed_off(self)
 
-    def _refused(self, refused: Refused, now: float) -> None:
+    def _retry_or_fail(self, refused: Refused, now: float) -> None:
         if refused.reason not in _RETRIED:
-            self._be_failed(HandoffFailure.REFUSED, refused.message)
+            self._fail_here(HandoffFailure.REFUSED, refused.message)
         elif refused.epoch == self.epoch and self.state is not State.OPENING:
             self._headway.refused(now)
             self._step_back(now)
 
-    def _be_late(self, now: float) -> None:
+    def _retry_unanswered(self, now: float) -> None:
         self._headway.waits(now - self._patience)
         self._step_back(now)
 
     def _step_back(self, now: float) -> None:
         """Ask again from where to go on."""
-        if not self._give_up(now) and self._cut is not NO_STREAM:
-            self._reserve_anew(self._cut, now)
+        if not self._give_up(now) and self._chunks.cut is not NO_STREAM:
+            self._reserve_anew(self._chunks.cut, now)
 
     def _give_up(self, now: float) -> bool:
         why = self._headway.out(now)
         if why is not None:
-            self._fail(*why)
+            self._fail_both(*why)
         return why is not None
 
     def _fail_export(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:
-        if chunk in self._coming:
-            self._coming.remove(chunk)
-            self._fail(failure, message)
+        if chunk in self._chunks:
+            self._chunks.remove(chunk)
+            self._fail_both(failure, message)
         self._ports.drop(self, chunk)
 
     def _drop_export(self, chunk: Chunk, *_facts: Any) -> None:
         self._ports.drop(self, chunk)
 
-    def _fail(self, failure: HandoffFailure, message: str) -> None:
+    def _fail_both(self, failure: HandoffFailure, message: str) -> None:
         """Here, and on the other side."""
         self.failure = failure
-        self._part(ended=False)
+        self._abort(ended=False)
         self._ports.fail(self, failure, message)
 
     def _end(self) -> None:
-        self._part(ended=True)
+        self._abort(ended=True)
 
-    def _part(self, *, ended: bool) -> None:
+    def _abort(self, *, ended: bool) -> None:
         self._ports.ask(self, Abort(self.ticket.handoff_id, self.epoch, ended))
         self._close(State.FAILED)
 
-    def _be_aborted(self) -> None:
-        self._be_failed(HandoffFailure.ABORTED, "the decode executor has ended the sequence")
+    def _fail_aborted(self) -> None:
+        self._fail_here(HandoffFailure.ABORTED, "the decode executor has ended the sequence")
 
-    def _be_failed(self, failure: HandoffFailure, message: str) -> None:
+    def _fail_here(self, failure: HandoffFailure, message: str) -> None:
         """The other side knows."""
         self.failure = failure
         self._close(State.FAILED)
@@ -306,7 +285,7 @@ class Sender:
 
     def _close(self, state: State) -> None:
         self.state = state  # before: a room that a dropped chunk leaves is for others
-        self._drop_all()
+        self._drop_chunks()
         self.answer_due = None
         self._ports.closed(self)
 
@@ -347,14 +326,14 @@ class Sender:
         Event.STREAM_UP: (_reserve, _change_stream, _change_stream, _ignore, _ignore),
         Event.STREAM_LOST: (_lose_stream, _lose_stream, _lose_stream, _ignore, _ignore),
         # A Reserve that came twice has begun two epochs; the later one is right, whatever was done under the first.
-        Event.RESERVED: (_begin, _begin, _begin, _ignore, _ignore),
+        Event.RESERVED: (_begin_epoch, _begin_epoch, _begin_epoch, _ignore, _ignore),
         Event.PUSHED: (_ignore, _note_pushed, _note_pushed, _ignore, _ignore),
         Event.ACK: (_finish, _finish, _finish, _ignore, _ignore),
-        Event.REFUSED: (_refused, _refused, _refused, _ignore, _ignore),
-        Event.ABORTED: (_be_aborted, _be_aborted, _be_aborted, _ignore, _ignore),
-        Event.OVERDUE: (_be_late, _be_late, _be_late, _ignore, _ignore),
-        Event.LEASE_EXPIRED: (_fail, _fail, _fail, _ignore, _ignore),
-        Event.UNREACHABLE: (_fail, _fail, _fail, _ignore, _ignore),
+        Event.REFUSED: (_retry_or_fail, _retry_or_fail, _retry_or_fail, _ignore, _ignore),
+        Event.ABORTED: (_fail_aborted, _fail_aborted, _fail_aborted, _ignore, _ignore),
+        Event.OVERDUE: (_retry_unanswered, _retry_unanswered, _retry_unanswered, _ignore, _ignore),
+        Event.LEASE_EXPIRED: (_fail_both, _fail_both, _fail_both, _ignore, _ignore),
+        Event.UNREACHABLE: (_fail_both, _fail_both, _fail_both, _ignore, _ignore),
         Event.SEQUENCE_ENDED: (_end, _end, _end, _ignore, _ignore),
     }
 
