@@ -28,7 +28,7 @@ class Apart:
         sent: whether it was started.
         sequence_id: while it runs.
         arrived: whether its KV is with the other half.
-        aborted: whether the other half is over, because this one has ended the handoff.
+        aborted: whether the other half is over, because this one has given the handoff up.
         tokens: what the other half told early, from position `first` + 1 on.
         reports: their log-probabilities, by position.
         end: how the other half ended early.

@@ -223,7 +223,7 @@ class _Link:
             return
         failure = messages.handoff_failure(finished)
         why = messages.why(finished)
-        # Where one half has ended by itself the other tells ABORTED, and it is the first that counts.
+        # The echo of what the other half says itself: that it has failed or, of an older executor, that it has ended.
         tell = logger().debug if failure is HandoffFailure.ABORTED else logger().warning
         tell("sequence lost", executor_id=self._executor_id, request_id=request.caller.request_id, why=why)
         if failure is not None:

@@ -24,7 +24,7 @@ class Stage(enum.Enum):
     RESERVING = "reserving"  # the half that decodes is started; its ticket is awaited
     SENDING = "sending"  # both halves are started
     ARRIVED = "arrived"  # the half that decodes needs the other one no more
-    ABORTED = "aborted"  # the half that decodes was ended by the other one, which will say why
+    ABORTED = "aborted"  # the half that prefills has given the handoff up, and will say why
 
 
 class Event(enum.Enum):

@@ -58,7 +58,10 @@ def drop_prefill(request: Request, choice: Choice, reason: FallbackReason, why: 
 
 
 def fail_handoff(request: Request, choice: Choice, reason: FallbackReason, why: str) -> None:
-    """The half that decodes gets no KV. Where the other one has ended it, that may be for the best of reasons: it tells first."""
+    """The half that decodes gets no KV. Where the other one has given the handoff up, its own word is awaited: it knows why.
+
+    That half has failed, or belongs to an older executor, which says no more of a sequence that is complete with its first token.
+    """
     apart, complete = choice.apart, choice.complete_at(request.plan.max_tokens) is not None
     if apart is None or apart.sequence_id is None or complete or reason is not FallbackReason.ABORTED:
         recompute(request, choice, reason, why)
