@@ -16,13 +16,12 @@ from penstock.backends.contract import (
     DType,
     GenerativeModel,
     KvSpec,
-    NativeKv,
-    PrefixCopies,
     Task,
     Tuned,
     Unavailable,
     Unsupported,
 )
+from penstock.backends.kv_abilities import native_kv, prefix_copies
 
 __all__ = ["fault_of_availability", "fault_of_capabilities", "fault_of_model"]
 
@@ -90,10 +89,11 @@ def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | 
 
 def _missing(model: GenerativeModel) -> str | None:
     """What its cache says that the model has, and it has not."""
-    if model.kv.native_layout and not isinstance(model, NativeKv):
-        return "kv.native_layout: names a form, and export_blocks and import_blocks are not there"
-    if model.kv.copies_prefixes and not isinstance(model, PrefixCopies):
-        return "kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there"
+    try:
+        native_kv(model)
+        prefix_copies(model)
+    except TypeError as error:
+        return str(error)
     return None
 
 

@@ -34,7 +34,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies
+from penstock.backends.contract import GenerativeModel, ModelLost
+from penstock.backends.kv_abilities import prefix_copies
 from penstock.common.logs import logger
 from penstock.common.step_times import StepTimes
 from penstock.executor.acceptance import fault_of, refusal_of
@@ -353,16 +354,15 @@ class Engine:
         Raises:
             TypeError: its cache says that they are copied, and the model can not.
         """
-        if not model.kv.copies_prefixes:
+        copies = prefix_copies(model)
+        if copies is None:
             return None
-        if not isinstance(model, PrefixCopies):
-            raise TypeError("kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there")
 
         def copy(source: list[int], target: list[int]) -> int:
             seconds = len(source) * model.kv.bytes_per_block / _LEAST_COPIED_PER_SECOND
             self.meter.begin(time.monotonic() + self._config.stall_seconds + seconds)
             try:
-                return model.copy_prefix(source, target)
+                return copies.copy_prefix(source, target)
             except ModelLost as error:
                 raise EngineDead(str(error)) from error
             except Exception as error:  # noqa: BLE001 - the contract lets a backend raise anything; the prefix is computed instead

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import GenerativeModel, KvChunk, ModelLost, NativeKv
+from penstock.backends.kv_abilities import native_kv
 from penstock.executor.handoff.ports import Exported, Imported, SequenceEnded, always
 from penstock.executor.sequence import Sequence, Status
 
@@ -127,11 +128,12 @@ class KvMoves:
         return blocks
 
     def _native(self, tokens: range) -> NativeKv:
-        if not self._model.kv.native_layout or not isinstance(self._model, NativeKv):
+        native = native_kv(self._model)
+        if native is None:
             raise ValueError("the backend's blocks go to no other as they are")
         if tokens.start % self._block_size:
             raise ValueError(f"{tokens} must begin with a block of {self._block_size} tokens")
-        return self._model
+        return native
 
 
 def _within(tokens: range, first: int, end: int) -> bool:

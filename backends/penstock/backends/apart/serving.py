@@ -10,15 +10,18 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from penstock.backends.apart.frames import Arrays, Ended, read_device_config, receive, send
 from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, PrefixCopies, StepBatch, Tuned
 from penstock.backends.discovery import Source
+from penstock.backends.kv_abilities import native_kv, prefix_copies
 
 __all__ = ["serve"]
+
+_T = TypeVar("_T")
 
 Answer = tuple[dict[str, Any], Arrays]
 
@@ -59,6 +62,8 @@ class _Rooms:
         self._spec = spec
         self._memory = mmap.mmap(shared, 0)
         self._model: GenerativeModel | None = None
+        self._native: NativeKv | None = None
+        self._copies: PrefixCopies | None = None
         self.calls: dict[str, Callable[[dict[str, Any], Arrays], Answer]] = {
             "create": self._create,
             "step": self._step,
@@ -76,10 +81,7 @@ class _Rooms:
 
     def _create(self, told: dict[str, Any], _: Arrays) -> Answer:
         model = self._model = self._source.registration().create(self._spec, read_device_config(told))
-        if model.kv.native_layout:
-            self._native()
-        if model.kv.copies_prefixes:
-            self._copies()
+        self._native, self._copies = native_kv(model), prefix_copies(model)
         ways = dict(model.ways) if isinstance(model, Tuned) else {}
         return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device, "ways": ways}, {}
 
@@ -99,28 +101,20 @@ class _Rooms:
         return {}, {}
 
     def _export_blocks(self, told: dict[str, Any], _: Arrays) -> Answer:
-        return {}, {"data": self._native().export_blocks(told["blocks"])}
+        return {}, {"data": _there(self._native).export_blocks(told["blocks"])}
 
     def _import_blocks(self, told: dict[str, Any], arrays: Arrays) -> Answer:
-        self._native().import_blocks(told["blocks"], arrays["data"])
+        _there(self._native).import_blocks(told["blocks"], arrays["data"])
         return {}, {}
 
     def _copy_prefix(self, told: dict[str, Any], _: Arrays) -> Answer:
-        return {"copied": self._copies().copy_prefix(told["source"], told["target"])}, {}
-
-    def _native(self) -> NativeKv:
-        model = self._open()
-        if not isinstance(model, NativeKv):
-            raise TypeError("kv.native_layout: names a form, and export_blocks and import_blocks are not there")
-        return model
-
-    def _copies(self) -> PrefixCopies:
-        model = self._open()
-        if not isinstance(model, PrefixCopies):
-            raise TypeError("kv.copies_prefixes: says that prefixes are copied, and copy_prefix is not there")
-        return model
+        return {"copied": _there(self._copies).copy_prefix(told["source"], told["target"])}, {}
 
     def _open(self) -> GenerativeModel:
-        if self._model is None:
-            raise RuntimeError("no model was created")
-        return self._model
+        return _there(self._model)
+
+
+def _there(part: _T | None) -> _T:
+    if part is None:
+        raise RuntimeError("no model was created, or none that has this")
+    return part

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.conformance.driver import Driver, SequenceState
 from penstock.backends.conformance.subject import NotApplicable, Subject, assert_close, assert_same_choices, assert_same_kv, require
-from penstock.backends.contract import DType, GenerativeModel, NativeKv
+from penstock.backends.contract import DType, GenerativeModel
+from penstock.backends.kv_abilities import native_kv
 
 __all__ = ["PAIR_CHECKS", "Pair"]
 
@@ -126,15 +126,13 @@ def blocks_serve_the_other(pair: Pair) -> None:
     _moves(pair)
     with ExitStack() as stack:
         first, second = (stack.enter_context(subject.model()) for subject in (pair.source, pair.target))
-        if not first.kv.native_layout or first.kv.native_layout != second.kv.native_layout:
+        giver, taker = native_kv(first), native_kv(second)
+        if giver is None or taker is None or first.kv.native_layout != second.kv.native_layout:
             raise NotApplicable("their native forms have other names")
-        for model in (first, second):
-            require(isinstance(model, NativeKv), "a native form is named, and export_blocks and import_blocks are not there")
         away, here = pair.source.driver(first), pair.target.driver(second, list(reversed(range(second.kv.blocks))))
         sequence, _ = away.prefill(pair.source.ids(50, 3))
         moved = here.sequence()
         here.extend(moved, 50)
-        giver, taker = cast("tuple[NativeKv, NativeKv]", (first, second))
         taker.import_blocks(moved.blocks, giver.export_blocks(sequence.blocks))
         places: tuple[tuple[GenerativeModel, SequenceState], ...] = ((first, sequence), (second, moved))
         sent, found = (model.export_kv(s.blocks, range(50)).data for model, s in places)

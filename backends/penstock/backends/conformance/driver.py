@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.backends.contract import GenerativeModel, PrefixCopies, StepBatch
+from penstock.backends.contract import GenerativeModel, StepBatch
+from penstock.backends.kv_abilities import prefix_copies
 
-__all__ = ["ALL", "LAST", "NONE", "Driver", "Piece", "SequenceState", "copies_of", "step_batch"]
+__all__ = ["ALL", "LAST", "NONE", "Driver", "Piece", "SequenceState", "step_batch"]
 
 
 @dataclass(slots=True)
@@ -55,11 +56,12 @@ class Driver:
     def sequence(self, prefix: Sequence[int] = ()) -> SequenceState:
         """A new sequence behind full blocks that another one filled, shared or copied as the cache wants it."""
         size = self.model.kv.block_size
-        if not prefix or not self.model.kv.copies_prefixes:
+        copies = prefix_copies(self.model) if prefix else None
+        if copies is None:
             return SequenceState(len(prefix) * size, list(prefix))
         sequence = SequenceState()
         self.extend(sequence, len(prefix) * size)
-        sequence.length = copies_of(self.model).copy_prefix(prefix, sequence.blocks) * size
+        sequence.length = copies.copy_prefix(prefix, sequence.blocks) * size
         return sequence
 
     def extend(self, sequence: SequenceState, tokens: int) -> None:
@@ -114,17 +116,6 @@ class Driver:
             found += self.step(Piece(sequence, ids[-1:]))
             ids.append(int(found[-1].argmax()))
         return ids[:-1], np.concatenate(found)
-
-
-def copies_of(model: GenerativeModel) -> PrefixCopies:
-    """The model, of which its cache says that it copies prefixes.
-
-    Raises:
-        AssertionError: it can not.
-    """
-    if not isinstance(model, PrefixCopies):
-        raise AssertionError("kv.copies_prefixes says that prefixes are copied, and copy_prefix is not there")  # noqa: TRY004
-    return model
 
 
 def step_batch(pieces: Sequence[Piece]) -> StepBatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from penstock.backends.conformance.driver import Piece
 from penstock.backends.conformance.refusals import refused
 from penstock.backends.conformance.subject import NotApplicable, Subject, require
 from penstock.backends.contract import GenerativeModel, KvSpec, NativeKv
+from penstock.backends.kv_abilities import native_kv
 
 __all__ = [
     "native_blocks_are_copies",
@@ -123,7 +124,7 @@ def wrong_native_blocks_are_refused(subject: Subject) -> None:
 def _models(subject: Subject) -> Iterator[tuple[GenerativeModel, NativeKv]]:
     """A model, and the same one as one with a native form."""
     with subject.model() as model:
-        if not model.kv.native_layout:
+        native = native_kv(model)
+        if native is None:
             raise NotApplicable("it has no native form of KV")
-        require(isinstance(model, NativeKv), "kv.native_layout names a form, and export_blocks and import_blocks are not there")
-        yield model, cast("NativeKv", model)
+        yield model, native

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from penstock.backends.conformance.driver import Piece, copies_of
+from penstock.backends.conformance.driver import Piece
 from penstock.backends.conformance.refusals import refused
 from penstock.backends.conformance.subject import NotApplicable, Subject, require
+from penstock.backends.kv_abilities import prefix_copies
 
 __all__ = [
     "blocks_are_used_again",
@@ -107,9 +108,10 @@ def prefixes_are_copied_as_far_as_they_are_there(subject: Subject) -> None:
     if not subject.capabilities.prefix_cache:
         raise NotApplicable("it has no prefix cache")
     with subject.model() as model:
-        if not model.kv.copies_prefixes:
+        copies = prefix_copies(model)
+        if copies is None:
             raise NotApplicable("its sequences share prefixes")
-        driver, size, copies = subject.driver(model), model.kv.block_size, copies_of(model)
+        driver, size = subject.driver(model), model.kv.block_size
         prefix, tail = subject.ids(3 * size), subject.ids(9, 1)
         first, second = (list(driver.prefill(prefix)[0].blocks) for _ in range(2))
         taker = driver.sequence()
