@@ -17,11 +17,12 @@ class Handoff:
     """
 
     def __init__(self, prefill, decode, native=False):
-        self.prefill, self.decode, self.native = prefill, decode, native
+        self.prefill, self.decode, self.native = prefill.handover, decode.handover, native
+        self.block_size = decode.block_size
         self.tickets, self.receivers, self.senders = {}, {}, {}
         self.told, self.live, self.over, self.left = [], [], set(), set()
         self.hold = False
-        prefill.handoff = decode.handoff = self
+        self.prefill.events = self.decode.events = self
 
     def reserved(self, handle, cached_tokens, tokens):
         self._note("reserved", handle)
@@ -77,10 +78,10 @@ class Handoff:
             if sender.handle in self.live:
                 sender.push()
 
-    def fail(self, engine, handle, failure, message="told by a test"):
+    def fail(self, handover, handle, failure, message="told by a test"):
         if handle in self.live:
             self.live.remove(handle)
-            engine.fail(handle, failure, message)
+            handover.fail(handle, failure, message)
 
     def _sender(self, handle):
         return self.senders[handle.request.handoff.ticket.handoff_id]
@@ -100,7 +101,7 @@ class _Sender:
 
     def push(self):
         last = self.token is not None
-        size = self.handoff.decode.block_size
+        size = self.handoff.block_size
         end = self.computed if last or not self.handoff.native else self.computed // size * size
         if end > self.sent:
             tokens, self.sent = range(self.sent, end), end

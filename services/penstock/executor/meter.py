@@ -44,6 +44,10 @@ class Meter:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
         self.step_due = math.inf
         self.steps = 0
         self.prompted = 0

@@ -12,18 +12,17 @@ goes elsewhere is never preempted: what was sent of it has to stay what it is.
 
 from __future__ import annotations
 
-import heapq
-import math
 from bisect import insort
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
 
 from penstock.common.receiving import RECEIVING_SHARE
+from penstock.executor.awaited_prefixes import AwaitedPrefixes
+from penstock.executor.block_tables import BlockTables
 from penstock.executor.blocks import BlockManager
-from penstock.executor.sequence import Sequence, Sink, Status
+from penstock.executor.deadlines import Deadlines
+from penstock.executor.sequence import Sequence, Status
 from penstock.executor.turns import Turns
 
 __all__ = ["BatchLimits", "PlannerCounts", "Step", "StepPlanner"]
@@ -31,18 +30,7 @@ __all__ = ["BatchLimits", "PlannerCounts", "Step", "StepPlanner"]
 # Rows of logits over a whole vocabulary are large: prompts whose logits are all wanted come in such chunks.
 PROMPT_LOGITS_CHUNK = 128
 
-# Tokens of a prefix that others compute now for which a prompt waits.
-WORTH_WAITING_FOR = 64
-
 _rank = attrgetter("rank")
-
-# Whose request, and which.
-_Request = tuple[Sink, str | int]
-
-
-def _request_of(sequence: Sequence) -> _Request:
-    request = sequence.request
-    return sequence.sink, request.request_id or request.sequence_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +42,12 @@ class BatchLimits:
         max_batch_size: sequences that run at a time.
         prefill_chunk: prompt tokens in a step in which others decode.
         chunked: whether a prompt may come in several steps.
-        caching: whether cached prefixes are looked for.
     """
 
     max_batch_tokens: int
     max_batch_size: int
     prefill_chunk: int
     chunked: bool = True
-    caching: bool = True
 
 
 @dataclass(slots=True)
@@ -120,22 +106,19 @@ class StepPlanner:
         self.receiving: dict[Sequence, None] = {}
         self.sending: dict[Sequence, None] = {}
         self.counts = PlannerCounts()
-        self._blocks = blocks
-        self._block_size = block_size
-        self._copy_prefix = copy_prefix
         self.limits = limits
+        self.deadlines = Deadlines()
+        self._block_size = block_size
+        self._tables = BlockTables(blocks, block_size, copy_prefix)
         self._turns = Turns()
-        self._deadlines: list[tuple[float, int, Sequence]] = []
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for its turn."""
+        self.deadlines.add(sequence, len(self.waiting) + len(self.running) + len(self.receiving) + len(self.sending))
         if self._turns.add(sequence):
             for sequences in (self.waiting, self.running):
                 sequences[:] = sorted(sequences, key=_rank)
         insort(self.waiting, sequence, key=_rank)
-        if sequence.request.deadline is not None:
-            self._prune_deadlines()
-            heapq.heappush(self._deadlines, (sequence.request.deadline, self._turns.arrivals, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ends, for whatever reason: its blocks come back."""
@@ -145,7 +128,7 @@ class StepPlanner:
             self.waiting.remove(sequence)
         self.receiving.pop(sequence, None)
         self.sending.pop(sequence, None)
-        self._give_back(sequence)
+        self._tables.give_back(sequence)
         self._turns.remove(sequence)
         sequence.status = Status.DONE
 
@@ -154,7 +137,7 @@ class StepPlanner:
         del self.receiving[sequence]
         sequence.awaits_kv = False
         sequence.computed = len(sequence.ids)
-        self._register(sequence)
+        self._tables.register(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
 
@@ -163,20 +146,6 @@ class StepPlanner:
         self.running.remove(sequence)
         sequence.status = Status.SENDING
         self.sending[sequence] = None
-
-    def expired(self, now: float) -> list[Sequence]:
-        """The sequences whose deadline has passed, each told once."""
-        late: list[Sequence] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heapq.heappop(self._deadlines)[2]
-            if sequence.status is not Status.DONE:
-                late.append(sequence)
-        return late
-
-    @property
-    def next_deadline(self) -> float:
-        """When `expired` may next have something to tell; infinite where nothing has a deadline."""
-        return self._deadlines[0][0] if self._deadlines else math.inf
 
     @property
     def empty(self) -> bool:
@@ -199,26 +168,15 @@ class StepPlanner:
         if plan.counts and self.limits.chunked:
             plan.room = min(plan.room, self.limits.prefill_chunk)
         self._plan_prefills(plan)
-        self._admit(plan)
+        if self.waiting:
+            self._admit(plan)
         return Step(list(plan.counts), list(plan.counts.values()), plan.reserved)
 
     def advance(self, step: Step) -> None:
         """A step has been computed: blocks that it filled can be shared from now on."""
         for sequence, count in zip(step.sequences, step.counts, strict=True):
             sequence.computed += count
-            self._register(sequence)
-
-    def _register(self, sequence: Sequence) -> None:
-        full = sequence.computed // self._block_size
-        for i in range(sequence.registered, full):
-            self._blocks.register(int(sequence.table[i]), sequence.hashes[i])
-        sequence.registered = full
-
-    def _prune_deadlines(self) -> None:
-        """Let go of sequences that ended long before their deadline, once they are most of those kept."""
-        if len(self._deadlines) > 64 + 2 * (len(self.waiting) + len(self.running) + len(self.receiving) + len(self.sending)):
-            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not Status.DONE]
-            heapq.heapify(self._deadlines)
+            self._tables.register(sequence)
 
     def _plan_decodes(self, plan: _Plan) -> None:
         for sequence in list(self.running):
@@ -240,52 +198,30 @@ class StepPlanner:
         Nobody overtakes the first, unless it had better wait for a prefix that another is computing right now, the choices of one
         request arriving together, or would receive KV and enough others do.
         """
-        coming = self._coming() if self.waiting and self.limits.caching else set()
-        awaited = self._awaited_by_choices() if self.waiting and self.limits.caching else {}
+        tables = self._tables
+        awaited = AwaitedPrefixes(self.running, self.receiving, self._block_size) if tables.caching else None
         place = 0
-        while place < len(self.waiting) and (taken := len(self.running) + len(self.receiving)) < self.limits.max_batch_size:
+        while place < len(self.waiting) and (running := len(self.running) + len(self.receiving)) < self.limits.max_batch_size:
             sequence = self.waiting[place]
-            needed = -(-len(sequence.ids) // self._block_size)
-            found = self._find_cached(sequence, needed + taken)
-            fresh = needed if self._copy_prefix else needed - len(found)
+            found, fresh = tables.find_cached(sequence, running)
             if sequence.awaits_kv:
                 waits = self._enough_receive(fresh)
             else:
-                waits = self._should_wait(sequence, len(found), coming, awaited.get(_request_of(sequence), frozenset()))
+                waits = awaited is not None and awaited.worth_waiting_for(sequence, len(found))
             if waits:
                 place += 1
                 continue
             may_begin = sequence.awaits_kv or self._chunk(sequence, plan.room, len(found) * self._block_size) > 0
-            # Each that runs may need a block soon; a newcomer that takes the last ones would only be preempted.
-            if not may_begin or not self._blocks.can_allocate(found, fresh, spare=taken):
+            if not may_begin or not tables.has_room(found, fresh, running):
                 return
-            self._hold(sequence, found, fresh)
+            tables.hold(sequence, found, fresh)
             del self.waiting[place]
             self._count_cached(sequence)
             self._begin(sequence, plan)
-            if self.limits.caching:
-                (awaited.setdefault(_request_of(sequence), set()) if sequence.awaits_kv else coming).update(sequence.fresh_hashes)
-            if self._copy_prefix and sequence.computed and plan.counts:  # a copy takes as long as a step: others come with the next
+            if awaited is not None:
+                awaited.add(sequence)
+            if tables.copying and sequence.computed and plan.counts:  # a copy takes as long as a step: others come with the next
                 return
-
-    def _hold(self, sequence: Sequence, found: list[int], fresh: int) -> None:
-        """Give a sequence its blocks, the first of them with what was found."""
-        blocks = self._blocks.allocate(found, fresh)
-        if self._copy_prefix is None:
-            sequence.hold(blocks)
-            sequence.registered = len(found)
-            sequence.computed = len(found) * self._block_size
-            return
-        own = blocks[len(found) :]
-        sequence.hold(own)
-        try:
-            copied = self._copy_prefix(found, own[: len(found)]) if found else 0
-            if copied < len(found):  # it would be found again, and hide what is computed in its place
-                self._blocks.forget(found[copied])
-        finally:
-            self._blocks.release(found)
-        sequence.computed = copied * self._block_size
-        self._register(sequence)
 
     def _begin(self, sequence: Sequence, plan: _Plan) -> None:
         if sequence.awaits_kv:
@@ -304,32 +240,8 @@ class StepPlanner:
             return False
         held = sum(s.blocks for s in self.receiving)
         return (len(self.receiving) + 1) * RECEIVING_SHARE > self.limits.max_batch_size or (
-            (held + fresh) * RECEIVING_SHARE > self._blocks.count
+            (held + fresh) * RECEIVING_SHARE > self._tables.count
         )
-
-    def _coming(self) -> set[bytes]:
-        """Hashes of the blocks that running prompts, and those whose KV has begun to come, will have filled when they are through.
-
-        One that only waits for KV may do so for long: its prompt may be the last of many where it is to be computed.
-        """
-        computing = (s for s in self.running if s.remaining > 1)
-        arriving = (s for s in self.receiving if s.arriving)
-        return {key for s in chain(computing, arriving) for key in s.fresh_hashes}
-
-    def _awaited_by_choices(self) -> dict[_Request, set[bytes]]:
-        """The same of all that receive, for the other choices of their requests: these would compute what is on its way."""
-        awaited: dict[_Request, set[bytes]] = {}
-        for sequence in self.receiving:
-            awaited.setdefault(_request_of(sequence), set()).update(sequence.fresh_hashes)
-        return awaited
-
-    def _should_wait(self, sequence: Sequence, found: int, coming: AbstractSet[bytes], awaited: AbstractSet[bytes]) -> bool:
-        """Whether so much of a prompt is being computed by others, or on its way to them, that sharing it is worth a wait."""
-        least = -(-WORTH_WAITING_FOR // self._block_size)
-        usable = (len(sequence.ids) - 1) // self._block_size
-        if not (coming or awaited) or sequence.wants_prompt_logprobs or usable - found < least:
-            return False
-        return all(key in coming or key in awaited for key in sequence.hashes[found : found + least])
 
     def _chunk(self, sequence: Sequence, room: int, cached: int = 0) -> int:
         """How many tokens of a prompt come next; 0: none, there is no room."""
@@ -340,18 +252,8 @@ class StepPlanner:
             room = min(room, PROMPT_LOGITS_CHUNK)
         return max(0, min(left, room))
 
-    def _find_cached(self, sequence: Sequence, needed: int) -> list[int]:
-        """Cached blocks that the sequence can begin with. Its last token is computed in any case, for its logits.
-
-        Where it copies them, no more than there is room for beside what it `needed` without them.
-        """
-        if not self.limits.caching or sequence.wants_prompt_logprobs:
-            return []
-        found = self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
-        return found[: max(0, self._blocks.available - needed)] if self._copy_prefix else found
-
     def _count_cached(self, sequence: Sequence) -> None:
-        if sequence.preemptions or not self.limits.caching:
+        if sequence.preemptions or not self._tables.caching:
             return
         sequence.cached_tokens = sequence.computed
         self.counts.prefix_queries += len(sequence.ids)
@@ -359,26 +261,19 @@ class StepPlanner:
 
     def _make_room(self, sequence: Sequence, plan: _Plan) -> bool:
         """See to it that the sequence has a block for its next token, if need be by preempting the last in rank that may be."""
-        if sequence.blocks * self._block_size >= len(sequence.ids):
-            return True
-        while not self._blocks.can_allocate((), 1):
+        while not self._tables.grow(sequence):
             victim = next(s for s in reversed(self.running) if not s.sends)
             plan.drop(victim)
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.hold(self._blocks.allocate((), 1))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it waits, ahead of those that came later, to be computed again."""
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self._tables.give_back(sequence)
         sequence.status = Status.WAITING
         sequence.preemptions += 1
         self.counts.preemptions += 1
         insort(self.waiting, sequence, key=_rank)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self._blocks.release(sequence.table[: sequence.blocks].tolist())
-        sequence.blocks = sequence.computed = sequence.registered = 0

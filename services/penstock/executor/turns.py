@@ -17,17 +17,17 @@ class Turns:
     """Gives the sequences of an engine their ranks, each a number of arrival, for as long as they are in it."""
 
     def __init__(self) -> None:
-        self.arrivals = 0
+        self._arrivals = 0
         self._tenants: dict[str, list[Sequence]] = {}
 
     def add(self, sequence: Sequence) -> bool:
         """Rank a sequence that comes now; whether others of its tenant have other ranks than before."""
-        self.arrivals += 1
+        self._arrivals += 1
         mine = self._tenants.setdefault(sequence.request.tenant, [])
         place = bisect_right(mine, -sequence.request.priority, key=lambda s: -s.request.priority)
         behind = mine[place:]
         mine.insert(place, sequence)
-        ranks = [*(s.rank for s in behind), self.arrivals]
+        ranks = [*(s.rank for s in behind), self._arrivals]
         for each, rank in zip(mine[place:], ranks, strict=True):
             each.rank = rank
         return bool(behind)

@@ -200,7 +200,7 @@ def test_an_abort_and_a_deadline_free_their_blocks_within_a_step():
     assert bench.finished[3].reason is Finish.DEADLINE
     assert 3 not in bench.tokens
     bench.engine.abort([1, 77], bench.sink)
-    bench.engine.planner._deadlines[0] = (0.0, *bench.engine.planner._deadlines[0][1:])
+    bench.engine.planner.deadlines._heap[0] = (0.0, *bench.engine.planner.deadlines._heap[0][1:])
     bench.engine.step()
     assert {i: f.reason for i, f in bench.finished.items()} == {3: Finish.DEADLINE, 2: Finish.DEADLINE}
     assert bench.engine.idle
@@ -222,7 +222,7 @@ def test_sequences_that_ended_before_their_deadline_are_not_kept():
     for i in range(500):
         bench.submit(i, [1], 1, deadline=time.monotonic() + 3600)
         bench.run()
-    assert len(bench.engine.planner._deadlines) < 100
+    assert len(bench.engine.planner.deadlines._heap) < 100
 
 
 def test_the_end_of_one_sink_leaves_the_others():

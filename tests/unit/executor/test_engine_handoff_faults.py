@@ -59,7 +59,7 @@ class Gateway(JoinedBenches):
 
     def on_expire(self, side, place):
         """A deadline passes."""
-        deadlines = self.sides[side][0].engine.planner._deadlines
+        deadlines = self.sides[side][0].engine.planner.deadlines._heap
         live = [entry for entry in deadlines if entry[2].status is not Status.DONE]
         if live:
             _, arrival, sequence = entry = live[place % len(live)]
@@ -73,7 +73,7 @@ class Gateway(JoinedBenches):
         kind = Receive if side == "decode" else Send
         live = [h for h in self.handoff.live if isinstance(h.request.handoff, kind)]
         if live:
-            self.handoff.fail(self.sides[side][0].engine, live[place % len(live)], failure)
+            self.handoff.fail(self.sides[side][0].engine.handover, live[place % len(live)], failure)
 
     def recover(self):
         """A half that is over ends the other; what the decoding one has lost begins anew there."""
