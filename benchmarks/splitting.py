@@ -108,7 +108,7 @@ class Answering:
     decodes_on: Engine | None = None
     began: float = 0.0
     computed: int = 0
-    told: list[float] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -118,8 +118,8 @@ class Answering:
     @property
     def good(self) -> bool:
         """Whether it kept its limits."""
-        gaps = sorted(after - before for before, after in itertools.pairwise(self.told))
-        return self.told[0] - self.arrived <= self.kind.first_token and gaps[int(0.95 * len(gaps))] <= self.kind.gap
+        gaps = sorted(after - before for before, after in itertools.pairwise(self.token_times))
+        return self.token_times[0] - self.arrived <= self.kind.first_token and gaps[int(0.95 * len(gaps))] <= self.kind.gap
 
 
 class Engine:
@@ -166,7 +166,7 @@ class Engine:
         chunks = self._chunks(self._machine.chunk if decoding else self._machine.step)
         seconds = 0.0
         if decoding:
-            context = sum(s.prompt + len(s.told) for s in decoding) / len(decoding)
+            context = sum(s.prompt + len(s.token_times) for s in decoding) / len(decoding)
             seconds += times.step_seconds(len(decoding), context)
         if chunks:
             pairs = sum(count * s.computed for s, count in chunks)
@@ -199,8 +199,8 @@ class Engine:
 
     def _tell(self, sequence: Answering) -> None:
         now, machine = self._simulation.now, self._machine
-        sequence.told.append(now)
-        if len(sequence.told) == sequence.answer:
+        sequence.token_times.append(now)
+        if len(sequence.token_times) == sequence.answer:
             self.running.remove(sequence)
             self._simulation.end(sequence)
         elif sequence.decodes_on is not self:
@@ -281,7 +281,7 @@ class Simulation:
 
     def goodput(self) -> float:
         """Share of the requests that were good."""
-        return sum(len(s.told) == s.answer and s.good for s in self.requests) / len(self.requests)
+        return sum(len(s.token_times) == s.answer and s.good for s in self.requests) / len(self.requests)
 
     def _report(self) -> None:
         for engine in self._engines.values():

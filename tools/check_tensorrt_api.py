@@ -74,11 +74,11 @@ def main(version: str | None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             binary, name = fetch(Path(scratch), version)
-            told = ask(binary, used)
+            documented = ask(binary, used)
         except (OSError, subprocess.SubprocessError, LookupError) as error:
             print(f"not checked: {error}")
             return NOT_HERE
-    differences = list(compare(used, told))
+    differences = list(compare(used, documented))
     for difference in differences:
         print(difference)
     checked = sum(len(u.methods) + len(u.attributes) for u in used.values())
@@ -172,27 +172,27 @@ def ask(binary: Path, used: dict[str, Used]) -> dict[str, dict[str, str]]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
         raise LookupError(f"the bindings can not be imported on this machine: {last}")
-    told: dict[str, dict[str, str]] = json.loads(done.stdout)
-    return told
+    documented: dict[str, dict[str, str]] = json.loads(done.stdout)
+    return documented
 
 
-def compare(used: dict[str, Used], told: dict[str, dict[str, str]]) -> Iterator[str]:
+def compare(used: dict[str, Used], documented: dict[str, dict[str, str]]) -> Iterator[str]:
     """What the binary does not have as the backend uses it."""
     for name, one in used.items():
-        if name not in told:
+        if name not in documented:
             yield f"{name}: there is no such class"
             continue
         for member in [*one.methods, *one.attributes]:
-            if member not in told[name] and member != "__buffer__":
+            if member not in documented[name] and member != "__buffer__":
                 yield f"{name}.{member}: there is no such member"
         for method, definition in one.methods.items():
-            document = told[name].get(method)
+            document = documented[name].get(method)
             signatures = re.findall(rf"(?:^|\n)(?:\d+\. )?{method}\((.*)\) -> (.+)", document or "")
             if document is not None and method != "__buffer__" and not any(fits(definition, *s) for s in signatures):
                 theirs = ", or ".join(f"({arguments}) -> {result}" for arguments, result in signatures) or repr(document)
                 yield f"{name}.{method}({ast.unparse(definition.args)}): it is {theirs}"
         for attribute, annotation in one.attributes.items():
-            result = re.search(r"-> (.+)", told[name].get(attribute, ""))
+            result = re.search(r"-> (.+)", documented[name].get(attribute, ""))
             if annotation != "Any" and result is not None and plain(result[1]) != annotation:
                 yield f"{name}.{attribute}: is a {result[1]}, not {annotation}"
 

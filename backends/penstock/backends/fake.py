@@ -116,9 +116,9 @@ class FakeModel:
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """The bytes of the stored ids, as key and as value."""
         ids = self.storage.ravel()[transfer_slots(self.kv, blocks, tokens)]
-        told = np.empty(self.kv.canonical_shape(len(ids)), np.float32)
-        told[...] = ids.astype("<i4").view(np.uint8).reshape(len(ids), 1, 4)
-        return KvChunk(tokens, told)
+        values = np.empty(self.kv.canonical_shape(len(ids)), np.float32)
+        values[...] = ids.astype("<i4").view(np.uint8).reshape(len(ids), 1, 4)
+        return KvChunk(tokens, values)
 
     def import_kv(self, blocks: Sequence[int], chunk: KvChunk) -> None:
         """Store the ids of a chunk."""

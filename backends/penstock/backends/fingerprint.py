@@ -83,9 +83,9 @@ def _read(kept: Path, state: list[int], names: Iterable[str]) -> dict[str, str] 
     """What was kept of a file in this state; None where that is nothing."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         if kept.stat().st_size <= _LARGEST_FILE:
-            told = json.loads(kept.read_bytes())
-            if told["state"] == state:
-                return {name: str(told["digests"][name]) for name in names}
+            content = json.loads(kept.read_bytes())
+            if content["state"] == state:
+                return {name: str(content["digests"][name]) for name in names}
     return None
 
 

@@ -46,13 +46,13 @@ class BackendReport:
     capabilities: Capabilities | Unsupported | None
 
 
-def inspect(found: Iterable[Source], spec: ModelSpec | None, seconds: float = PROBE_SECONDS) -> list[BackendReport]:
+def inspect(sources: Iterable[Source], spec: ModelSpec | None, seconds: float = PROBE_SECONDS) -> list[BackendReport]:
     """Ask each backend whether it runs here and, where a model is named, what it can do with it.
 
     One that raises, tells nonsense, dies or has not answered after `seconds` is reported as broken, with what it did.
     """
     deadline = time.monotonic() + seconds
-    asked = [_Here(source, spec) if source.built_in else _Apart(source, spec) for source in found]
+    asked = [_Here(source, spec) if source.built_in else _Apart(source, spec) for source in sources]
     return [BackendReport(one.source.name, one.source.package, *one.answer(deadline, seconds)) for one in asked]
 
 
@@ -110,15 +110,15 @@ class _Apart:
     def __init__(self, source: Source, spec: ModelSpec | None) -> None:
         self.source = source
         # A file and not a pipe: what the backend prints or leaves running can neither spoil the answer nor hold it up.
-        self._told = tempfile.TemporaryFile()  # noqa: SIM115  closed when it has been read
+        self._answers = tempfile.TemporaryFile()  # noqa: SIM115  closed when it has been read
         model = [] if spec is None else [str(spec.folder), spec.name, spec.fingerprint]
-        argv = [sys.executable, "-P", "-m", "penstock.backends.apart", "inspect", source.name, str(self._told.fileno()), *model]
+        argv = [sys.executable, "-P", "-m", "penstock.backends.apart", "inspect", source.name, str(self._answers.fileno()), *model]
         self._process = subprocess.Popen(  # noqa: S603  this interpreter and a module of this package
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=(self._told.fileno(),),
+            pass_fds=(self._answers.fileno(),),
             start_new_session=True,
         )
 
@@ -134,9 +134,9 @@ class _Apart:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        with self._told as told:
-            told.seek(0)
-            lines = told.read().splitlines()
+        with self._answers as file:
+            file.seek(0)
+            lines = file.read().splitlines()
         return _read(lines, end)
 
 
@@ -152,7 +152,7 @@ def _read(lines: list[bytes], end: str) -> Answer:
 def tell(fd: int, source: Source, spec: ModelSpec | None) -> None:
     """The other side of the question: write each stage and then the answer, a line each, to a file."""
 
-    def write(told: dict[str, Any]) -> None:
-        os.write(fd, json.dumps(told).encode() + b"\n")
+    def write(line: dict[str, Any]) -> None:
+        os.write(fd, json.dumps(line).encode() + b"\n")
 
     write(write_answer(*answer_of(source, spec, lambda stage: write({"stage": stage}))))

@@ -22,9 +22,9 @@ _GIB = 1 << 30
 
 def weight_bytes(decoder: DecoderSpec, capabilities: Capabilities, dtype: DType) -> int:
     """Memory that the weights take at least: as the backend says, else by their shapes. Vectors stay in 32 or 16 bits."""
-    told = capabilities.weight_bytes.get(dtype)
-    if told is not None:
-        return told
+    given = capabilities.weight_bytes.get(dtype)
+    if given is not None:
+        return given
     shapes = decoder.weight_shapes().values()
     return int(sum(math.prod(shape) * (_WEIGHT[dtype] if len(shape) > 1 else 2) for shape in shapes))
 

@@ -47,7 +47,7 @@ class Selection:
     standings: tuple[Standing, ...]
 
 
-def backends(found: Mapping[str, Source] | None = None) -> Mapping[str, Registration]:
+def backends(among: Mapping[str, Source] | None = None) -> Mapping[str, Registration]:
     """Every backend by name, imported into this process: for tests and the conformance suite. To serve, `select`.
 
     One that can not be imported is there too, and its probe says why.
@@ -55,7 +55,7 @@ def backends(found: Mapping[str, Source] | None = None) -> Mapping[str, Registra
     Raises:
         DuplicateBackend: two have the same name.
     """
-    return {name: source.registration() for name, source in (sources() if found is None else found).items()}
+    return {name: source.registration() for name, source in (sources() if among is None else among).items()}
 
 
 def select(
@@ -64,7 +64,7 @@ def select(
     dtype: DType | None = None,
     kv_dtype: DType | None = None,
     *,
-    found: Mapping[str, Source] | None = None,
+    among: Mapping[str, Source] | None = None,
     speeds: Speeds = no_speeds,
     seconds: float = PROBE_SECONDS,
 ) -> Selection:
@@ -78,14 +78,14 @@ def select(
         name: of the backend, or `auto`.
         dtype: None: each backend's own first.
         kv_dtype: of the KV cache; None: each backend's own choice.
-        found: the backends; None: all that are installed.
+        among: the backends; None: all that are installed.
         speeds: what was measured.
         seconds: that a backend has to say what it is.
 
     Raises:
         NoBackend: with the reason of every backend that was considered.
     """
-    known = sources() if found is None else found
+    known = sources() if among is None else among
     if name != AUTO and name not in known:
         raise NoBackend(f"there is no backend {name}; there are {', '.join(known)}")
     asked = list(known.values()) if name == AUTO else [known[name]]
@@ -102,10 +102,10 @@ def select(
 
 
 def describe(
-    model: ModelSpec | None = None, *, found: Mapping[str, Source] | None = None, seconds: float = PROBE_SECONDS
+    model: ModelSpec | None = None, *, among: Mapping[str, Source] | None = None, seconds: float = PROBE_SECONDS
 ) -> list[BackendReport]:
     """Every backend, where it runs and what it can do for a model, or why it can't."""
-    return inspect((sources() if found is None else found).values(), model, seconds)
+    return inspect((sources() if among is None else among).values(), model, seconds)
 
 
 def standings(
@@ -113,12 +113,12 @@ def standings(
     dtype: DType | None = None,
     kv_dtype: DType | None = None,
     *,
-    found: Mapping[str, Source] | None = None,
+    among: Mapping[str, Source] | None = None,
     speeds: Speeds = no_speeds,
     seconds: float = PROBE_SECONDS,
 ) -> list[Standing]:
     """Every backend as `auto` sees it for a model."""
-    return rank(describe(model, found=found, seconds=seconds), dtype, kv_dtype, speeds, auto=True)
+    return rank(describe(model, among=among, seconds=seconds), dtype, kv_dtype, speeds, auto=True)
 
 
 def _refusal(standing: Standing) -> str:

@@ -28,46 +28,51 @@ def write_answer(availability: Availability, capabilities: Capabilities | Unsupp
     return {"availability": _availability(availability), "capabilities": _capabilities(capabilities)}
 
 
-def read_answer(told: Mapping[str, Any]) -> tuple[Availability, Capabilities | Unsupported | None]:
+def read_answer(written: Mapping[str, Any]) -> tuple[Availability, Capabilities | Unsupported | None]:
     """What another process wrote.
 
     Raises:
         ValueError, TypeError, KeyError: it is none.
     """
-    availability = _read_availability(told["availability"])
-    capabilities = _read_capabilities(told["capabilities"])
+    availability = _read_availability(written["availability"])
+    capabilities = _read_capabilities(written["capabilities"])
     fault = fault_of_availability(availability) or (capabilities is not None and fault_of_capabilities(capabilities))
     if fault:
         raise ValueError(fault)
     return availability, capabilities
 
 
-def _availability(told: Availability) -> dict[str, Any]:
-    if isinstance(told, Available):
-        return {"state": "available", "devices": list(told.devices), "version": told.version, "unused": dict(told.unused)}
-    return {"state": "broken" if isinstance(told, Broken) else "unavailable", "reason": told.reason}
+def _availability(availability: Availability) -> dict[str, Any]:
+    if isinstance(availability, Available):
+        return {
+            "state": "available",
+            "devices": list(availability.devices),
+            "version": availability.version,
+            "unused": dict(availability.unused),
+        }
+    return {"state": "broken" if isinstance(availability, Broken) else "unavailable", "reason": availability.reason}
 
 
-def _read_availability(told: Mapping[str, Any]) -> Availability:
-    if told["state"] == "available":
-        return Available(tuple(told["devices"]), told["version"], told["unused"])
-    return (Broken if told["state"] == "broken" else Unavailable)(told["reason"])
+def _read_availability(written: Mapping[str, Any]) -> Availability:
+    if written["state"] == "available":
+        return Available(tuple(written["devices"]), written["version"], written["unused"])
+    return (Broken if written["state"] == "broken" else Unavailable)(written["reason"])
 
 
-def _capabilities(told: Capabilities | Unsupported | None) -> dict[str, Any] | None:
-    if told is None:
+def _capabilities(capabilities: Capabilities | Unsupported | None) -> dict[str, Any] | None:
+    if capabilities is None:
         return None
-    if isinstance(told, Unsupported):
-        return {"unsupported": told.reason}
-    fields = {name: getattr(told, name) for name in Capabilities.__dataclass_fields__}
+    if isinstance(capabilities, Unsupported):
+        return {"unsupported": capabilities.reason}
+    fields = {name: getattr(capabilities, name) for name in Capabilities.__dataclass_fields__}
     return fields | {name: list(fields[name]) for name in _TUPLES} | {name: dict(fields[name]) for name in _BY_DTYPE}
 
 
-def _read_capabilities(told: Mapping[str, Any] | None) -> Capabilities | Unsupported | None:
-    if told is None:
+def _read_capabilities(written: Mapping[str, Any] | None) -> Capabilities | Unsupported | None:
+    if written is None:
         return None
-    if "unsupported" in told:
-        return Unsupported(told["unsupported"])
-    tuples = {name: tuple(kind(one) for one in told[name]) for name, kind in _TUPLES.items()}
-    mappings = {name: {DType(dtype): value for dtype, value in told[name].items()} for name in _BY_DTYPE}
-    return Capabilities(**{**told, **tuples, **mappings})
+    if "unsupported" in written:
+        return Unsupported(written["unsupported"])
+    tuples = {name: tuple(kind(one) for one in written[name]) for name, kind in _TUPLES.items()}
+    mappings = {name: {DType(dtype): value for dtype, value in written[name].items()} for name in _BY_DTYPE}
+    return Capabilities(**{**written, **tuples, **mappings})

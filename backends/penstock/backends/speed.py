@@ -39,10 +39,10 @@ def kept_speeds(cache: Path | None, fingerprint: str, threads: int | None = None
             times.setdefault(_ran(key), record.times)
 
     def speeds(report: BackendReport, dtype: DType) -> Speed | None:
-        told = report.availability
-        if not isinstance(told, Available):
+        availability = report.availability
+        if not isinstance(availability, Available):
             return None
-        found = times.get((report.name, told.version, told.devices[0], dtype.value))
+        found = times.get((report.name, availability.version, availability.devices[0], dtype.value))
         return None if found is None else speed_of(found)
 
     return speeds

@@ -28,45 +28,53 @@ __all__ = ["fault_of_availability", "fault_of_capabilities", "fault_of_model"]
 _MOST = 1 << 62
 
 
-def fault_of_availability(told: object) -> str | None:
+def fault_of_availability(availability: object) -> str | None:
     """What is wrong with the answer of a probe; None: nothing."""
-    if isinstance(told, Unavailable | Broken):
-        return None if isinstance(told.reason, str) and told.reason else f"reason: must say why, and is {told.reason!r}"
-    if not isinstance(told, Available):
-        return f"gives a {type(told).__name__}, not an Available, Unavailable or Broken"
-    if not _are(told.devices, str) or not told.devices or not all(told.devices):
-        return f"devices: must be a tuple of names, best first, and is {told.devices!r}"
-    if not _names_names(told.unused):
-        return f"unused: must be reasons by devices, and is {told.unused!r}"
-    return None if isinstance(told.version, str) else f"version: must be text, and is {told.version!r}"
+    if isinstance(availability, Unavailable | Broken):
+        return (
+            None
+            if isinstance(availability.reason, str) and availability.reason
+            else f"reason: must say why, and is {availability.reason!r}"
+        )
+    if not isinstance(availability, Available):
+        return f"gives a {type(availability).__name__}, not an Available, Unavailable or Broken"
+    if not _are(availability.devices, str) or not availability.devices or not all(availability.devices):
+        return f"devices: must be a tuple of names, best first, and is {availability.devices!r}"
+    if not _names_names(availability.unused):
+        return f"unused: must be reasons by devices, and is {availability.unused!r}"
+    return None if isinstance(availability.version, str) else f"version: must be text, and is {availability.version!r}"
 
 
-def fault_of_capabilities(told: object) -> str | None:
+def fault_of_capabilities(capabilities: object) -> str | None:
     """What is wrong with what a backend says that it can do; None: nothing."""
-    if isinstance(told, Unsupported):
-        return None if isinstance(told.reason, str) and told.reason else f"reason: must say why, and is {told.reason!r}"
-    if not isinstance(told, Capabilities):
-        return f"gives a {type(told).__name__}, not Capabilities or Unsupported"
-    return next(_faults(told), None)
+    if isinstance(capabilities, Unsupported):
+        return (
+            None
+            if isinstance(capabilities.reason, str) and capabilities.reason
+            else f"reason: must say why, and is {capabilities.reason!r}"
+        )
+    if not isinstance(capabilities, Capabilities):
+        return f"gives a {type(capabilities).__name__}, not Capabilities or Unsupported"
+    return next(_faults(capabilities), None)
 
 
-def _faults(told: Capabilities) -> Iterator[str]:
+def _faults(capabilities: Capabilities) -> Iterator[str]:
     for name, kind in (("dtypes", DType), ("tasks", Task), ("kv_dtypes", DType)):
-        value = getattr(told, name)
+        value = getattr(capabilities, name)
         if not _are(value, kind) or (not value and name != "kv_dtypes"):
             yield f"{name}: must be a tuple of {kind.__name__} ({', '.join(kind)}), and is {value!r}"
-    if not _are(told.kv_layouts, str):
-        yield f"kv_layouts: must be a tuple of names, and is {told.kv_layouts!r}"
+    if not _are(capabilities.kv_layouts, str):
+        yield f"kv_layouts: must be a tuple of names, and is {capabilities.kv_layouts!r}"
     for field in fields(Capabilities):
-        value = getattr(told, field.name)
+        value = getattr(capabilities, field.name)
         if field.type == "bool" and not isinstance(value, bool):
             yield f"{field.name}: must be True or False, and is {value!r}"
         if field.type == "int | None" and value is not None and not _is_size(value):
             yield f"{field.name}: must be a whole number from 1, or None, and is {value!r}"
-    weights = told.weight_bytes
+    weights = capabilities.weight_bytes
     if not isinstance(weights, Mapping) or not all(isinstance(d, DType) and _is_size(n) for d, n in weights.items()):
         yield f"weight_bytes: must be whole numbers from 1 by DType, and is {weights!r}"
-    yields = told.yields
+    yields = capabilities.yields
     if not isinstance(yields, Mapping) or not all(
         isinstance(d, DType) and isinstance(why, str) and why for d, why in yields.items()
     ):
@@ -120,5 +128,5 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
 
 
-def _names_names(told: object) -> bool:
-    return isinstance(told, Mapping) and _are((*told, *told.values()), str)
+def _names_names(names: object) -> bool:
+    return isinstance(names, Mapping) and _are((*names, *names.values()), str)

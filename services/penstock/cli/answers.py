@@ -87,8 +87,8 @@ def show_json(stream: Stream) -> str:
     return "".join(heard)
 
 
-def _write_json(told: Mapping[str, object]) -> None:
-    sys.stdout.write(json.dumps(told, ensure_ascii=False))
+def _write_json(answer: Mapping[str, object]) -> None:
+    sys.stdout.write(json.dumps(answer, ensure_ascii=False))
     _end_line()
 
 
@@ -100,5 +100,5 @@ def _end_line() -> None:
 def _tell(closing: Closing) -> None:
     usage = closing.usage
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-    told = f"{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} new ones in {closing.total_seconds:.2f} s"
-    sys.stderr.write(f"\x1b[2m{told}\x1b[0m\n")
+    line = f"{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} new ones in {closing.total_seconds:.2f} s"
+    sys.stderr.write(f"\x1b[2m{line}\x1b[0m\n")

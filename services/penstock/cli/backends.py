@@ -97,8 +97,8 @@ def read_spec(model: str, cache: Path | None) -> ModelSpec:
 def _row(report: BackendReport) -> dict[str, Any]:
     from penstock.backends.reports import write_answer
 
-    told = write_answer(report.availability, None)["availability"]
-    return {"name": report.name, "package": report.package or None, **told}
+    availability = write_answer(report.availability, None)["availability"]
+    return {"name": report.name, "package": report.package or None, **availability}
 
 
 def _judged(standing: Standing, spec: ModelSpec) -> dict[str, Any]:

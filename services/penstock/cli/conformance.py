@@ -50,12 +50,12 @@ def conformance(
         against=against,
         checks=tuple(check or ()),
     )
-    told = list(_with_progress(results) if sys.stderr.isatty() else results)
+    done = list(_with_progress(results) if sys.stderr.isatty() else results)
     if as_json:
-        print(json.dumps([asdict(result) for result in told], indent=2))
+        print(json.dumps([asdict(result) for result in done], indent=2))
     else:
-        _print(told)
-    return 1 if any(result.outcome is Outcome.FAILED for result in told) else 0
+        _print(done)
+    return 1 if any(result.outcome is Outcome.FAILED for result in done) else 0
 
 
 def _with_progress(results: Iterable[Any]) -> Iterator[Any]:

@@ -48,8 +48,8 @@ def scale(
 def _scaled(door: cluster_pb2_grpc.ClusterServiceStub, counts: dict[Role, int]) -> Sequence[pb.Process]:
     """The processes, once there are so many. Meanwhile stderr gets what happens."""
     processes: Sequence[pb.Process] = ()
-    for told in door.Scale(pb.ScaleRequest(**counts)):
-        if told.event:
-            print(told.event, file=sys.stderr, flush=True)
-        processes = told.processes
+    for response in door.Scale(pb.ScaleRequest(**counts)):
+        if response.event:
+            print(response.event, file=sys.stderr, flush=True)
+        processes = response.processes
     return processes

@@ -82,8 +82,8 @@ class InvalidRequest(PenstockError):
 
     def message(self, named: Iterable[tuple[str, str]]) -> str:
         """The violations as one text, under these names."""
-        told = "; ".join(f"{field}: {description}" for field, description in named)
-        return f"{told}; and {self.more} more" if self.more else told
+        text = "; ".join(f"{field}: {description}" for field, description in named)
+        return f"{text}; and {self.more} more" if self.more else text
 
     @classmethod
     def field(cls, field: str, description: str) -> InvalidRequest:
@@ -190,8 +190,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, status_pb2.Status]
     details: list[Message] = []
     if isinstance(error, InvalidRequest):
         room = _VIOLATIONS_BYTES // max(1, len(error.violations)) - _FIELD_BYTES
-        told = [(_clip(v.field, _FIELD_BYTES), _clip(v.description, room)) for v in error.violations]
-        violations = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in told]
+        named = [(_clip(v.field, _FIELD_BYTES), _clip(v.description, room)) for v in error.violations]
+        violations = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in named]
         details.append(error_details_pb2.BadRequest(field_violations=violations))
         if type(error) in _REASONS:
             details.append(error_details_pb2.ErrorInfo(reason=_REASONS[type(error)], domain=_DOMAIN))

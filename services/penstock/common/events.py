@@ -97,8 +97,8 @@ class EventLog:
     def _lines(self) -> Iterator[str]:
         pid = os.getpid()
         while self._waiting:
-            told = self._waiting.popleft()
-            yield json.dumps({"time": round(told.time, 6), "pid": pid, "event": told.event, **told.facts})
+            event = self._waiting.popleft()
+            yield json.dumps({"time": round(event.time, 6), "pid": pid, "event": event.event, **event.facts})
         if dropped := self._dropped - self._dropped_told:
             self._dropped_told += dropped
             yield json.dumps({"time": round(time.monotonic(), 6), "pid": pid, "event": "dropped", "count": dropped})

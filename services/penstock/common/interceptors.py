@@ -31,8 +31,8 @@ def bind_request_id(given: str | bytes | None) -> str:
     Returns:
         the id, of printable ASCII and at most 128 characters.
     """
-    told = given.decode("latin-1") if isinstance(given, bytes) else given or ""
-    request_id = _UNFIT.sub("?", told[:_MOST_CHARACTERS]) or uuid.uuid4().hex
+    text = given.decode("latin-1") if isinstance(given, bytes) else given or ""
+    request_id = _UNFIT.sub("?", text[:_MOST_CHARACTERS]) or uuid.uuid4().hex
     structlog.contextvars.bind_contextvars(request_id=request_id)
     return request_id
 

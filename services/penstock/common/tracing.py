@@ -166,9 +166,9 @@ def span(name: str, parent: str | None = None, attributes: Attributes | None = N
             _current.reset(token)
 
 
-def traceparent_of(told: str | bytes | None) -> str:
+def traceparent_of(given: str | bytes | None) -> str:
     """A caller's traceparent; nothing where it is none. What a caller sends ends up in other calls' metadata."""
-    text = told.decode("latin-1") if isinstance(told, bytes) else told or ""
+    text = given.decode("latin-1") if isinstance(given, bytes) else given or ""
     return text if _TRACEPARENT.fullmatch(text) else ""
 
 

@@ -47,10 +47,10 @@ class AwaitedPrefixes:
         request = _request_of(sequence)
         (self._by_choices.setdefault(request, set()) if sequence.awaits_kv else self._by_all).update(sequence.fresh_hashes)
 
-    def worth_waiting_for(self, sequence: Sequence, found: int) -> bool:
+    def worth_waiting_for(self, sequence: Sequence, cached: int) -> bool:
         """Whether so much of a prompt, behind the blocks that were found, is awaited that sharing it is worth a wait."""
         by_choices = self._by_choices.get(_request_of(sequence), set())
         usable = (len(sequence.ids) - 1) // self._block_size
-        if not (self._by_all or by_choices) or sequence.wants_prompt_logprobs or usable - found < self._least:
+        if not (self._by_all or by_choices) or sequence.wants_prompt_logprobs or usable - cached < self._least:
             return False
-        return all(key in self._by_all or key in by_choices for key in sequence.hashes[found : found + self._least])
+        return all(key in self._by_all or key in by_choices for key in sequence.hashes[cached : cached + self._least])

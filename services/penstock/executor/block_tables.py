@@ -49,34 +49,34 @@ class BlockTables:
         needed = -(-len(sequence.ids) // self._block_size)
         if not self.caching or sequence.wants_prompt_logprobs:
             return [], needed
-        found = self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
+        cached = self._blocks.find(sequence.hashes[: (len(sequence.ids) - 1) // self._block_size])
         if self.copying:
-            return found[: max(0, self._blocks.available - needed - running)], needed
-        return found, needed - len(found)
+            return cached[: max(0, self._blocks.available - needed - running)], needed
+        return cached, needed - len(cached)
 
-    def has_room(self, found: list[int], fresh: int, running: int) -> bool:
+    def has_room(self, cached: list[int], fresh: int, running: int) -> bool:
         """Whether a sequence can have these, and each of those that run a block more.
 
         Each may need one soon; a newcomer that takes the last ones would only be preempted.
         """
-        return self._blocks.can_allocate(found, fresh, spare=running)
+        return self._blocks.can_allocate(cached, fresh, spare=running)
 
-    def hold(self, sequence: Sequence, found: list[int], fresh: int) -> None:
+    def hold(self, sequence: Sequence, cached: list[int], fresh: int) -> None:
         """Give a sequence its blocks, the first of them with what was found."""
-        blocks = self._blocks.allocate(found, fresh)
+        blocks = self._blocks.allocate(cached, fresh)
         if self._copy_prefix is None:
             sequence.hold(blocks)
-            sequence.registered = len(found)
-            sequence.computed = len(found) * self._block_size
+            sequence.registered = len(cached)
+            sequence.computed = len(cached) * self._block_size
             return
-        own = blocks[len(found) :]
+        own = blocks[len(cached) :]
         sequence.hold(own)
         try:
-            copied = self._copy_prefix(found, own[: len(found)]) if found else 0
-            if copied < len(found):  # it would be found again, and hide what is computed in its place
-                self._blocks.forget(found[copied])
+            copied = self._copy_prefix(cached, own[: len(cached)]) if cached else 0
+            if copied < len(cached):  # it would be found again, and hide what is computed in its place
+                self._blocks.forget(cached[copied])
         finally:
-            self._blocks.release(found)
+            self._blocks.release(cached)
         sequence.computed = copied * self._block_size
         self.register(sequence)
 

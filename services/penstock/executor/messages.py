@@ -129,59 +129,59 @@ def merge(frames: Iterable[Frame]) -> pb.RunResponse:
         if frame.started:
             response.started.extend(map(_started, frame.started))
         if frame.logprobs:
-            response.logprobs.extend(_logprob(*told) for told in frame.logprobs)
+            response.logprobs.extend(_logprob(*each) for each in frame.logprobs)
         for sequence_id, places in frame.prompt_logprobs:
             tokens = [_logprob(sequence_id, i, place) for i, place in enumerate(places, start=1)]
             response.prompt_logprobs.append(pb.PromptLogprobs(sequence_id=sequence_id, tokens=tokens))
         if frame.reserved:
             response.reserved.extend(pb.ReservedHandoff(sequence_id=i, ticket=tell_ticket(t)) for i, t in frame.reserved)
         if frame.arrived:
-            response.arrived.extend(_arrival(*told) for told in frame.arrived)
+            response.arrived.extend(_arrival(*each) for each in frame.arrived)
     return response
 
 
-def _finished(told: Finished) -> pb.FinishedSequence:
+def _finished(finished: Finished) -> pb.FinishedSequence:
     return pb.FinishedSequence(
-        sequence_id=told.sequence_id,
-        reason=_FINISHES[told.reason],
-        preemptions=told.preemptions,
-        message=told.message,
-        decode_us=int(told.decode * 1e6),
-        handoff_failure=_HANDOFF_FAILURES[told.handoff_failure],
+        sequence_id=finished.sequence_id,
+        reason=_FINISHES[finished.reason],
+        preemptions=finished.preemptions,
+        message=finished.message,
+        decode_us=int(finished.decode * 1e6),
+        handoff_failure=_HANDOFF_FAILURES[finished.handoff_failure],
     )
 
 
-def _arrival(sequence_id: int, told: Arrival) -> pb.KvArrival:
+def _arrival(sequence_id: int, arrival: Arrival) -> pb.KvArrival:
     return pb.KvArrival(
         sequence_id=sequence_id,
-        kv_bytes=told.kv_bytes,
-        waited_us=int(told.waited * 1e6),
-        transfer_us=int(told.transfer * 1e6),
-        exposed_us=int(told.exposed * 1e6),
-        transport=_TRANSPORTS[told.transport],
-        native=told.native,
-        pushes=told.pushes,
-        resumptions=told.resumptions,
+        kv_bytes=arrival.kv_bytes,
+        waited_us=int(arrival.waited * 1e6),
+        transfer_us=int(arrival.transfer * 1e6),
+        exposed_us=int(arrival.exposed * 1e6),
+        transport=_TRANSPORTS[arrival.transport],
+        native=arrival.native,
+        pushes=arrival.pushes,
+        resumptions=arrival.resumptions,
     )
 
 
-def _started(told: Started) -> pb.StartedSequence:
+def _started(started: Started) -> pb.StartedSequence:
     return pb.StartedSequence(
-        sequence_id=told.sequence_id,
-        cached_tokens=told.cached_tokens,
-        waited_us=int(told.waited * 1e6),
-        prefill_us=int(told.prefill * 1e6),
+        sequence_id=started.sequence_id,
+        cached_tokens=started.cached_tokens,
+        waited_us=int(started.waited * 1e6),
+        prefill_us=int(started.prefill * 1e6),
     )
 
 
-def _logprob(sequence_id: int, position: int, told: TokenLogprob) -> pb.TokenLogprobs:
+def _logprob(sequence_id: int, position: int, logprob: TokenLogprob) -> pb.TokenLogprobs:
     return pb.TokenLogprobs(
         sequence_id=sequence_id,
         position=position,
-        logprob=told.logprob,
-        rank=told.rank,
-        top_ids=told.top_ids,
-        top_logprobs=told.top_logprobs,
+        logprob=logprob.logprob,
+        rank=logprob.rank,
+        top_ids=logprob.top_ids,
+        top_logprobs=logprob.top_logprobs,
     )
 
 

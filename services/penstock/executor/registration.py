@@ -153,9 +153,9 @@ class Registration:
                 self._heartbeat = min(_LONGEST_HEARTBEAT, response.lease_ms / 1000 / _HEARTBEATS_PER_LEASE)
                 self._changed.set()  # a wait that has begun would be too long
             if response.HasField("peers"):
-                told = response.peers
-                peers = (Peer(peer.executor_id, peer.address, peer.model_fingerprint, peer.proof) for peer in told.peers)
-                self._exchange.peers.update(peers, more=told.more)
+                named = response.peers
+                peers = (Peer(peer.executor_id, peer.address, peer.model_fingerprint, peer.proof) for peer in named.peers)
+                self._exchange.peers.update(peers, more=named.more)
             if response.role not in {scheduler_pb2.ROLE_UNSPECIFIED, self._description.role}:
                 self._take_on(response.role)
             if not self.registered.is_set():

@@ -158,11 +158,11 @@ class ExecutorServer:
 
     async def _load(self) -> Loaded:
         """The model, in time. A backend that does not come back is left behind in its thread: the process ends."""
-        config, told = self._config, self._servicer
-        told.failure = "the checkpoint is read and the backends are asked"
+        config, servicer = self._config, self._servicer
+        servicer.failure = "the checkpoint is read and the backends are asked"
         prepared = await asyncio.to_thread(prepare, config)
         backend = prepared.selection.registration.name
-        told.failure = f"backend {backend} loads {prepared.spec.name}"
+        servicer.failure = f"backend {backend} loads {prepared.spec.name}"
         logger().info("backend chosen", backend=backend, **_why(prepared.selection.standings))
         try:
             async with asyncio.timeout(config.load_seconds):

@@ -203,18 +203,18 @@ class StepPlanner:
         place = 0
         while place < len(self.waiting) and (running := len(self.running) + len(self.receiving)) < self.limits.max_batch_size:
             sequence = self.waiting[place]
-            found, fresh = tables.find_cached(sequence, running)
+            cached, fresh = tables.find_cached(sequence, running)
             if sequence.awaits_kv:
                 waits = self._enough_receive(fresh)
             else:
-                waits = awaited is not None and awaited.worth_waiting_for(sequence, len(found))
+                waits = awaited is not None and awaited.worth_waiting_for(sequence, len(cached))
             if waits:
                 place += 1
                 continue
-            may_begin = sequence.awaits_kv or self._chunk(sequence, plan.room, len(found) * self._block_size) > 0
-            if not may_begin or not tables.has_room(found, fresh, running):
+            may_begin = sequence.awaits_kv or self._chunk(sequence, plan.room, len(cached) * self._block_size) > 0
+            if not may_begin or not tables.has_room(cached, fresh, running):
                 return
-            tables.hold(sequence, found, fresh)
+            tables.hold(sequence, cached, fresh)
             del self.waiting[place]
             self._count_cached(sequence)
             self._begin(sequence, plan)

@@ -39,34 +39,34 @@ def line(door: str, method: str, *, unanswered: str | int, quiet: bool) -> Itera
         quiet: whether the line is for debugging alone: questions about the state come by the second.
     """
     begun = time.perf_counter()
-    told = Line(unanswered)
-    token = _current.set(told)
+    current = Line(unanswered)
+    token = _current.set(current)
     try:
-        yield told
+        yield current
     finally:
         _current.reset(token)
         seconds = round(time.perf_counter() - begun, 6)
         write = logger().debug if quiet else logger().info
-        write("request", door=door, method=method, status=told.status, seconds=seconds, **told.facts)
+        write("request", door=door, method=method, status=current.status, seconds=seconds, **current.facts)
 
 
 def failed(error: BaseException) -> None:
     """Add why the task's request failed. The text of a defect may be long, and stands in the log by itself."""
-    told = _current.get()
-    if told is not None:
-        told.facts["error"] = type(error).__name__
+    current = _current.get()
+    if current is not None:
+        current.facts["error"] = type(error).__name__
         if isinstance(error, PenstockError) and not isinstance(error, InternalError):
-            told.facts["why"] = str(error)[:_MOST_CHARACTERS]
+            current.facts["why"] = str(error)[:_MOST_CHARACTERS]
 
 
 def note(model: str, requests: Sequence[Request]) -> None:
     """Add how a call's requests have run to the line of the task."""
-    told = _current.get()
-    if told is None or not requests:
+    current = _current.get()
+    if current is None or not requests:
         return
     choices = [(request, choice) for request in requests for choice in request.choices]
     first = min((r.record.first_token_at - r.record.arrived for r in requests if r.record.first_token_at is not None), default=None)
-    told.facts |= {
+    current.facts |= {
         "model": model,
         "prompt_tokens": sum(len(r.plan.prompt_ids) for r in requests),
         "cached_tokens": sum(r.record.cached_tokens for r in requests),

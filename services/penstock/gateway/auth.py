@@ -46,13 +46,17 @@ def load_keys(path: str | None) -> Keys:
     if path is None:
         return Keys()
     try:
-        told = yaml.safe_load(Path(path).read_text())
+        tenants = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no YAML in UTF-8"
         raise StartError(f"api_keys: can not read {path}: {why}") from error
-    if not isinstance(told, dict) or not told or not all(isinstance(k, str) and isinstance(v, str) and k for k, v in told.items()):
+    if (
+        not isinstance(tenants, dict)
+        or not tenants
+        or not all(isinstance(k, str) and isinstance(v, str) and k for k, v in tenants.items())
+    ):
         raise StartError(f"api_keys: {path} has to map at least one key to its tenant, each a text")
-    return Keys(told)
+    return Keys(tenants)
 
 
 def _digest(key: str) -> bytes:

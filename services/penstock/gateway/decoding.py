@@ -112,15 +112,15 @@ class TokenizerDecoding:
             choice = choices.get(described.decoding_id)
             if choice is not None:
                 choice.request.described(choice, described.tokens)
-        for told in message.texts:
-            choice = choices.get(told.decoding_id)
+        for decoded in message.texts:
+            choice = choices.get(decoded.decoding_id)
             if choice is None:
                 continue
-            last = told.last
-            stop_index = told.stop_index if last and told.HasField("stop_index") else None
+            last = decoded.last
+            stop_index = decoded.stop_index if last and decoded.HasField("stop_index") else None
             if last:
-                del choices[told.decoding_id]
-            choice.request.text(choice, Text(told.text, told.byte_offset, told.tokens, stop_index, last))
+                del choices[decoded.decoding_id]
+            choice.request.text(choice, Text(decoded.text, decoded.byte_offset, decoded.tokens, stop_index, last))
 
     def lost(self, why: str) -> None:
         """Tokens that come meanwhile are kept by their choices."""

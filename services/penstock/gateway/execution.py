@@ -202,10 +202,10 @@ class _Link:
                 choice.request.prompt_report(choice, messages.prompt_reports(prompt, choice.request.plan.prompt_ids))
         if message.logprobs:
             ids = dict(zip(zip(message.sequence_ids, message.positions, strict=True), message.token_ids, strict=True))
-            for told in message.logprobs:
-                if (choice := choices.get(told.sequence_id)) is not None:
-                    token_id = ids[told.sequence_id, told.position]
-                    choice.request.report(choice, told.position, messages.token_report(token_id, told))
+            for logprobs in message.logprobs:
+                if (choice := choices.get(logprobs.sequence_id)) is not None:
+                    token_id = ids[logprobs.sequence_id, logprobs.position]
+                    choice.request.report(choice, logprobs.position, messages.token_report(token_id, logprobs))
 
     def _ended(self, finished: executor_pb2.FinishedSequence) -> None:
         sequence_id = finished.sequence_id

@@ -180,17 +180,17 @@ class Request:
         """The log-probability of an output token, before or with the token."""
         reports.report(self, choice, position, report)
 
-    def prompt_report(self, choice: Choice, told: Sequence[TokenReport]) -> None:
+    def prompt_report(self, choice: Choice, prompt_reports: Sequence[TokenReport]) -> None:
         """Those of the prompt's tokens."""
-        reports.prompt_report(self, choice, told)
+        reports.prompt_report(self, choice, prompt_reports)
 
     def described(self, choice: Choice, tokens: Iterable[bytes]) -> None:
         """The bytes of the ids that were asked for first."""
         telling.described(self, choice, tokens)
 
     @property
-    def told(self) -> bool:
-        """Whether the client was told anything."""
+    def told_anything(self) -> bool:
+        """Whether the client has any of its answer, or its end."""
         return self.record.first_text_at is not None
 
     # What is done about it

@@ -88,21 +88,21 @@ class GatewayServer:
         self._grpc.add(inference_pb2_grpc.add_InferenceServicer_to_server, inference, "penstock.v1.Inference")
         models = ModelsServicer(self.catalog, self.placement, keys)
         self._grpc.add(models_pb2_grpc.add_ModelsServicer_to_server, models, "penstock.v1.Models")
-        told = {}
+        bound = {}
         try:
-            told["grpc"] = self._grpc.listen(config.grpc)
+            bound["grpc"] = self._grpc.listen(config.grpc)
         except RuntimeError as error:
             raise StartError(f"grpc: can not listen on {config.grpc}: {error}") from error
         await self._grpc.start()
-        told["http"] = await self._http.start(config.http)
+        bound["http"] = await self._http.start(config.http)
         if config.metrics is not None:
             self._endpoint = endpoint.serve(self.metrics.registry, config.metrics)
-            told["metrics"] = self._endpoint.address
+            bound["metrics"] = self._endpoint.address
         for run in (self.placement.run(), self.decoding.run(), self.tokenization.run(), self._sweep(), self._tell_health()):
             self._spawn(run)
         self._spawn(tell_waiting("scheduler", config.scheduler, lambda: self.placement.connected))
         self._spawn(tell_waiting("tokenizer", config.tokenizer, lambda: self.tokenization.serving))
-        return told
+        return bound
 
     def _connect(self) -> None:
         """The core and its adapters."""

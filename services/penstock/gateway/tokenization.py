@@ -38,8 +38,8 @@ class Tokenization:
         """Follow the tokenizer's health, for ever."""
         while True:
             try:
-                async for told in self._health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
-                    self._set(serving=told.status == health_pb2.HealthCheckResponse.SERVING)
+                async for health in self._health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
+                    self._set(serving=health.status == health_pb2.HealthCheckResponse.SERVING)
             except grpc.aio.AioRpcError:
                 pass
             self._set(serving=False)
@@ -94,10 +94,10 @@ class Tokenization:
 
 def _public(error: grpc.aio.AioRpcError) -> Exception:
     status = rpc_status.from_call(error)
-    told = error_from_status(error.code(), status) if status is not None else Unavailable("the tokenizer failed")
-    if isinstance(told, InvalidRequest):
-        return type(told)(*(FieldViolation(_public_name(v.field), v.description) for v in told.violations))
-    return told
+    public = error_from_status(error.code(), status) if status is not None else Unavailable("the tokenizer failed")
+    if isinstance(public, InvalidRequest):
+        return type(public)(*(FieldViolation(_public_name(v.field), v.description) for v in public.violations))
+    return public
 
 
 def _public_name(field: str) -> str:

@@ -190,8 +190,8 @@ def _range(field: str, value: float | None, low: float, high: float, *, above: b
 def _ids(field: str, ids: Sequence[int], model: Model) -> Violations:
     if ids and not (min(ids) >= 0 and max(ids) < model.vocabulary_size):
         wrong = next(i for i in ids if not 0 <= i < model.vocabulary_size)
-        told = str(wrong)[:24]
-        yield FieldViolation(field, f"token ids from 0 to {model.vocabulary_size - 1}; {told} is outside the vocabulary")
+        shown = str(wrong)[:24]
+        yield FieldViolation(field, f"token ids from 0 to {model.vocabulary_size - 1}; {shown} is outside the vocabulary")
 
 
 def _unicode(field: str, text: str) -> Violations:

@@ -158,7 +158,7 @@ class Driver:
         self.members.lose(lost.executor_id)
 
     def _catalog(self) -> pb.Catalog:
-        live = [told for executor, told in self.members.described() if not executor.draining]
+        live = [description for executor, description in self.members.described() if not executor.draining]
         return pb.Catalog(executors=live, more=self._core.settles_at is not None)
 
     def _tell_catalog(self) -> None:

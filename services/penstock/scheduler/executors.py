@@ -158,8 +158,8 @@ class Executor:
         missing = hold.prefill_leases - load.running - load.waiting - load.sending
         if missing > 0:
             coming = max(coming, hold.prefill_tokens * missing // hold.prefill_leases)
-        told = load.waiting_tokens + coming
-        return told if self.foreign else min(told, hold.tokens)
+        waiting = load.waiting_tokens + coming
+        return waiting if self.foreign else min(waiting, hold.tokens)
 
     def report(self, load: Load) -> None:
         """Take over what the executor tells of itself."""

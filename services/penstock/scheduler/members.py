@@ -95,8 +95,8 @@ class Members:
         if (peers, settling) != member.peers:
             member.peers = peers, settling
             own_id = executor.description.executor_id
-            told = ((peer, self._proof(peer, own_id)) for peer in peers)
-            member.outbox.response.peers.CopyFrom(messages.peers_message(told, more=settling))
+            proven = ((peer, self._proof(peer, own_id)) for peer in peers)
+            member.outbox.response.peers.CopyFrom(messages.peers_message(proven, more=settling))
             member.outbox.flush()
 
     def _proof(self, peer: Executor, own_id: str) -> bytes:

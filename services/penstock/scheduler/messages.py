@@ -117,11 +117,11 @@ def role_message(role: Role) -> pb.Role.ValueType:
 
 def peers_message(peers: Iterable[tuple[Executor, bytes]], *, more: bool) -> pb.Peers:
     """Whom an executor may exchange KV with, and what it has to show each; `more`: those that it knew before, too."""
-    told = ((peer.description, proof) for peer, proof in peers)
+    described = ((peer.description, proof) for peer, proof in peers)
     return pb.Peers(
         peers=[
             pb.Peer(executor_id=d.executor_id, address=d.address, model_fingerprint=d.model_fingerprint, proof=proof)
-            for d, proof in told
+            for d, proof in described
         ],
         more=more,
     )

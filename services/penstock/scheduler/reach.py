@@ -20,7 +20,7 @@ _TRIAL_SECONDS = 5.0
 class _Pair:
     """A sender that failed: failures as each half last told, and until when it is left alone."""
 
-    told: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
     tries: int = 0
     until: float = 0.0
     tried_until: float = 0.0
@@ -34,10 +34,10 @@ class Unreached:
     def __init__(self) -> None:
         self._pairs: dict[str, _Pair] = {}
 
-    def hear(self, sender_id: str, told_by: str, failures: int, now: float) -> None:
+    def hear(self, sender_id: str, half: str, failures: int, now: float) -> None:
         """One half tells of a sender, in each of its reports: failures in a row, of which 0 is a success."""
         pair = self._pairs.get(sender_id)
-        before = 0 if pair is None else pair.told.get(told_by, 0)
+        before = 0 if pair is None else pair.failures.get(half, 0)
         if failures < before:
             del self._pairs[sender_id]
             pair, before = None, 0
@@ -45,7 +45,7 @@ class Unreached:
             return
         if pair is None:
             pair = self._pairs[sender_id] = _Pair()
-        pair.told[told_by] = failures
+        pair.failures[half] = failures
         if now >= pair.until:  # else it failed before it was left alone, or the other half has told of the same
             pair.until = now + min(_FIRST_SECONDS * 2**pair.tries, _LONGEST_SECONDS)
             pair.tried_until = 0.0

@@ -51,14 +51,14 @@ class Registry:
 
     def peers(self, executor: Executor) -> list[Executor]:
         """Whom it may exchange KV with: the others that serve the same version of its model, those that drain too."""
-        told = executor.description
+        own = executor.description
         return [
             e
             for e in self._executors.values()
             if e is not executor
-            and e.description.model == told.model
-            and e.description.model_fingerprint == told.model_fingerprint
-            and told.model_fingerprint
+            and e.description.model == own.model
+            and e.description.model_fingerprint == own.model_fingerprint
+            and own.model_fingerprint
         ]
 
     @property

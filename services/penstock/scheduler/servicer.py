@@ -92,8 +92,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     def _hear(self, executor: Executor, frame: pb.RegisterRequest) -> None:
         if frame.stalled:
-            told = executor.description
-            logger().warning("executor stalled", executor_id=told.executor_id, model=told.model, failure=frame.failure[:_LONGEST])
+            description = executor.description
+            logger().warning(
+                "executor stalled", executor_id=description.executor_id, model=description.model, failure=frame.failure[:_LONGEST]
+            )
         messages.apply_register(self._core, executor, frame)
         self._driver.kick()
 

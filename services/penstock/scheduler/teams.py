@@ -72,9 +72,9 @@ def team_of(members: Sequence[Executor], policy: Policy) -> Team:
 def _senders(prefilling: Sequence[Executor]) -> dict[str, tuple[Executor, ...]]:
     senders: dict[str, tuple[Executor, ...]] = {}
     for executor in prefilling:
-        told = executor.description
-        if told.model_fingerprint and "export_kv" in told.features:
-            senders[told.model_fingerprint] = (*senders.get(told.model_fingerprint, ()), executor)
+        description = executor.description
+        if description.model_fingerprint and "export_kv" in description.features:
+            senders[description.model_fingerprint] = (*senders.get(description.model_fingerprint, ()), executor)
     return senders
 
 

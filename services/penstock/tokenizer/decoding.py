@@ -8,10 +8,10 @@ from typing import NamedTuple
 from penstock.tokenizer.detokenizers import Detokenizer
 from penstock.tokenizer.stops import StopTexts, stop_texts
 
-__all__ = ["Decoding", "Decodings", "Told"]
+__all__ = ["DecodedText", "Decoding", "Decodings"]
 
 
-class Told(NamedTuple):
+class DecodedText(NamedTuple):
     """What a frame adds to one decoding; see `DecodedText` of the wire, whose fields these are."""
 
     decoding_id: int
@@ -97,13 +97,13 @@ class Decoding:
             self._ready += self._held
             self.last = True
 
-    def take(self) -> Told:
+    def take(self) -> DecodedText:
         """What can be told since the last call."""
         text, offset = self._ready, self._offset
         self._ready = ""
         self.touched = False
         self._offset = offset + (len(text) if text.isascii() else len(text.encode()))
-        return Told(self.decoding_id, text, offset, self.tokens, self.stop_index, self.last)
+        return DecodedText(self.decoding_id, text, offset, self.tokens, self.stop_index, self.last)
 
     def _match(self, stops: StopTexts, text: str) -> None:
         state = self._state
@@ -186,11 +186,11 @@ class Decodings:
             if decoding is not None:
                 decoding.touched = False
 
-    def take(self) -> list[Told]:
+    def take(self) -> list[DecodedText]:
         """What every decoding that moved on since the last call has to tell; those that ended are forgotten."""
-        told = [decoding.take() for decoding in self._touched if decoding.touched]
+        texts = [decoding.take() for decoding in self._touched if decoding.touched]
         self._touched = []
-        for one in told:
+        for one in texts:
             if one.last:
                 self._open.pop(one.decoding_id, None)
-        return told
+        return texts

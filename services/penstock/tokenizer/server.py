@@ -48,16 +48,16 @@ class TokenizerServer:
         servicer = TokenizerServicer(self._models, self._metrics)
         self._grpc.add(pb_grpc.add_TokenizerServiceServicer_to_server, servicer, _NAME)
         try:
-            told = {"grpc": self._grpc.listen(config.listen)}
+            bound = {"grpc": self._grpc.listen(config.listen)}
         except RuntimeError as error:
             raise StartError(f"listen: can not listen on {config.listen}: {error}") from error
         if config.metrics is not None:
             endpoint.count_tasks(self._metrics.registry)
             self._endpoint = endpoint.serve(self._metrics.registry, config.metrics)
-            told["metrics"] = self._endpoint.address
+            bound["metrics"] = self._endpoint.address
         await self._grpc.start()
         await self._grpc.set_serving(serving=True)
-        return told
+        return bound
 
     async def wait(self) -> None:
         await self._closed.wait()

@@ -121,10 +121,10 @@ class _DecodeStream:
         self._texts, self._described = [], []
         # Made in place: a text of its own would be copied.
         add = answer.texts.add
-        for told in self._decodings.take():
-            decoding_id, text, byte_offset, tokens, _, last = told
+        for decoded in self._decodings.take():
+            decoding_id, text, byte_offset, tokens, _, last = decoded
             if last:
-                add(**told._asdict())
+                add(**decoded._asdict())
             else:
                 add(decoding_id=decoding_id, text=text, byte_offset=byte_offset, tokens=tokens)
         self._count()
@@ -183,5 +183,5 @@ async def _read(source: AsyncIterator[pb.DecodeRequest], frames: asyncio.Queue[p
 
 
 def _message(message: pb.ChatMessage) -> dict[str, str]:
-    told = {"role": message.role, "content": message.content}
-    return told | {"name": message.name} if message.name else told
+    turn = {"role": message.role, "content": message.content}
+    return turn | {"name": message.name} if message.name else turn

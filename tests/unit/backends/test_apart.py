@@ -60,7 +60,7 @@ def test_arrays():
 
 
 @pytest.mark.parametrize(
-    "raw", [b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b'\x2f\x00\x00\x00{"kind":"x","told":{},"arrays":{"a":["O",[9]]}}  ']
+    "raw", [b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b'\x30\x00\x00\x00{"kind":"x","facts":{},"arrays":{"a":["O",[9]]}}  ']
 )
 def test_what_is_no_frame_is_refused(raw):
     ours, theirs = socket.socketpair()

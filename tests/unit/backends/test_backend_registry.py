@@ -70,21 +70,21 @@ def raise_import_error():
 )
 def test_a_plugin_that_fails_is_broken_and_hurts_no_other(load, reason, spec):
     found = {**sources([]), "mine": Source("mine", "", load)}
-    answer = describe(found=found)[-1].availability
+    answer = describe(among=found)[-1].availability
     assert isinstance(answer, Broken)
     assert reason in answer.reason
-    assert select(spec, found=found).registration.name != "mine"
+    assert select(spec, among=found).registration.name != "mine"
     with pytest.raises(NoBackend, match="mine: broken"):
-        select(spec, "mine", found=found)
+        select(spec, "mine", among=found)
 
 
 def test_auto_takes_the_first_on_the_same_kind_of_device(spec):
-    assert select(spec, AUTO, found=among(registration("one"), registration("two"))).registration.name == "one"
+    assert select(spec, AUTO, among=among(registration("one"), registration("two"))).registration.name == "one"
 
 
 def test_auto_prefers_an_accelerator(spec):
     gpu = registration("two", Available(("cuda:0", "cpu"), "1"))
-    assert select(spec, AUTO, found=among(registration("one"), gpu)).registration.name == "two"
+    assert select(spec, AUTO, among=among(registration("one"), gpu)).registration.name == "two"
 
 
 def test_auto_goes_on_to_the_next_that_can(spec):
@@ -93,7 +93,7 @@ def test_auto_goes_on_to_the_next_that_can(spec):
         registration("two", capabilities=Unsupported("no sliding window")),
         registration("three"),
     )
-    assert select(spec, AUTO, found=found).registration.name == "three"
+    assert select(spec, AUTO, among=found).registration.name == "three"
 
 
 def test_every_reason_is_told(spec):
@@ -104,7 +104,7 @@ def test_every_reason_is_told(spec):
         registration("four"),
     )
     with pytest.raises(NoBackend) as raised:
-        select(spec, AUTO, DType.INT4, found=found)
+        select(spec, AUTO, DType.INT4, among=found)
     for reason in (
         "one: unavailable: no library",
         "two: broken: driver too old",
@@ -117,21 +117,21 @@ def test_every_reason_is_told(spec):
 def test_made_up_answers_are_never_taken_by_themselves(spec):
     only = among(registration("fake"))
     with pytest.raises(NoBackend):
-        select(spec, AUTO, found=only)
-    assert select(spec, "fake", found=only).registration.name == "fake"
+        select(spec, AUTO, among=only)
+    assert select(spec, "fake", among=only).registration.name == "fake"
 
 
 def test_an_unknown_name_tells_the_known_ones(spec):
     with pytest.raises(NoBackend, match="no backend cuda; there are openvino, onnxruntime, torch, tensorrt, fake"):
-        select(spec, "cuda", found=sources([]))
+        select(spec, "cuda", among=sources([]))
 
 
 def test_the_table_tells_what_each_can_or_why_not(spec):
     found = among(registration("one"), registration("two", Unavailable("no library")))
-    one, two = describe(spec, found=found)
+    one, two = describe(spec, among=found)
     assert (one.name, one.capabilities) == ("one", Capabilities(dtypes=(DType.F32,)))
     assert (two.name, two.availability, two.capabilities) == ("two", Unavailable("no library"), None)
-    assert describe(found=found)[0].capabilities is None
+    assert describe(among=found)[0].capabilities is None
 
 
 def test_looking_for_backends_imports_nothing_heavy():
@@ -142,7 +142,7 @@ def test_looking_for_backends_imports_nothing_heavy():
 
 def test_a_cpu_runs_openvino_and_an_accelerator_torch(spec):
     accelerated = sources([])["torch"].registration().probe().devices[0] != "cpu"
-    assert select(spec, found=sources([])).registration.name == ("torch" if accelerated else "openvino")
+    assert select(spec, among=sources([])).registration.name == ("torch" if accelerated else "openvino")
 
 
 def fast(prefill):
@@ -150,13 +150,13 @@ def fast(prefill):
 
 
 def verdicts(spec, found, measured):
-    return {s.report.name: s.verdict for s in standings(spec, found=found, speeds=lambda report, _: measured.get(report.name))}
+    return {s.report.name: s.verdict for s in standings(spec, among=found, speeds=lambda report, _: measured.get(report.name))}
 
 
 def test_the_faster_of_two_that_were_measured_is_taken(spec):
     found = among(registration("one"), registration("two"), registration("three"))
     measured = {"one": fast(10), "two": fast(20)}
-    chosen = select(spec, found=found, speeds=lambda report, _: measured.get(report.name))
+    chosen = select(spec, among=found, speeds=lambda report, _: measured.get(report.name))
     assert chosen.registration.name == "two"
     one = next(s for s in chosen.standings if s.report.name == "one")
     assert one.verdict is Verdict.SLOWER
@@ -191,10 +191,10 @@ def test_a_fast_cpu_does_not_beat_an_accelerator(spec):
 )
 def test_nonsense_capabilities_are_broken_and_say_which(spec, told, reason):
     found = among(registration("odd", capabilities=Capabilities(**{"dtypes": (DType.F32,)} | told)), registration("one"))
-    odd = standings(spec, found=found)[0]
+    odd = standings(spec, among=found)[0]
     assert odd.verdict is Verdict.BROKEN
     assert reason in odd.reason
-    assert select(spec, found=found).registration.name == "one"
+    assert select(spec, among=found).registration.name == "one"
 
 
 def test_a_built_in_backend_that_raises_or_hangs_is_named_with_its_stage(spec):
@@ -213,11 +213,11 @@ def test_a_built_in_backend_that_raises_or_hangs_is_named_with_its_stage(spec):
 
 def test_auto_passes_over_what_has_not_the_kv_cache_that_is_asked_for(spec):
     small = registration("two", capabilities=Capabilities(dtypes=(DType.F32,), kv_dtypes=(DType.INT8,)))
-    selection = select(spec, kv_dtype=DType.INT8, found=among(registration("one"), small))
+    selection = select(spec, kv_dtype=DType.INT8, among=among(registration("one"), small))
     assert selection.registration.name == "two"
     one = selection.standings[0]
     assert (one.verdict, one.reason) == (Verdict.UNSUPPORTED, "has no KV cache of int8; leave kv_cache_dtype auto")
-    assert select(spec, found=among(registration("one"), small)).registration.name == "one"
+    assert select(spec, among=among(registration("one"), small)).registration.name == "one"
 
 
 def yielding(name, device="cpu"):
@@ -231,28 +231,28 @@ def plain(name, device="cpu"):
 
 def test_one_that_yields_leaves_any_other_the_way_until_both_were_measured(spec):
     found = among(yielding("one"), plain("two"))
-    assert select(spec, found=found).registration.name == "one"
-    assert select(spec, dtype=DType.INT4, found=found).registration.name == "two"
-    one = select(spec, dtype=DType.INT4, found=found).standings[0]
+    assert select(spec, among=found).registration.name == "one"
+    assert select(spec, dtype=DType.INT4, among=found).registration.name == "two"
+    one = select(spec, dtype=DType.INT4, among=found).standings[0]
     assert one.verdict is Verdict.BEHIND
     assert one.reason.startswith("has slow products of int4: two goes before it as long as two and one were not measured")
     measured = {"one": fast(9), "two": fast(1)}
-    assert select(spec, dtype=DType.INT4, found=found, speeds=lambda report, _: measured[report.name]).registration.name == "one"
+    assert select(spec, dtype=DType.INT4, among=found, speeds=lambda report, _: measured[report.name]).registration.name == "one"
 
 
 def test_where_all_yield_the_standing_order_holds(spec):
-    assert select(spec, dtype=DType.INT4, found=among(yielding("one"), yielding("two"))).registration.name == "one"
+    assert select(spec, dtype=DType.INT4, among=among(yielding("one"), yielding("two"))).registration.name == "one"
 
 
 def test_an_accelerator_that_yields_goes_before_no_other_but_before_processors(spec):
     found = among(plain("cpu"), yielding("untried", "cuda:0"), plain("gpu", "cuda:0"))
-    assert select(spec, dtype=DType.INT4, found=found).registration.name == "gpu"
-    assert select(spec, dtype=DType.INT4, found=among(plain("cpu"), yielding("untried", "cuda:0"))).registration.name == "untried"
+    assert select(spec, dtype=DType.INT4, among=found).registration.name == "gpu"
+    assert select(spec, dtype=DType.INT4, among=among(plain("cpu"), yielding("untried", "cuda:0"))).registration.name == "untried"
 
 
 def test_speed_decides_between_those_on_accelerators_or_else_all(spec):
     def names(*registrations):
-        return [s.report.name for s in rivals(standings(spec, found=among(*registrations)))]
+        return [s.report.name for s in rivals(standings(spec, among=among(*registrations)))]
 
     cpus = registration("one"), registration("two")
     gone = registration("gone", Unavailable("no library"))
@@ -262,7 +262,7 @@ def test_speed_decides_between_those_on_accelerators_or_else_all(spec):
 
 
 def reasons(spec, found, measured):
-    return {s.report.name: s.reason for s in standings(spec, found=found, speeds=lambda report, _: measured.get(report.name))}
+    return {s.report.name: s.reason for s in standings(spec, among=found, speeds=lambda report, _: measured.get(report.name))}
 
 
 def test_what_was_not_measured_says_how_to_measure_it(spec):

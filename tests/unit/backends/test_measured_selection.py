@@ -56,7 +56,7 @@ def key(spec, backend, **other):
 
 
 def chosen(spec, folder):
-    return select(spec, found=found("one", "two"), speeds=kept_speeds(folder, spec.fingerprint, threads=2))
+    return select(spec, among=found("one", "two"), speeds=kept_speeds(folder, spec.fingerprint, threads=2))
 
 
 def test_the_faster_one_is_taken_and_the_figures_are_told(spec, tmp_path):

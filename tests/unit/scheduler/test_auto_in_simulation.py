@@ -20,7 +20,7 @@ def test_auto_keeps_as_many_limits_as_the_better_of_the_others(machine, decode, 
     good = {policy: run.goodput() for policy, run in runs.items()}
     assert good["auto"] >= 0.95 * max(good["together"], good["apart"]), good
     assert (runs["together"].apart, runs["apart"].apart) == (0, runs["apart"].placed)
-    assert all(len(request.told) == request.answer for request in runs["auto"].requests)
+    assert all(len(request.token_times) == request.answer for request in runs["auto"].requests)
 
 
 def test_nothing_is_split_where_one_executor_has_all_the_time():

@@ -330,7 +330,7 @@ async def test_an_answer_that_no_executor_can_go_on_with_ends_as_an_error(suite,
         over_http = asyncio.create_task(client.post("/v1/completions", json=body))
         call = suite.inference.Generate(request(tokens=4000))
         first = await call.read()
-        await suite.eventually(lambda: sum(r.told for r in suite.gateway.admission.requests.values()) == 2)
+        await suite.eventually(lambda: sum(r.told_anything for r in suite.gateway.admission.requests.values()) == 2)
         gate.clear()
         for executor in suite.executors:
             executor.refuse = 100

@@ -40,7 +40,7 @@ class Ended(ConnectionError):
     """The other side is gone."""
 
 
-def send(connection: socket.socket, kind: str, told: Mapping[str, Any], arrays: Arrays | None = None) -> None:
+def send(connection: socket.socket, kind: str, facts: Mapping[str, Any], arrays: Arrays | None = None) -> None:
     """Write a frame.
 
     Raises:
@@ -49,7 +49,7 @@ def send(connection: socket.socket, kind: str, told: Mapping[str, Any], arrays: 
     raw = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
     values = [array.reshape(-1).view(np.uint8).data for array in raw.values()]
     shapes = {name: [array.dtype.name, list(array.shape)] for name, array in raw.items()}
-    head = json.dumps({"kind": kind, "told": told, "arrays": shapes}).encode()
+    head = json.dumps({"kind": kind, "facts": facts, "arrays": shapes}).encode()
     try:
         if sum(map(len, values)) <= _JOINED:
             connection.sendall(b"".join((_LENGTH.pack(len(head)), head, *values)))
@@ -72,9 +72,9 @@ def receive(connection: socket.socket) -> tuple[str, Any, Arrays]:
     if length > _LARGEST_HEAD:
         raise ValueError(f"a head of {length} bytes")
     head = json.loads(_read(connection, length))
-    if head.keys() != {"kind", "told", "arrays"}:
+    if head.keys() != {"kind", "facts", "arrays"}:
         raise ValueError("no frame")
-    return head["kind"], head["told"], {name: _array(connection, *told) for name, told in head["arrays"].items()}
+    return head["kind"], head["facts"], {name: _array(connection, *shape) for name, shape in head["arrays"].items()}
 
 
 def write_device_config(config: DeviceConfig) -> dict[str, Any]:
@@ -82,14 +82,14 @@ def write_device_config(config: DeviceConfig) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
-def read_device_config(told: Mapping[str, Any]) -> DeviceConfig:
+def read_device_config(written: Mapping[str, Any]) -> DeviceConfig:
     """The inverse of `write_device_config`.
 
     Raises:
         TypeError, ValueError: it is none.
     """
     kinds = {field.name: _KINDS[str(field.type)] for field in fields(DeviceConfig) if str(field.type) in _KINDS}
-    return DeviceConfig(**{**told, **{name: kind(told[name]) for name, kind in kinds.items() if told[name] is not None}})
+    return DeviceConfig(**{**written, **{name: kind(written[name]) for name, kind in kinds.items() if written[name] is not None}})
 
 
 def _array(connection: socket.socket, name: str, shape: list[Any]) -> NDArray[Any]:

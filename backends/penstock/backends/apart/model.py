@@ -74,10 +74,10 @@ class ModelApart:
 
     def _began(self, config: DeviceConfig) -> None:
         try:
-            told, _ = self._ask("create", write_device_config(config))
-            self._dtype, self._device = DType(told["dtype"]), str(told["device"])
-            self._ways = dict(told["ways"])
-            self._kv = KvSpec(**{**told["kv"], "token_shape": tuple(told["kv"]["token_shape"])})
+            made, _ = self._ask("create", write_device_config(config))
+            self._dtype, self._device = DType(made["dtype"]), str(made["device"])
+            self._ways = dict(made["ways"])
+            self._kv = KvSpec(**{**made["kv"], "token_shape": tuple(made["kv"]["token_shape"])})
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             self.close()
             raise StartError(str(error) if self._name in str(error) else f"backend {self._name}: {error}") from error
@@ -134,8 +134,8 @@ class ModelApart:
         """
         check_transfer(self._kv, blocks, chunk.tokens)
         check_chunk(self._kv, chunk)
-        told = {"blocks": list(blocks), "tokens": [chunk.tokens.start, chunk.tokens.stop]}
-        self._ask("import_kv", told, {"data": chunk.data})
+        where = {"blocks": list(blocks), "tokens": [chunk.tokens.start, chunk.tokens.stop]}
+        self._ask("import_kv", where, {"data": chunk.data})
 
     def export_blocks(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
         """Copy whole blocks out of the cache there.
@@ -185,11 +185,11 @@ class ModelApart:
         with contextlib.suppress(BufferError):
             self._memory.close()
 
-    def _ask(self, kind: str, told: dict[str, Any], arrays: Arrays | None = None) -> tuple[Any, Arrays]:
+    def _ask(self, kind: str, facts: dict[str, Any], arrays: Arrays | None = None) -> tuple[Any, Arrays]:
         with self._lock:
             self._doing = kind
             try:
-                send(self._ours, kind, told, arrays)
+                send(self._ours, kind, facts, arrays)
                 answer, said, given = receive(self._ours)
             except Ended:
                 raise self._lost() from None

@@ -35,9 +35,9 @@ def serve(connection: socket.socket, shared: int, life: int, source: Source, spe
     rooms = _Rooms(shared, source, spec)
     try:
         while True:
-            kind, told, arrays = receive(connection)
+            kind, facts, arrays = receive(connection)
             try:
-                said, given = rooms.calls[kind](told, arrays)
+                said, given = rooms.calls[kind](facts, arrays)
             except Exception as error:  # noqa: BLE001  whatever a backend raises, the executor is told
                 send(connection, "raised", {"kind": type(error).__name__, "text": str(error)})
             else:
@@ -79,8 +79,8 @@ class _Rooms:
         if self._model is not None:
             self._model.close()
 
-    def _create(self, told: dict[str, Any], _: Arrays) -> Answer:
-        model = self._model = self._source.registration().create(self._spec, read_device_config(told))
+    def _create(self, config: dict[str, Any], _: Arrays) -> Answer:
+        model = self._model = self._source.registration().create(self._spec, read_device_config(config))
         self._native, self._copies = native_kv(model), prefix_copies(model)
         ways = dict(model.ways) if isinstance(model, Tuned) else {}
         return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device, "ways": ways}, {}
@@ -93,22 +93,22 @@ class _Rooms:
         np.frombuffer(self._memory, np.float32, rows * columns).reshape(rows, columns)[...] = logits
         return {}, {}
 
-    def _export_kv(self, told: dict[str, Any], _: Arrays) -> Answer:
-        return {}, {"data": self._open().export_kv(told["blocks"], range(*told["tokens"])).data}
+    def _export_kv(self, where: dict[str, Any], _: Arrays) -> Answer:
+        return {}, {"data": self._open().export_kv(where["blocks"], range(*where["tokens"])).data}
 
-    def _import_kv(self, told: dict[str, Any], arrays: Arrays) -> Answer:
-        self._open().import_kv(told["blocks"], KvChunk(range(*told["tokens"]), arrays["data"]))
+    def _import_kv(self, where: dict[str, Any], arrays: Arrays) -> Answer:
+        self._open().import_kv(where["blocks"], KvChunk(range(*where["tokens"]), arrays["data"]))
         return {}, {}
 
-    def _export_blocks(self, told: dict[str, Any], _: Arrays) -> Answer:
-        return {}, {"data": _there(self._native).export_blocks(told["blocks"])}
+    def _export_blocks(self, where: dict[str, Any], _: Arrays) -> Answer:
+        return {}, {"data": _there(self._native).export_blocks(where["blocks"])}
 
-    def _import_blocks(self, told: dict[str, Any], arrays: Arrays) -> Answer:
-        _there(self._native).import_blocks(told["blocks"], arrays["data"])
+    def _import_blocks(self, where: dict[str, Any], arrays: Arrays) -> Answer:
+        _there(self._native).import_blocks(where["blocks"], arrays["data"])
         return {}, {}
 
-    def _copy_prefix(self, told: dict[str, Any], _: Arrays) -> Answer:
-        return {"copied": _there(self._copies).copy_prefix(told["source"], told["target"])}, {}
+    def _copy_prefix(self, where: dict[str, Any], _: Arrays) -> Answer:
+        return {"copied": _there(self._copies).copy_prefix(where["source"], where["target"])}, {}
 
     def _open(self) -> GenerativeModel:
         return _there(self._model)

@@ -40,10 +40,10 @@ def it_keeps_within_its_memory(subject: Subject) -> None:
 
 def wrong_settings_are_refused(subject: Subject) -> None:
     """A cache that holds no block, and a type that the backend has not, are told as what they are."""
-    told = StartError, ValueError, MemoryError
-    refused(partial(_start, subject, kv_cache_bytes=1), "a KV cache of one byte", *told)
+    refusals = StartError, ValueError, MemoryError
+    refused(partial(_start, subject, kv_cache_bytes=1), "a KV cache of one byte", *refusals)
     for dtype in set(DType) - set(subject.capabilities.dtypes):
-        refused(partial(_start, subject, dtype=dtype), f"the type {dtype}, which is none of its own", *told)
+        refused(partial(_start, subject, dtype=dtype), f"the type {dtype}, which is none of its own", *refusals)
 
 
 def _start(subject: Subject, **settings: Any) -> None:

@@ -53,16 +53,16 @@ def logprobs_agree_with_the_formulas(subject: Subject) -> None:
         driver = subject.driver(model)
         sequence, logits = driver.prefill(prompt)
         found = np.concatenate((logits, driver.follow(sequence, answer[:-1])))
-    right, told = _told(truth[-len(found) :], prompt + answer), _told(found, prompt + answer)
+    right, computed = _logprobs_of(truth[-len(found) :], prompt + answer), _logprobs_of(found, prompt + answer)
     bound = _LOGPROB_ERRORS * subject.tolerance * float(np.sqrt(np.mean(truth**2)))
-    off = np.abs(told - right)
+    off = np.abs(computed - right)
     require(bool((off <= bound).all()), f"token {off.argmax()} is off by {off.max():.2g} nats; {bound:.2g} are allowed")
 
 
-def _told(logits: NDArray[np.float32] | NDArray[np.float64], ids: list[int]) -> NDArray[np.float64]:
+def _logprobs_of(logits: NDArray[np.float32] | NDArray[np.float64], ids: list[int]) -> NDArray[np.float64]:
     """The log-probability of the last `len(logits)` of these tokens, each by the row before it."""
-    told: NDArray[np.float64] = log_softmax(logits)[np.arange(len(logits)), ids[-len(logits) :]]
-    return told
+    logprobs: NDArray[np.float64] = log_softmax(logits)[np.arange(len(logits)), ids[-len(logits) :]]
+    return logprobs
 
 
 def chunks_agree_with_the_whole(subject: Subject) -> None:

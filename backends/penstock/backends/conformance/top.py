@@ -40,9 +40,9 @@ def top_logits_leave_the_same_behind(subject: Subject) -> None:
         first = int(logits[-1].argmax())
         answer, right = driver.greedy(sequence, first, 16)
         other, token, found = driver.sequence(), first, [first]
-        _told(driver, top, Piece(other, ids))
+        _likeliest(driver, top, Piece(other, ids))
         for _ in answer[1:]:
-            token = _told(driver, top, Piece(other, [token]))
+            token = _likeliest(driver, top, Piece(other, [token]))
             found.append(token)
         require(found == answer, f"the likeliest tokens are {found}, and {answer} by whole rows")
         subject.assert_continues(driver.follow(other, answer[-1:]), right[-1:], "behind steps that told the likeliest token alone")
@@ -71,7 +71,7 @@ def _batch(driver: Driver, pieces: list[Piece]) -> StepBatch:
     return step_batch(pieces)
 
 
-def _told(driver: Driver, top: TopLogits, piece: Piece) -> int:
+def _likeliest(driver: Driver, top: TopLogits, piece: Piece) -> int:
     """Compute new tokens of a sequence, and give the likeliest one behind them."""
     sequence: SequenceState = piece.sequence
     found = top.step_top(_batch(driver, [piece]), np.ones(1, np.int32))

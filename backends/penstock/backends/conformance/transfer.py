@@ -76,8 +76,8 @@ def kv_travels_in_every_type(subject: Subject) -> None:
         driver, kv = subject.driver(model), model.kv
         sequence, _ = driver.prefill(subject.ids(40))
         sent = model.export_kv(sequence.blocks, range(40)).data
-        told, shape = CANONICAL_DTYPES[kv.canonical_dtype], kv.canonical_shape(40)
-        require(sent.dtype == told, f"exports {sent.dtype}, and says {told}")
+        own, shape = CANONICAL_DTYPES[kv.canonical_dtype], kv.canonical_shape(40)
+        require(sent.dtype == own, f"exports {sent.dtype}, and says {own}")
         require(sent.shape == shape, f"exports {sent.shape}, and says {shape}")
         if not subject.capabilities.import_kv:
             return
@@ -86,9 +86,9 @@ def kv_travels_in_every_type(subject: Subject) -> None:
         for name, dtype in CANONICAL_DTYPES.items():
             given = sent.astype(dtype)
             model.import_kv(taken.blocks, KvChunk(range(40), given))
-            found, right = model.export_kv(taken.blocks, range(40)).data, given.astype(told)
+            found, right = model.export_kv(taken.blocks, range(40)).data, given.astype(own)
             if subject.kv_dtype is None:
-                require(np.array_equal(found, right), f"what came in as {name} is not the nearest {told} to it")
+                require(np.array_equal(found, right), f"what came in as {name} is not the nearest {own} to it")
             else:
                 assert_same_kv(found, right, f"that came in as {name}")
         kept = model.export_kv(taken.blocks, range(40)).data

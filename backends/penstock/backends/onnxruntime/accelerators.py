@@ -51,20 +51,26 @@ class Proof:
 @functools.cache
 def proofs() -> Mapping[str, Proof]:
     """The proof of each device that the installed runtime names beside the CPU, best first; runs a process at the first call."""
-    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
-        argv = [sys.executable, "-P", "-m", "penstock.backends.onnxruntime.proving", str(told.fileno())]
+    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as said:
+        argv = [sys.executable, "-P", "-m", "penstock.backends.onnxruntime.proving", str(answers.fileno())]
         try:
             # What the runtime prints must not spoil the answer.
             status = subprocess.run(  # noqa: S603  this interpreter and a module of this package
-                argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=(told.fileno(),), timeout=_SECONDS, check=False
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=(answers.fileno(),),
+                timeout=_SECONDS,
+                check=False,
             ).returncode
             end = f"the process that tried it ended with {status}" if status else ""
         except subprocess.TimeoutExpired:
             end = f"no answer within {_SECONDS:g} s"
-        told.seek(0)
+        answers.seek(0)
         said.seek(0)
         printed = said.read().decode(errors="replace").strip().splitlines()
-        return read(told.read().splitlines(), end, printed[-1] if printed else "")
+        return read(answers.read().splitlines(), end, printed[-1] if printed else "")
 
 
 def read(lines: Iterable[bytes], end: str, printed: str = "") -> Mapping[str, Proof]:

@@ -97,8 +97,8 @@ def main(fd: int) -> None:
     """Prove every device and write what was found, each line as soon as it is known."""
     with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
         spec = small_decoder(Path(folder) / "model")
-        for told in prove(accelerators(ort.get_available_providers()), cache(partial(decode, spec))):
-            os.write(fd, json.dumps(told).encode() + b"\n")
+        for proof in prove(accelerators(ort.get_available_providers()), cache(partial(decode, spec))):
+            os.write(fd, json.dumps(proof).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ class CacheCopies:
         check_native(self._kv, blocks, data)
         layers, kinds, _, *rest = self._cache.shape
         with torch.inference_mode():
-            told = from_numpy(np.ascontiguousarray(data)).to(self._cache.device).view(self._cache.dtype)
-            values = told.reshape(len(blocks), layers, kinds, *rest).permute(1, 2, 0, 3, 4, 5)
+            raw = from_numpy(np.ascontiguousarray(data)).to(self._cache.device).view(self._cache.dtype)
+            values = raw.reshape(len(blocks), layers, kinds, *rest).permute(1, 2, 0, 3, 4, 5)
             self._cache.index_copy_(2, self._ids(blocks), values)
 
     def _ids(self, blocks: Sequence[int]) -> Tensor:

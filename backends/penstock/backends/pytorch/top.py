@@ -28,8 +28,8 @@ def top_of(logits: Tensor, counts: NDArray[np.int32]) -> TopOutput:
         return TopOutput(np.zeros(len(counts) + 1, np.int64), _NO_IDS, _NO_VALUES, whole, to_numpy(on_host(logits)))
     wanted, size = counts[few].astype(np.int64), logits.shape[1]
     rows = logits if len(few) == len(counts) else logits.index_select(0, _index(few, logits))
-    told = rows.topk(min(int(wanted.max()) + 1, size), dim=1)
-    values, ids, largest = (each.cpu().numpy() for each in (told.values, told.indices, rows.amax(1)))
+    likeliest = rows.topk(min(int(wanted.max()) + 1, size), dim=1)
+    values, ids, largest = (each.cpu().numpy() for each in (likeliest.values, likeliest.indices, rows.amax(1)))
     least = values[np.arange(len(few)), np.minimum(wanted, values.shape[1]) - 1]
     sure = (wanted < size) & np.isfinite(largest) & (values[:, -1] < least)
     kept = (values >= least[:, None]) & sure[:, None]

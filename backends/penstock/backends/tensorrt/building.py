@@ -114,8 +114,8 @@ class EngineBuilder:
             read = read and parser.load_initializer(name, array.ctypes.data, array.nbytes)
         if not (read and parser.parse_model_proto()):
             found = [parser.get_error(i) for i in range(parser.num_errors)]
-            told = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in found)
-            raise StartError(f"TensorRT's parser does not read the graph of {self.spec.name}: {told or 'it does not say why'}")
+            errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in found)
+            raise StartError(f"TensorRT's parser does not read the graph of {self.spec.name}: {errors or 'it does not say why'}")
         return held
 
     @contextmanager

@@ -79,6 +79,6 @@ def from_rpc(error: grpc.RpcError) -> PenstockError:
 
 def retry_delay(error: grpc.RpcError) -> float | None:
     """Seconds after which the server asks for the same call again; None where it does not."""
-    told = from_rpc(error)
+    read = from_rpc(error)
     has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())  # type: ignore[misc, has-type]  # pairs, whatever the stubs say
-    return told.retry_after if isinstance(told, Overloaded) and has_details else None
+    return read.retry_after if isinstance(read, Overloaded) and has_details else None

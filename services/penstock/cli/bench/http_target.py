@@ -43,8 +43,8 @@ class HttpTarget:
         self._model = str(found["id"])
         executors = found.get("executors", [])
         dtype, backend = (of_all(executor[key] for executor in executors) for key in ("dtype", "backend"))
-        told = found.get("vocabulary_size", vocabulary)
-        self.description = Description("penstock-http", version("penstock"), dtype, backend, told)
+        size = found.get("vocabulary_size", vocabulary)
+        self.description = Description("penstock-http", version("penstock"), dtype, backend, size)
 
     def run(self, requests: Sequence[Request], finished: Callable[[], None]) -> list[Timeline]:
         return asyncio.run(self._run(requests, finished))

@@ -70,12 +70,12 @@ def _failures(fields: Mapping[str, Any]) -> Iterator[str]:
     if not fields.get("failed"):
         return
     yield f"penstock: {fields['failed']} of {fields['requests']} requests failed"
-    told = 0
+    named = 0
     for kind in fields["errors"]:
-        told += kind["requests"]
+        named += kind["requests"]
         yield f"penstock: {kind['requests']} of them: {kind['error']}"
-    if told < fields["failed"]:
-        yield f"penstock: {fields['failed'] - told} of them in other ways"
+    if named < fields["failed"]:
+        yield f"penstock: {fields['failed'] - named} of them in other ways"
 
 
 def _middle(figures: Mapping[str, float] | None) -> str:

@@ -40,6 +40,6 @@ class Target(Protocol):
         """Give everything back."""
 
 
-def of_all(told: Iterable[str]) -> str:
+def of_all(names: Iterable[str]) -> str:
     """What all executors have, with a plus between where they differ."""
-    return "+".join(sorted({one or UNKNOWN for one in told})) or UNKNOWN
+    return "+".join(sorted({one or UNKNOWN for one in names})) or UNKNOWN

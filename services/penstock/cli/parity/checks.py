@@ -64,24 +64,24 @@ def prompt_logprobs(kit: Kit) -> None:
 def max_tokens(kit: Kit) -> None:
     """Answers of one token, of two, and of few."""
     for most in (1, 2, 3, 7):
-        told = kit.same(kit.ids(37), max_tokens=most, ignore_eos=True)
-        if told.usage.completion_tokens != most:
-            kit.faults.append(f"max_tokens {most} gave {told.usage.completion_tokens} tokens")
+        result = kit.same(kit.ids(37), max_tokens=most, ignore_eos=True)
+        if result.usage.completion_tokens != most:
+            kit.faults.append(f"max_tokens {most} gave {result.usage.completion_tokens} tokens")
 
 
 def stop_token(kit: Kit) -> None:
     """An answer that a stop token ends: in its midst, and at its first token."""
-    told = kit.same(kit.ids(37), max_tokens=24, ignore_eos=True).choices[0].token_ids
-    latest = max(told.index(token) for token in told)
-    kit.same(kit.ids(37), max_tokens=24, stop_token_ids=[told[latest]], ignore_eos=True)
-    kit.same(kit.ids(37), max_tokens=24, stop_token_ids=[told[0]], ignore_eos=True)
-    kit.same(kit.ids(37), max_tokens=24, stop_token_ids=[told[0]], ignore_eos=True, min_tokens=3)
+    ids = kit.same(kit.ids(37), max_tokens=24, ignore_eos=True).choices[0].token_ids
+    latest = max(ids.index(token) for token in ids)
+    kit.same(kit.ids(37), max_tokens=24, stop_token_ids=[ids[latest]], ignore_eos=True)
+    kit.same(kit.ids(37), max_tokens=24, stop_token_ids=[ids[0]], ignore_eos=True)
+    kit.same(kit.ids(37), max_tokens=24, stop_token_ids=[ids[0]], ignore_eos=True, min_tokens=3)
 
 
 def stop_text(kit: Kit) -> None:
     """An answer that a stop text ends, with the text in it and without."""
-    told = kit.same(_COUNT, max_tokens=24, ignore_eos=True).text
-    stop = told[len(told) // 2 :][:3] or told
+    text = kit.same(_COUNT, max_tokens=24, ignore_eos=True).text
+    stop = text[len(text) // 2 :][:3] or text
     for include in (False, True):
         kit.same(_COUNT, max_tokens=24, stop=[stop, "never to be seen"], include_stop_text=include)
 

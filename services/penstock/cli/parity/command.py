@@ -59,12 +59,12 @@ def parity(
             model_of(cluster, model)
     with connected(one) as ours, connected(other) as theirs:
         reports = run(ours, theirs, model=model, tolerance=tolerance, rounded=rounded, checks=check or ())
-        told = list(_with_progress(reports) if sys.stderr.isatty() else reports)
+        done = list(_with_progress(reports) if sys.stderr.isatty() else reports)
     if as_json:
-        print(json.dumps([asdict(report) for report in told], indent=2))
+        print(json.dumps([asdict(report) for report in done], indent=2))
     else:
-        _print(told)
-    doubt = _doubt(told)
+        _print(done)
+    doubt = _doubt(done)
     if doubt:
         print(doubt, file=sys.stderr)
     return 1 if doubt else 0
@@ -107,8 +107,8 @@ def _print(reports: list[Report]) -> None:
     handed: Counter[str] = Counter()
     for report in reports:
         handed.update(report.kv_bytes or {})
-    told = ", ".join(f"{size / 2**20:.2f} MiB by {transport}" for transport, size in handed.items()) or "none"
-    print(f"KV handed over: {told}; without conversion: {sum(r.native for r in reports)} of {sum(r.apart for r in reports)} times")
+    sizes = ", ".join(f"{size / 2**20:.2f} MiB by {transport}" for transport, size in handed.items()) or "none"
+    print(f"KV handed over: {sizes}; without conversion: {sum(r.native for r in reports)} of {sum(r.apart for r in reports)} times")
     alike = f"{sum(r.alike for r in reports)} of {sum(r.tokens for r in reports)}"
     largest = max(r.logprob_difference for r in reports)
     print(f"tokens alike, up to each answer's first other one: {alike}; largest difference of log-probabilities: {largest:.3g}")

@@ -90,7 +90,7 @@ def _first_difference(one: Sequence[object], other: Sequence[object]) -> str:
 
 def _of_logprobs(name: str, one: Sequence[TokenLogprob], other: Sequence[TokenLogprob], measure: Measure) -> Iterator[str]:
     """All that can be compared is measured, and the first fault told: there may be thousands."""
-    ids, others = [told.token_id for told in one], [told.token_id for told in other]
+    ids, others = [place.token_id for place in one], [place.token_id for place in other]
     # That of the first other token as well: what it was drawn from stands behind the same past.
     places = list(zip(one, other, strict=False))[: _common(ids, others) + 1]
     found = [f"{name} at {index}: {what}" for index, pair in enumerate(places) for what in _of_places(*pair, measure)]

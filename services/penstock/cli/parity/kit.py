@@ -70,8 +70,8 @@ class Kit:
     @property
     def chunk(self) -> int:
         """Prompt tokens that a step holds at most while others decode, as far as that is known."""
-        told = [executor.calibration.prefill_chunk for executor in self.model.executors if executor.calibration]
-        return max(told, default=_COMMON_CHUNK)
+        chunks = [executor.calibration.prefill_chunk for executor in self.model.executors if executor.calibration]
+        return max(chunks, default=_COMMON_CHUNK)
 
     def ids(self, length: int) -> list[int]:
         """A prompt of so many tokens, drawn at random and the same in every run."""
@@ -96,18 +96,18 @@ class Kit:
         judged = [self._judge(*answer) for answer in answers]
         different = [what for _, found in judged for what in found]
         if different:
-            told = list(zip(questions, (one for one, _ in judged), strict=True))
-            (self.undecided if self._depends_on_company(told) else self.faults).extend(different)
+            answered = list(zip(questions, (one for one, _ in judged), strict=True))
+            (self.undecided if self._depends_on_company(answered) else self.faults).extend(different)
         return [one for one, _ in judged]
 
-    def _depends_on_company(self, told: Sequence[tuple[Question, Result]]) -> bool:
+    def _depends_on_company(self, answered: Sequence[tuple[Question, Result]]) -> bool:
         """Whether the cluster that runs together answers one of these otherwise in other company, with fewer or more choices.
 
         Then no two runs beside others need be alike, on one cluster or on two.
         """
-        if len(told) == 1 and (told[0][0].options.get("n") or 1) == 1:
+        if len(answered) == 1 and (answered[0][0].options.get("n") or 1) == 1:
             return False
-        for question, result in told:
+        for question, result in answered:
             choices = question.options.get("n") or 1
             for count in range(1, choices + 2):
                 options: Options = {**question.options, "n": count, "cache_salt": secrets.token_hex(8)}

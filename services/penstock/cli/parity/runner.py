@@ -89,9 +89,9 @@ def run(
 
 
 def _models(ours: Model, theirs: Model) -> Report:
-    told = [(m.name, m.fingerprint, m.context_length, m.vocabulary_size) for m in (ours, theirs)]
-    same = told[0][1:] == told[1][1:]
-    why = "" if same else f"{told[0]} and {told[1]}: name, fingerprint, context and vocabulary"
+    facts = [(m.name, m.fingerprint, m.context_length, m.vocabulary_size) for m in (ours, theirs)]
+    same = facts[0][1:] == facts[1][1:]
+    why = "" if same else f"{facts[0]} and {facts[1]}: name, fingerprint, context and vocabulary"
     return Report("model", Outcome.PASSED if same else Outcome.FAILED, why=why)
 
 

@@ -56,13 +56,13 @@ _REFUSALS = {
     Refusal.INCOMPLETE: pb.HANDOFF_REFUSAL_INCOMPLETE,
     Refusal.UNPROVEN: pb.HANDOFF_REFUSAL_UNPROVEN,
 }
-_REFUSALS_READ = {told: refusal for refusal, told in _REFUSALS.items()}
+_REFUSALS_READ = {message: refusal for refusal, message in _REFUSALS.items()}
 _TRANSPORTS = {
     Transport.GRPC: pb.HANDOFF_TRANSPORT_GRPC,
     Transport.SHARED_MEMORY: pb.HANDOFF_TRANSPORT_SHARED_MEMORY,
     Transport.NIXL: pb.HANDOFF_TRANSPORT_NIXL,
 }
-_TRANSPORTS_READ = {told: transport for transport, told in _TRANSPORTS.items()}
+_TRANSPORTS_READ = {message: transport for transport, message in _TRANSPORTS.items()}
 
 
 def tell_ask(word: Ask) -> Request:
@@ -199,9 +199,9 @@ def tell_transports(transports: Iterable[Transport]) -> list[pb.HandoffTransport
     return [_TRANSPORTS[transport] for transport in transports]
 
 
-def read_transports(told: Iterable[pb.HandoffTransport.ValueType]) -> list[Transport]:
+def read_transports(transports: Iterable[pb.HandoffTransport.ValueType]) -> list[Transport]:
     """Those of them that are known here."""
-    return [_TRANSPORTS_READ[transport] for transport in told if transport in _TRANSPORTS_READ]
+    return [_TRANSPORTS_READ[transport] for transport in transports if transport in _TRANSPORTS_READ]
 
 
 def tell_segment(offer: Offer) -> pb.SharedSegment | None:
@@ -212,8 +212,8 @@ def tell_segment(offer: Offer) -> pb.SharedSegment | None:
 
 def read_offer(welcome: pb.Welcome) -> Offer:
     """What the decode side has."""
-    told = welcome.shared_memory
-    shared = SegmentOffer(told.name, told.bytes, told.proof) if welcome.HasField("shared_memory") else None
+    segment = welcome.shared_memory
+    shared = SegmentOffer(segment.name, segment.bytes, segment.proof) if welcome.HasField("shared_memory") else None
     return Offer(welcome.window_bytes, shared, tuple(read_transports(welcome.transports)), welcome.nixl_agent)
 
 

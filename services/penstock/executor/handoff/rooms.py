@@ -30,7 +30,7 @@ class Rooms:
         self._window = window_bytes
         self._taken = taken
         self._speed = speed
-        self._told: dict[_Key, tuple[Payload, int]] = {}
+        self._pushes: dict[_Key, tuple[Payload, int]] = {}
 
     def has(self, size: int) -> bool:
         """Whether so many bytes may be copied out; alone on the link, any number."""
@@ -47,13 +47,13 @@ class Rooms:
     def tell(self, push: Push, size: int, now: float) -> None:
         """They have been."""
         self._speed.pushed(size, now)
-        self._told[push.handoff_id, push.epoch, push.tokens.start] = (push.parcel.payload, size)
+        self._pushes[push.handoff_id, push.epoch, push.tokens.start] = (push.parcel.payload, size)
 
     def hear(self, answer: Answer, now: float) -> bool:
         """Whether room has come back by an answer."""
         keys = self._done_by(answer)
         for key in keys:
-            payload, size = self._told.pop(key)
+            payload, size = self._pushes.pop(key)
             self._free += size
             self._speed.answered(size, now, arrived=isinstance(answer, Pushed))
             self._taken(payload)
@@ -62,15 +62,15 @@ class Rooms:
     def _done_by(self, answer: Answer) -> list[_Key]:
         match answer:
             case Refused(reason=Refusal.UNKNOWN) | Ack() | Aborted():
-                return [key for key in self._told if key[0] == answer.handoff_id]
+                return [key for key in self._pushes if key[0] == answer.handoff_id]
             case Pushed() | Refused():
                 key = (answer.handoff_id, answer.epoch, answer.first_token)
-                return [key] if key in self._told else []
+                return [key] if key in self._pushes else []
             case Reserved():
                 # What it had not begun to import it has dropped.
                 return [
                     key
-                    for key in self._told
+                    for key in self._pushes
                     if key[0] == answer.handoff_id and key[1] < answer.epoch and key[2] >= answer.first_token
                 ]
         return []

@@ -77,12 +77,14 @@ class HandoffServicer:
                 await _serve(door, first.introduce, newer, request_iterator, context)
 
 
-async def _serve(door: Door, told: pb.Introduce, newer: asyncio.Event, requests: AsyncIterator[Request], context: _Context) -> None:
+async def _serve(
+    door: Door, sender: pb.Introduce, newer: asyncio.Event, requests: AsyncIterator[Request], context: _Context
+) -> None:
     """A stream that was taken, to its end."""
-    native = door.geometry.agrees(told.native_layout)
+    native = door.geometry.agrees(sender.native_layout)
     window = door.handoffs.settings.window_bytes
-    ends = await door.transports.receiving(window, read_transports(told.transports))
-    stream = _Stream(told.executor_id, ends, newer, native=native)
+    ends = await door.transports.receiving(window, read_transports(sender.transports))
+    stream = _Stream(sender.executor_id, ends, newer, native=native)
     try:
         faults.reach("handoff.welcome")
         await context.write(_welcome(door, ends, native=native))
@@ -114,16 +116,16 @@ class _Stream:
 
 def _fault(door: Door, first: pb.HandoffRequest) -> tuple[Refusal, str] | None:
     """Why a stream is not taken."""
-    told, own = first.introduce, door.identity
+    sender, own = first.introduce, door.identity
     if not first.HasField("introduce"):
         return Refusal.UNREGISTERED, "a stream begins with Introduce"
-    if told.decode_executor_id != own.executor_id:
+    if sender.decode_executor_id != own.executor_id:
         return Refusal.NOT_YOURS, f"this is executor {own.executor_id}"
-    if door.peers.get(told.executor_id) is None:
+    if door.peers.get(sender.executor_id) is None:
         return Refusal.UNREGISTERED, "the scheduler does not name the executor"
-    if not proves(told.proof, own.secret, told.executor_id):
+    if not proves(sender.proof, own.secret, sender.executor_id):
         return Refusal.UNREGISTERED, "it does not show what the scheduler gave that executor"
-    if told.model_fingerprint != own.model_fingerprint:
+    if sender.model_fingerprint != own.model_fingerprint:
         return Refusal.WRONG_MODEL, "the two executors serve different models, or versions of one"
     return None
 

@@ -39,19 +39,19 @@ def _logged(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callabl
     name, quiet = method.removeprefix("/"), not method.startswith(_WORK)
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        with line("grpc", name, unanswered="UNKNOWN", quiet=quiet) as told:
+        with line("grpc", name, unanswered="UNKNOWN", quiet=quiet) as entry:
             try:
                 answer = await inner(request, context)
             except asyncio.CancelledError:
                 # None without a deadline, whatever the published types say.
                 left: float | None = context.time_remaining()
-                told.status = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
+                entry.status = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
                 raise
             except Exception as error:
-                told.status = status_of(error)[0].name
+                entry.status = status_of(error)[0].name
                 failed(error)
                 raise
-            told.status = "OK"
+            entry.status = "OK"
             return answer
 
     return call

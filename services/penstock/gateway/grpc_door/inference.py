@@ -79,7 +79,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             for delta in deltas:
                 await write(response(delta, kind))
             queue.write_ended()
-        told = queue.closings[0]
-        if told is not None:
+        last = queue.closings[0]
+        if last is not None:
             queue.write_begins()
-            await write(kind(closing=closing(call, told, caller.request_id, self._admission.catalog)))
+            await write(kind(closing=closing(call, last, caller.request_id, self._admission.catalog)))

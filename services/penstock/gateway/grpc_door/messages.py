@@ -120,54 +120,55 @@ def _finish(finish: Finish) -> inference_pb2.Finish:
     return inference_pb2.Finish(reason=_REASONS[finish.reason], stop_text=finish.stop_text, stop_token_id=finish.stop_token_id)
 
 
-def _logprob(told: Logprob) -> inference_pb2.TokenLogprob:
+def _logprob(logprob: Logprob) -> inference_pb2.TokenLogprob:
     return inference_pb2.TokenLogprob(
-        token_id=told.token_id,
-        logprob=told.logprob,
-        token=told.token,
-        rank=told.rank,
+        token_id=logprob.token_id,
+        logprob=logprob.logprob,
+        token=logprob.token,
+        rank=logprob.rank,
         alternatives=[
-            inference_pb2.TokenLogprob.Alternative(token_id=a.token_id, logprob=a.logprob, token=a.token) for a in told.alternatives
+            inference_pb2.TokenLogprob.Alternative(token_id=a.token_id, logprob=a.logprob, token=a.token)
+            for a in logprob.alternatives
         ],
     )
 
 
-def closing(call: Call, told: Closing, request_id: str, catalog: Catalog) -> inference_pb2.Closing:
+def closing(call: Call, closing: Closing, request_id: str, catalog: Catalog) -> inference_pb2.Closing:
     """The last message of a stream."""
     return inference_pb2.Closing(
         usage=inference_pb2.Usage(
-            prompt_tokens=told.prompt_tokens, completion_tokens=told.completion_tokens, cached_tokens=told.cached_tokens
+            prompt_tokens=closing.prompt_tokens, completion_tokens=closing.completion_tokens, cached_tokens=closing.cached_tokens
         ),
         request_id=request_id,
         model=call.model.name,
-        placements=_placements(told.executor_ids, catalog),
-        queue_time=_duration(told.queue_seconds),
-        prefill_time=_duration(told.prefill_seconds),
-        decode_time=_duration(told.decode_seconds),
-        total_time=_duration(told.total_seconds),
-        replacements=told.replacements,
-        preemptions=told.preemptions,
-        seed=told.seed,
-        prefill_executor_id=told.prefill_executor_id,
-        decode_executor_id=told.decode_executor_id,
-        placement_reason=_PLACEMENT_REASONS[told.placement_reason],
-        handoff=_handoff(told.handoff) if told.handoff is not None else None,
-        fallback=_FALLBACKS[told.fallback],
-        fallback_reason=told.fallback_reason.value if told.fallback_reason is not None else "",
-        first_step_time=_duration(told.first_step_seconds),
-        encode_time=_duration(told.encode_seconds),
-        first_token_time=_duration(told.first_token_seconds),
-        first_text_time=_duration(told.first_text_seconds),
+        placements=_placements(closing.executor_ids, catalog),
+        queue_time=_duration(closing.queue_seconds),
+        prefill_time=_duration(closing.prefill_seconds),
+        decode_time=_duration(closing.decode_seconds),
+        total_time=_duration(closing.total_seconds),
+        replacements=closing.replacements,
+        preemptions=closing.preemptions,
+        seed=closing.seed,
+        prefill_executor_id=closing.prefill_executor_id,
+        decode_executor_id=closing.decode_executor_id,
+        placement_reason=_PLACEMENT_REASONS[closing.placement_reason],
+        handoff=_handoff(closing.handoff) if closing.handoff is not None else None,
+        fallback=_FALLBACKS[closing.fallback],
+        fallback_reason=closing.fallback_reason.value if closing.fallback_reason is not None else "",
+        first_step_time=_duration(closing.first_step_seconds),
+        encode_time=_duration(closing.encode_seconds),
+        first_token_time=_duration(closing.first_token_seconds),
+        first_text_time=_duration(closing.first_text_seconds),
     )
 
 
-def _handoff(told: Handoff) -> inference_pb2.Handoff:
+def _handoff(handoff: Handoff) -> inference_pb2.Handoff:
     return inference_pb2.Handoff(
-        kv_bytes=told.kv_bytes,
-        transfer_time=_duration(told.transfer_seconds),
-        exposed_time=_duration(told.exposed_seconds),
-        transport=told.transport,
-        native=told.native,
+        kv_bytes=handoff.kv_bytes,
+        transfer_time=_duration(handoff.transfer_seconds),
+        exposed_time=_duration(handoff.exposed_seconds),
+        transport=handoff.transport,
+        native=handoff.native,
     )
 
 

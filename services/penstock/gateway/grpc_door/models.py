@@ -48,10 +48,10 @@ class ModelsServicer(models_pb2_grpc.ModelsServicer):
 
     async def _states(self) -> States:
         try:
-            told = await self._placement.list_executors(_PATIENCE_SECONDS)
+            listed = await self._placement.list_executors(_PATIENCE_SECONDS)
         except grpc.aio.AioRpcError:
             return {}
-        return {state.description.executor_id: state for state in told.executors}
+        return {state.description.executor_id: state for state in listed.executors}
 
 
 def _model(model: Model, states: States) -> models_pb2.Model:
@@ -67,7 +67,7 @@ def _model(model: Model, states: States) -> models_pb2.Model:
 
 
 def _executor(executor: Executor, state: scheduler_pb2.ExecutorState | None) -> models_pb2.ModelExecutor:
-    told = models_pb2.ModelExecutor(
+    message = models_pb2.ModelExecutor(
         executor_id=executor.executor_id,
         backend=executor.backend,
         device=executor.device,
@@ -79,14 +79,14 @@ def _executor(executor: Executor, state: scheduler_pb2.ExecutorState | None) -> 
         kv_dtype=executor.kv_dtype,
     )
     if state is not None:
-        told.running = state.load.running
-        told.waiting = state.load.waiting
-        told.kv_blocks_free = state.load.kv_blocks_free
-        told.draining = state.draining
-        told.role = _ROLES.get(state.description.role, "")
+        message.running = state.load.running
+        message.waiting = state.load.waiting
+        message.kv_blocks_free = state.load.kv_blocks_free
+        message.draining = state.draining
+        message.role = _ROLES.get(state.description.role, "")
         if state.description.HasField("calibration"):
-            told.calibration.CopyFrom(_calibration(state.description))
-    return told
+            message.calibration.CopyFrom(_calibration(state.description))
+    return message
 
 
 def _calibration(description: scheduler_pb2.ExecutorDescription) -> models_pb2.Calibration:

@@ -26,11 +26,11 @@ class AccessLog:
         verb = scope["method"]
         # As it came, percent-encoded: a decoded path could hold anything.
         method = f"{verb} {scope['raw_path'][:200].decode('ascii', 'replace')}"
-        with line("http", method, unanswered=_CLIENT_LEFT, quiet=verb == "GET") as told:
+        with line("http", method, unanswered=_CLIENT_LEFT, quiet=verb == "GET") as entry:
 
             async def answer(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    told.status = message["status"]
+                    entry.status = message["status"]
                     message["headers"] = [*message["headers"], (REQUEST_ID_KEY.encode(), request_id.encode())]
                 await send(message)
 

@@ -12,39 +12,39 @@ __all__ = ["closings"]
 _DIGITS = 6
 
 
-def closings(told: Sequence[Closing]) -> list[dict[str, Any]]:
+def closings(closings: Sequence[Closing]) -> list[dict[str, Any]]:
     """One object for each prompt."""
-    return [_closing(one) for one in told]
+    return [_closing(one) for one in closings]
 
 
-def _closing(told: Closing) -> dict[str, Any]:
+def _closing(closing: Closing) -> dict[str, Any]:
     return {
-        "executor_ids": list(told.executor_ids),
-        "prefill_executor_id": told.prefill_executor_id,
-        "decode_executor_id": told.decode_executor_id,
-        "placement_reason": told.placement_reason.value,
-        "handoff": _handoff(told.handoff) if told.handoff is not None else None,
-        "fallback": told.fallback.value,
-        "fallback_reason": told.fallback_reason.value if told.fallback_reason is not None else "",
-        "encode_seconds": round(told.encode_seconds, _DIGITS),
-        "queue_seconds": round(told.queue_seconds, _DIGITS),
-        "prefill_seconds": round(told.prefill_seconds, _DIGITS),
-        "first_token_seconds": round(told.first_token_seconds, _DIGITS),
-        "first_text_seconds": round(told.first_text_seconds, _DIGITS),
-        "first_step_seconds": round(told.first_step_seconds, _DIGITS),
-        "decode_seconds": round(told.decode_seconds, _DIGITS),
-        "total_seconds": round(told.total_seconds, _DIGITS),
-        "replacements": told.replacements,
-        "preemptions": told.preemptions,
-        "seed": told.seed,
+        "executor_ids": list(closing.executor_ids),
+        "prefill_executor_id": closing.prefill_executor_id,
+        "decode_executor_id": closing.decode_executor_id,
+        "placement_reason": closing.placement_reason.value,
+        "handoff": _handoff(closing.handoff) if closing.handoff is not None else None,
+        "fallback": closing.fallback.value,
+        "fallback_reason": closing.fallback_reason.value if closing.fallback_reason is not None else "",
+        "encode_seconds": round(closing.encode_seconds, _DIGITS),
+        "queue_seconds": round(closing.queue_seconds, _DIGITS),
+        "prefill_seconds": round(closing.prefill_seconds, _DIGITS),
+        "first_token_seconds": round(closing.first_token_seconds, _DIGITS),
+        "first_text_seconds": round(closing.first_text_seconds, _DIGITS),
+        "first_step_seconds": round(closing.first_step_seconds, _DIGITS),
+        "decode_seconds": round(closing.decode_seconds, _DIGITS),
+        "total_seconds": round(closing.total_seconds, _DIGITS),
+        "replacements": closing.replacements,
+        "preemptions": closing.preemptions,
+        "seed": closing.seed,
     }
 
 
-def _handoff(told: Handoff) -> dict[str, Any]:
+def _handoff(handoff: Handoff) -> dict[str, Any]:
     return {
-        "kv_bytes": told.kv_bytes,
-        "transfer_seconds": round(told.transfer_seconds, _DIGITS),
-        "exposed_seconds": round(told.exposed_seconds, _DIGITS),
-        "transport": told.transport,
-        "native": told.native,
+        "kv_bytes": handoff.kv_bytes,
+        "transfer_seconds": round(handoff.transfer_seconds, _DIGITS),
+        "exposed_seconds": round(handoff.exposed_seconds, _DIGITS),
+        "transport": handoff.transport,
+        "native": handoff.native,
     }

@@ -136,8 +136,8 @@ class GenerateEndpoint:
             await stream(call, rendering, send, headers, keepalive_seconds=keepalive, include_usage=include_usage, chat=self._chat)
             return
         deltas = await collect(call)
-        told = json.dumps(rendering.whole(deltas, closings_of(call)), ensure_ascii=False, separators=(",", ":"))
-        await Response(told, media_type="application/json")(scope, receive, send)
+        answer = json.dumps(rendering.whole(deltas, closings_of(call)), ensure_ascii=False, separators=(",", ":"))
+        await Response(answer, media_type="application/json")(scope, receive, send)
 
 
 def _watched(send: Send, queue: OutputQueue) -> Send:

@@ -130,9 +130,9 @@ def _reporting(body: SharedBody, logprobs: int | None, prompt_logprobs: int | No
     )
 
 
-def _logit_bias(told: Mapping[str, float]) -> dict[int, float]:
+def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
     biases = {}
-    for key, bias in told.items():
+    for key, bias in given.items():
         if not _TOKEN_ID.fullmatch(key):
             raise InvalidRequest.field("logit_bias", f"keys are token ids in plain decimal; {key[:24]!r} is none")
         biases[int(key)] = bias

@@ -18,11 +18,11 @@ def token_text(token: bytes) -> str:
     return token.decode(errors="replace")
 
 
-def chat_logprobs(told: Sequence[Logprob]) -> dict[str, Any]:
+def chat_logprobs(logprobs: Sequence[Logprob]) -> dict[str, Any]:
     """``choices[].logprobs`` of a chat."""
     return {
         "content": [
-            {**_entry(p.token, p.logprob), "top_logprobs": [_entry(a.token, a.logprob) for a in p.alternatives]} for p in told
+            {**_entry(p.token, p.logprob), "top_logprobs": [_entry(a.token, a.logprob) for a in p.alternatives]} for p in logprobs
         ],
         "refusal": None,
     }
@@ -32,17 +32,20 @@ def _entry(token: bytes, logprob: float) -> dict[str, Any]:
     return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}
 
 
-def prompt_logprobs(told: Sequence[Logprob]) -> list[dict[str, Any] | None]:
+def prompt_logprobs(logprobs: Sequence[Logprob]) -> list[dict[str, Any] | None]:
     """``prompt_logprobs`` as vLLM tells them: for each prompt token what is known of it and of the likely ones, by token id."""
-    return [None, *({str(i): entry for i, entry in _ranked(p)} for p in told)]
+    return [None, *({str(i): entry for i, entry in _ranked(p)} for p in logprobs)]
 
 
-def _ranked(told: Logprob) -> list[tuple[int, dict[str, Any]]]:
+def _ranked(logprob: Logprob) -> list[tuple[int, dict[str, Any]]]:
     likely = [
         (a.token_id, {"logprob": a.logprob, "rank": rank, "decoded_token": token_text(a.token)})
-        for rank, a in enumerate(told.alternatives, 1)
+        for rank, a in enumerate(logprob.alternatives, 1)
     ]
-    return [*likely, (told.token_id, {"logprob": told.logprob, "rank": told.rank, "decoded_token": token_text(told.token)})]
+    return [
+        *likely,
+        (logprob.token_id, {"logprob": logprob.logprob, "rank": logprob.rank, "decoded_token": token_text(logprob.token)}),
+    ]
 
 
 class CompletionLogprobs:
@@ -53,13 +56,13 @@ class CompletionLogprobs:
         self._offset = 0
         self._decoder = _DECODER(errors="replace")
 
-    def prompt(self, text: str, first: bytes, told: Sequence[Logprob]) -> dict[str, Any]:
+    def prompt(self, text: str, first: bytes, logprobs: Sequence[Logprob]) -> dict[str, Any]:
         """Those of an echoed prompt; of its `first` token only the bytes are known.
 
         Tokens are found in the text by their bytes. One that does not stand there, such as a special token, takes up none of it.
         """
         form, content, at = _columns(), text.encode(), 0
-        for token, known in ((first, None), *((p.token, p) for p in told)):
+        for token, known in ((first, None), *((p.token, p) for p in logprobs)):
             fits = next((t for t in (token, token.removeprefix(b" ")) if content.startswith(t, at)), b"")
             self._add(form, token, known)
             self._advance(fits)
@@ -67,21 +70,21 @@ class CompletionLogprobs:
         self._offset, self._decoder = len(text), _DECODER(errors="replace")
         return form
 
-    def output(self, told: Sequence[Logprob], form: dict[str, Any] | None = None) -> dict[str, Any]:
+    def output(self, logprobs: Sequence[Logprob], form: dict[str, Any] | None = None) -> dict[str, Any]:
         """Those of output tokens, behind those of a form that was begun."""
         form = form if form is not None else _columns()
-        for p in told:
+        for p in logprobs:
             self._add(form, p.token, p)
             self._advance(p.token)
         return form
 
-    def _add(self, form: dict[str, Any], token: bytes, told: Logprob | None) -> None:
+    def _add(self, form: dict[str, Any], token: bytes, logprob: Logprob | None) -> None:
         text, top = token_text(token), None
-        if told is not None:
-            top = {token_text(a.token): a.logprob for a in told.alternatives}
-            top.setdefault(text, told.logprob)
+        if logprob is not None:
+            top = {token_text(a.token): a.logprob for a in logprob.alternatives}
+            top.setdefault(text, logprob.logprob)
         form["tokens"].append(text)
-        form["token_logprobs"].append(told.logprob if told is not None else None)
+        form["token_logprobs"].append(logprob.logprob if logprob is not None else None)
         form["top_logprobs"].append(top)
         form["text_offset"].append(self._offset)
 

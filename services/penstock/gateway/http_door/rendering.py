@@ -77,10 +77,10 @@ class _Base:
         }
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        told = {**self._head, "object": self.chunk_kind, "choices": [choice]}
+        chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
         if self._include_usage:
-            told["usage"] = None
-        return told
+            chunk["usage"] = None
+        return chunk
 
     def _whole(self, choices: list[dict[str, Any]], closings: Sequence[Closing]) -> dict[str, Any]:
         choices.sort(key=lambda c: int(c["index"]))
@@ -95,19 +95,19 @@ class _Base:
     def _ending(self, delta: Delta) -> dict[str, Any]:
         """What every choice has: its end, and its tokens where they were asked for."""
         plan = self._call.plans[delta.index // self._choices_per_prompt]
-        told: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
+        ending: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
         if delta.finish is not None:
-            told["finish_reason"] = _REASONS[delta.finish.reason]
-            told["stop_reason"] = self._stop_reason(delta.finish)
+            ending["finish_reason"] = _REASONS[delta.finish.reason]
+            ending["stop_reason"] = self._stop_reason(delta.finish)
         if plan.reporting.token_ids:
-            told["token_ids"] = delta.token_ids
+            ending["token_ids"] = delta.token_ids
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             if plan.reporting.token_ids:
-                told["prompt_token_ids"] = list(plan.prompt_ids)
+                ending["prompt_token_ids"] = list(plan.prompt_ids)
         if delta.prompt_logprobs:
-            told["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
-        return told
+            ending["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
+        return ending
 
     def _stop_reason(self, finish: Finish) -> str | int | None:
         """vLLM's: the text or the token that the client named; None for an end-of-sequence token."""
@@ -163,8 +163,8 @@ class ChatRendering(_Base):
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
         text = delta.text
-        told = {"content": text} if text or delta.token_ids or delta.logprobs else {}
-        return self._chunk({"index": delta.index, "delta": told, **self._rest(delta)})
+        content = {"content": text} if text or delta.token_ids or delta.logprobs else {}
+        return self._chunk({"index": delta.index, "delta": content, **self._rest(delta)})
 
     def whole(self, deltas: Sequence[Delta], closings: Sequence[Closing]) -> dict[str, Any]:
         choices = [

@@ -15,22 +15,26 @@ from penstock.gateway.bounds import Bounds, check_body
 __all__ = ["ChatBody", "ChatTurn", "CompletionBody", "DetokenizeBody", "SharedBody", "TokenizeBody", "parse"]
 
 
-def _prompt(told: Any) -> Any:
+def _prompt(prompt: Any) -> Any:
     """Told apart by its first element; checking a union would try each of its members on each element."""
-    if isinstance(told, str):
-        return told
-    kinds: set[type] = set(map(type, told)) if isinstance(told, list) else {object}
-    if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in told):
+    if isinstance(prompt, str):
+        return prompt
+    kinds: set[type] = set(map(type, prompt)) if isinstance(prompt, list) else {object}
+    if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in prompt):
         kinds = {int}
     if kinds not in ({int}, {str}, set()):
         raise ValueError("no prompt")
-    return told
+    return prompt
 
 
-def _content(told: Any) -> Any:
-    if told is not None and not isinstance(told, str) and not (isinstance(told, list) and set(map(type, told)) <= {dict}):
+def _content(content: Any) -> Any:
+    if (
+        content is not None
+        and not isinstance(content, str)
+        and not (isinstance(content, list) and set(map(type, content)) <= {dict})
+    ):
         raise ValueError("no content")
-    return told
+    return content
 
 
 class _Body(BaseModel):
@@ -174,15 +178,15 @@ def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
         raise _no_object(f"this is {type(raw).__name__}")
     check_body(raw, bounds)
     try:
-        told = kind.model_validate(raw)
+        parsed = kind.model_validate(raw)
     except ValidationError as error:
         raise InvalidRequest(*_violations(error, kind)) from error
-    for prefix, part in _parts(told):
+    for prefix, part in _parts(parsed):
         violations = list(_extras(part, prefix))
         if violations:
             known = all(violation.description == _UNSUPPORTED for violation in violations)
             raise (UnsupportedField if known else InvalidRequest)(*violations)
-    return told
+    return parsed
 
 
 def _no_object(why: str) -> InvalidRequest:
@@ -191,16 +195,16 @@ def _no_object(why: str) -> InvalidRequest:
 
 def _violations(error: ValidationError, kind: type[BaseModel]) -> list[FieldViolation]:
     found: dict[str, str] = {}
-    for told in error.errors(include_url=False, include_context=False, include_input=False):
-        location = told["loc"]
+    for violation in error.errors(include_url=False, include_context=False, include_input=False):
+        location = violation["loc"]
         field = _path(location)
         known = _EXPECTED.get(str(location[0]) if len(location) < 3 else str(location[2])) or _EXPECTED.get(str(location[0]))
-        if told["type"] == "missing":
+        if violation["type"] == "missing":
             found[field] = "is required"
-        elif told["type"] == "extra_forbidden":
+        elif violation["type"] == "extra_forbidden":
             found[field] = _UNKNOWN if len(found) >= MAX_VIOLATIONS else _unknown(str(location[-1]), kind.model_fields)
         else:
-            found.setdefault(field, f"must be {known}" if known else told["msg"])
+            found.setdefault(field, f"must be {known}" if known else violation["msg"])
     return [FieldViolation(field, text) for field, text in found.items()]
 
 
@@ -217,21 +221,21 @@ def _path(location: tuple[int | str, ...]) -> str:
     return path.partition("[")[0] if str(location[0]) in {"prompt", "stop"} else path
 
 
-def _parts(told: BaseModel) -> Iterator[tuple[str, BaseModel]]:
+def _parts(body: BaseModel) -> Iterator[tuple[str, BaseModel]]:
     """What may have fields that are not known, with what stands before their names."""
-    yield "", told
-    for i, turn in enumerate(getattr(told, "messages", None) or ()):
+    yield "", body
+    for i, turn in enumerate(getattr(body, "messages", None) or ()):
         yield f"messages[{i}].", turn
 
 
-def _extras(told: BaseModel, prefix: str) -> Iterator[FieldViolation]:
+def _extras(part: BaseModel, prefix: str) -> Iterator[FieldViolation]:
     count = 0
-    for name, value in (told.model_extra or {}).items():
+    for name, value in (part.model_extra or {}).items():
         if name in _HARMLESS or value is None or any(_same(value, neutral) for neutral in _NEUTRAL.get(name, ())):
             continue
         why = _UNSUPPORTED
         if name not in _NEUTRAL:
-            why = _unknown(name, type(told).model_fields) if count < MAX_VIOLATIONS else _UNKNOWN
+            why = _unknown(name, type(part).model_fields) if count < MAX_VIOLATIONS else _UNKNOWN
         count += 1
         yield FieldViolation(prefix + name[:64], why)
 

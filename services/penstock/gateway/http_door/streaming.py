@@ -105,8 +105,8 @@ def closings_of(call: Call) -> list[Closing]:
     return [closing for closing in call.queue.closings if closing is not None]
 
 
-def _event(told: dict[str, Any]) -> bytes:
-    return b"data: " + _ENCODE(told).encode() + b"\n\n"
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + _ENCODE(chunk).encode() + b"\n\n"
 
 
 async def _send(send: Send, body: bytes, *, more: bool = True) -> None:

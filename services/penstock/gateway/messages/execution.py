@@ -81,37 +81,37 @@ def _start(choice: Choice) -> executor_pb2.StartSequence:
     )
 
 
-def sequence_start(told: executor_pb2.StartedSequence) -> SequenceStart:
+def sequence_start(started: executor_pb2.StartedSequence) -> SequenceStart:
     """A sequence's first report."""
-    return SequenceStart(told.cached_tokens, told.waited_us / 1e6, told.prefill_us / 1e6)
+    return SequenceStart(started.cached_tokens, started.waited_us / 1e6, started.prefill_us / 1e6)
 
 
-def token_report(token_id: int, told: executor_pb2.TokenLogprobs) -> TokenReport:
+def token_report(token_id: int, logprobs: executor_pb2.TokenLogprobs) -> TokenReport:
     """The log-probability of a token."""
-    return TokenReport(token_id, told.logprob, told.rank, list(told.top_ids), list(told.top_logprobs))
+    return TokenReport(token_id, logprobs.logprob, logprobs.rank, list(logprobs.top_ids), list(logprobs.top_logprobs))
 
 
-def prompt_reports(told: executor_pb2.PromptLogprobs, prompt_ids: Sequence[int]) -> list[TokenReport]:
+def prompt_reports(logprobs: executor_pb2.PromptLogprobs, prompt_ids: Sequence[int]) -> list[TokenReport]:
     """Those of a prompt's tokens but the first."""
-    return [token_report(prompt_ids[place.position], place) for place in told.tokens]
+    return [token_report(prompt_ids[place.position], place) for place in logprobs.tokens]
 
 
-def arrival(told: executor_pb2.KvArrival) -> Handoff:
+def arrival(arrived: executor_pb2.KvArrival) -> Handoff:
     """How KV came over."""
-    transport = handoff_pb2.HandoffTransport.Name(told.transport)[_TRANSPORT:].lower()
-    return Handoff(told.kv_bytes, told.transfer_us / 1e6, told.exposed_us / 1e6, transport, told.native)
+    transport = handoff_pb2.HandoffTransport.Name(arrived.transport)[_TRANSPORT:].lower()
+    return Handoff(arrived.kv_bytes, arrived.transfer_us / 1e6, arrived.exposed_us / 1e6, transport, arrived.native)
 
 
-def handoff_failure(told: executor_pb2.FinishedSequence) -> HandoffFailure | None:
+def handoff_failure(finished: executor_pb2.FinishedSequence) -> HandoffFailure | None:
     """Why KV was not handed over; None where a sequence ended by something else."""
-    if told.reason != executor_pb2.SEQUENCE_FINISH_HANDOFF_FAILED:
+    if finished.reason != executor_pb2.SEQUENCE_FINISH_HANDOFF_FAILED:
         return None
-    return _FAILURES.get(told.handoff_failure, HandoffFailure.REFUSED)
+    return _FAILURES.get(finished.handoff_failure, HandoffFailure.REFUSED)
 
 
-def why(told: executor_pb2.FinishedSequence) -> str:
+def why(finished: executor_pb2.FinishedSequence) -> str:
     """How a sequence was lost, for the log."""
-    reason = executor_pb2.SequenceFinish.Name(told.reason)
-    if told.handoff_failure:
-        reason += f" ({executor_pb2.HandoffFailure.Name(told.handoff_failure)})"
-    return f"{reason}: {told.message}"
+    reason = executor_pb2.SequenceFinish.Name(finished.reason)
+    if finished.handoff_failure:
+        reason += f" ({executor_pb2.HandoffFailure.Name(finished.handoff_failure)})"
+    return f"{reason}: {finished.message}"

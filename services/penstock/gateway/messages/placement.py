@@ -57,18 +57,18 @@ def announced(number: int, request: Request, held: Lease) -> scheduler_pb2.Lease
     )
 
 
-def lease(told: scheduler_pb2.Lease) -> Lease:
+def lease(granted: scheduler_pb2.Lease) -> Lease:
     """Leave to run."""
     prefill = None
-    if told.HasField("prefill"):
-        prefill = PrefillLease(told.prefill.executor_id, told.prefill.address, told.prefill.tokens)
+    if granted.HasField("prefill"):
+        prefill = PrefillLease(granted.prefill.executor_id, granted.prefill.address, granted.prefill.tokens)
     return Lease(
-        told.executor_id,
-        told.address,
-        told.tokens,
-        told.queued_us / 1e6,
+        granted.executor_id,
+        granted.address,
+        granted.tokens,
+        granted.queued_us / 1e6,
         prefill,
-        _REASONS.get(told.reason, PlacementReason.UNSPECIFIED),
+        _REASONS.get(granted.reason, PlacementReason.UNSPECIFIED),
     )
 
 
@@ -95,29 +95,29 @@ def error(refusal: scheduler_pb2.Refusal) -> PenstockError:
             return InternalError(f"the scheduler refused without a reason: {refusal.message}")
 
 
-def executor(told: scheduler_pb2.ExecutorDescription) -> Executor:
+def executor(description: scheduler_pb2.ExecutorDescription) -> Executor:
     """One live executor."""
-    defaults = told.defaults
+    defaults = description.defaults
     return Executor(
-        executor_id=told.executor_id,
-        address=told.address,
-        model=told.model,
-        model_fingerprint=told.model_fingerprint,
-        tokenizer_fingerprint=told.tokenizer_fingerprint,
-        architecture=told.architecture,
-        backend=told.backend,
-        device=told.device,
-        dtype=told.dtype,
-        backend_version=told.backend_version,
-        features=tuple(told.features),
-        kv_layout=told.kv_layout,
-        kv_dtype=told.kv_dtype,
-        context_length=told.context_length,
-        vocabulary_size=told.vocabulary_size,
-        kv_block_size=max(1, told.kv_block_size),
-        kv_blocks=told.kv_blocks,
-        fields=frozenset(told.fields),
-        eos_token_ids=tuple(told.eos_token_ids),
+        executor_id=description.executor_id,
+        address=description.address,
+        model=description.model,
+        model_fingerprint=description.model_fingerprint,
+        tokenizer_fingerprint=description.tokenizer_fingerprint,
+        architecture=description.architecture,
+        backend=description.backend,
+        device=description.device,
+        dtype=description.dtype,
+        backend_version=description.backend_version,
+        features=tuple(description.features),
+        kv_layout=description.kv_layout,
+        kv_dtype=description.kv_dtype,
+        context_length=description.context_length,
+        vocabulary_size=description.vocabulary_size,
+        kv_block_size=max(1, description.kv_block_size),
+        kv_blocks=description.kv_blocks,
+        fields=frozenset(description.fields),
+        eos_token_ids=tuple(description.eos_token_ids),
         defaults=GenerationDefaults(
             temperature=defaults.temperature if defaults.HasField("temperature") else None,
             top_p=defaults.top_p if defaults.HasField("top_p") else None,

@@ -86,7 +86,7 @@ def tell_first(request: Request) -> None:
 
 def expire(request: Request) -> None:
     """The deadline has passed."""
-    if not request.told:
+    if not request.told_anything:
         fail(request, DeadlineExceeded("the deadline passed before the first token"))
     else:
         _finish_all(request, FinishReason.DEADLINE)
@@ -99,7 +99,7 @@ def break_off(request: Request, error: PenstockError) -> None:
 
 def end_early(request: Request, error: PenstockError, reason: FinishReason) -> None:
     """What goes wrong is an error before the first text and a finish reason behind it."""
-    if not request.told:
+    if not request.told_anything:
         fail(request, error)
     else:
         request.error = error

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["describe_again", "named_in_prompt", "prompt_report", "report"]
 
 
-def report(request: Request, choice: Choice, position: int, told: TokenReport) -> None:
+def report(request: Request, choice: Choice, position: int, token_report: TokenReport) -> None:
     """That of an output token. One that comes early waits, as its token does."""
     if position > len(choice.reports) and choice.apart is not None:
-        choice.apart.reports[position] = told
+        choice.apart.reports[position] = token_report
         return
     if position != len(choice.reports):
         return
-    fresh = [told]
+    fresh = [token_report]
     if choice.apart is not None:
         while (following := choice.apart.reports.pop(position + len(fresh), None)) is not None:
             fresh.append(following)
@@ -30,11 +30,11 @@ def report(request: Request, choice: Choice, position: int, told: TokenReport) -
     _describe(request, choice, ids_of(fresh))
 
 
-def prompt_report(request: Request, choice: Choice, told: Sequence[TokenReport]) -> None:
+def prompt_report(request: Request, choice: Choice, prompt_reports: Sequence[TokenReport]) -> None:
     """Those of the prompt's tokens."""
     if choice.prompt_reports is None:
-        choice.prompt_reports = list(told)
-        _describe(request, choice, named_in_prompt(request, told))
+        choice.prompt_reports = list(prompt_reports)
+        _describe(request, choice, named_in_prompt(request, prompt_reports))
 
 
 def describe_again(request: Request, choice: Choice) -> None:
@@ -45,9 +45,9 @@ def describe_again(request: Request, choice: Choice) -> None:
         _describe(request, choice, named_in_prompt(request, choice.prompt_reports))
 
 
-def named_in_prompt(request: Request, told: Iterable[TokenReport]) -> set[int]:
+def named_in_prompt(request: Request, prompt_reports: Iterable[TokenReport]) -> set[int]:
     """Ids that reports of the prompt name, and its first one, of which nothing is known but its text."""
-    return {request.plan.prompt_ids[0]} | ids_of(told)
+    return {request.plan.prompt_ids[0]} | ids_of(prompt_reports)
 
 
 def _describe(request: Request, choice: Choice, ids: set[int]) -> None:

@@ -57,8 +57,8 @@ def _tell_held(request: Request, choice: Choice) -> None:
 def _missing(request: Request, choice: Choice, text: Text) -> bool:
     """Whether bytes of tokens that are told with a text are not known yet."""
     known = request.tokens.keys()
-    told = choice.prompt_reports if not choice.begun else None
-    if told is not None and not known >= named_in_prompt(request, told):
+    prompt_reports = choice.prompt_reports if not choice.begun else None
+    if prompt_reports is not None and not known >= named_in_prompt(request, prompt_reports):
         return True
     return bool(choice.reports) and not known >= ids_of(choice.reports[choice.told_tokens : _told_after(choice, text)])
 

@@ -22,9 +22,9 @@ def quickest(spec: DecoderSpec, dtype: torch.dtype, block_size: int, device: tor
     with torch.inference_mode():
         ways = ways_of(device, spec.sliding_window)
         attention, (decodes, prefills) = choose(spec, dtype, block_size, device, ways, recorded, launched)
-    logger().info("attention chosen", device=str(device), decoding=_told(decodes), prefill=_told(prefills))
+    logger().info("attention chosen", device=str(device), decoding=_summaries(decodes), prefill=_summaries(prefills))
     return attention
 
 
-def _told(trials: list[Trial]) -> list[str]:
+def _summaries(trials: list[Trial]) -> list[str]:
     return [f"{t.name}: {t.reason}" if t.seconds is None else f"{t.name}: {t.seconds * 1e6:.0f} us" for t in trials]

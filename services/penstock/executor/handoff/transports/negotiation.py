@@ -64,9 +64,9 @@ class Transports:
     def __init__(self, allowed: Sequence[Transport] = (Transport.SHARED_MEMORY, Transport.GRPC)) -> None:
         """`allowed`: what may be taken. Others are neither offered nor taken."""
         self._allowed = frozenset(allowed)
-        self._told: set[Transport] = set()
+        self._warned: set[Transport] = set()
         if Transport.NIXL in self._allowed and (reason := missing()) is not None:
-            self._tell_once(Transport.NIXL, reason)
+            self._warn_once(Transport.NIXL, reason)
             self._allowed -= {Transport.NIXL}
         if Transport.SHARED_MEMORY in self._allowed:
             segments.sweep()  # what an executor left that was killed here before
@@ -88,7 +88,7 @@ class Transports:
                 try:
                     proving[transport] = make(window_bytes)
                 except (OSError, TransportFailed) as error:
-                    self._tell_once(transport, str(error))
+                    self._warn_once(transport, str(error))
                     both.remove(transport)
         return ReceivingEnds(window_bytes, tuple(both), proving)
 
@@ -96,9 +96,9 @@ class Transports:
         """The sending ends of a link, where the other executor has offered this."""
         return SendingEnds(offer, self._allowed)
 
-    def _tell_once(self, transport: Transport, reason: str) -> None:
-        if transport not in self._told:
-            self._told.add(transport)
+    def _warn_once(self, transport: Transport, reason: str) -> None:
+        if transport not in self._warned:
+            self._warned.add(transport)
             logger().warning("a transport of KV is not offered", transport=transport.value, reason=reason)
 
 
