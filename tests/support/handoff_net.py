@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from penstock.backends.contract import KvSpec
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.handoffs import Handoffs, Settings
 from penstock.executor.handoff.line import Agreed
 from penstock.executor.handoff.ports import SequenceEnded
-from penstock.executor.handoff.ticket import HandoffFailure, Receive, Send, Transport
+from penstock.executor.handoff.ticket import Receive, Send, Transport
 from penstock.executor.handoff.transports.port import InlinePayload, Parcel, WrongChecksum, checksum
 from penstock.executor.handoff.words import Push
 

@@ -2,7 +2,8 @@
 
 from fake_engine import GREEDY, Bench
 
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket, Transport
+from penstock.common.handoff import HandoffFailure
+from penstock.executor.handoff.ticket import Arrival, Receive, Send, Ticket, Transport
 from penstock.executor.sequence import SequenceRequest
 
 PREFILL, DECODE = "prefill", "decode"

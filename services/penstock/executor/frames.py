@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from penstock.executor.handoff.ticket import HandoffFailure
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.sampling import Sampled
 from penstock.executor.sequence import Finish, Finished, Frame, Sequence, Sink, Started
 

@@ -9,10 +9,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from penstock.backends.contract import ModelLost
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.commands import Commands
 from penstock.executor.frames import Frames
 from penstock.executor.handoff.ports import Exported, Handle, HandoffEvents, Imported, SequenceEnded, always
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure
+from penstock.executor.handoff.ticket import Arrival
 from penstock.executor.kv_moves import KvMoves
 from penstock.executor.live_sequences import LiveSequences
 from penstock.executor.model_runner import EngineDead, ModelRunner

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.frames import Frames
-from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.meter import Meter
 from penstock.executor.sequence import Finish, Sequence, Sink
 from penstock.executor.step_planner import StepPlanner

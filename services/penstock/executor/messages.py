@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from penstock.backends.contract import Tuned
+from penstock.common.handoff import HandoffFailure
 from penstock.common.prefix import wire_form
 from penstock.common.step_times import Curve, StepTimes
 from penstock.executor.engine import Engine
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket, Transport
+from penstock.executor.handoff.ticket import Arrival, Receive, Send, Ticket, Transport
 from penstock.executor.kv_events import KvChanges
 from penstock.executor.loading import Loaded
 from penstock.executor.sampling import SamplingParameters, TokenLogprob

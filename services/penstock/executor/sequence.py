@@ -12,8 +12,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.common.handoff import HandoffFailure
 from penstock.common.prefix import block_hashes, next_block_hash
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket
+from penstock.executor.handoff.ticket import Arrival, Receive, Send, Ticket
 from penstock.executor.sampling import Adjustment, Row, SamplingParameters, TokenLogprob
 
 __all__ = ["Finish", "Finished", "Frame", "Sequence", "SequenceRequest", "Sink", "Started", "Status"]

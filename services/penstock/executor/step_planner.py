@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from penstock.common.receiving import RECEIVING_SHARE
+from penstock.common.handoff import RECEIVING_SHARE
 from penstock.executor.awaited_prefixes import AwaitedPrefixes
 from penstock.executor.block_tables import BlockTables
 from penstock.executor.blocks import BlockManager

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterable
 
 from penstock.common import tracing
+from penstock.common.handoff import HandoffFailure
 from penstock.common.logs import logger
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure
+from penstock.executor.handoff.ticket import Arrival
 from penstock.executor.sequence import Finish, Finished, Frame, Started
 
 __all__ = ["StreamTraces"]

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 from penstock.common import faults
 from penstock.common.channel import connect
+from penstock.common.handoff import HandoffFailure
 from penstock.common.logs import logger
 from penstock.gateway.choice import Choice
 from penstock.gateway.messages import execution as messages
-from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease
+from penstock.gateway.ports import Lease, Loss, PrefillLease
 from penstock.gateway.stream import Stream
 from penstock.internal.v1 import executor_pb2, executor_pb2_grpc
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from penstock.common.errors import PenstockError
 from penstock.common.events import EventLog
+from penstock.common.handoff import HandoffFailure
 from penstock.gateway.answer import Closing, Finish, Handoff, Logprob
 from penstock.gateway.choice import Choice
 from penstock.gateway.machine import Request
-from penstock.gateway.ports import ExecutionPort, HandoffFailure, Lease, Loss, OutputPort, PrefillLease, Refusal
+from penstock.gateway.ports import ExecutionPort, Lease, Loss, OutputPort, PrefillLease, Refusal
 from penstock.gateway.states import Event, State
 
 __all__ = ["History"]

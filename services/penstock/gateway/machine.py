@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from penstock.common.errors import PenstockError
+from penstock.common.handoff import HandoffFailure
 from penstock.gateway.answer import FallbackReason, Handoff
 from penstock.gateway.choice import Choice
 from penstock.gateway.ports import (
-    HandoffFailure,
     Lease,
     Loss,
     OutputPort,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DecodingPort",
     "ExecutionPort",
-    "HandoffFailure",
     "Lease",
     "Loss",
     "OutputPort",
@@ -106,17 +105,6 @@ class Loss(enum.Enum):
     LOST = "lost"  # with its executor, or with the stream to it
     REFUSED = "refused"
     FAILED = "failed"
-
-
-class HandoffFailure(enum.Enum):
-    """Why an executor says that KV was not handed over."""
-
-    LEASE_EXPIRED = "lease_expired"
-    ABORTED = "aborted"
-    REFUSED = "refused"
-    UNKNOWN_PEER = "unknown_peer"
-    BACKEND = "backend"
-    INCOMPATIBLE = "incompatible"
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.common.receiving import RECEIVING_SHARE
+from penstock.common.handoff import RECEIVING_SHARE
 from penstock.scheduler.model import Description, Load, Role
 from penstock.scheduler.reach import Unreached
 from penstock.scheduler.splitting import COUNTED, Pace

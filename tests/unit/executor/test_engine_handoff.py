@@ -8,7 +8,8 @@ from fake_engine import GREEDY, Bench, expected
 from joined_engines import DECODE, Handoff, JoinedBenches
 
 from penstock.backends.fake import BLOCK_SIZE
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket, Transport
+from penstock.common.handoff import HandoffFailure
+from penstock.executor.handoff.ticket import Arrival, Receive, Send, Ticket, Transport
 from penstock.executor.sampling import SamplingParameters
 from penstock.executor.sequence import Finish, SequenceRequest
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from joined_engines import JoinedBenches
 
-from penstock.executor.handoff.ticket import HandoffFailure, Receive, Send
+from penstock.common.handoff import HandoffFailure
+from penstock.executor.handoff.ticket import Receive, Send
 from penstock.executor.sequence import Finish, Status
 
 BY_HANDOFF = {Finish.HANDED_OFF, Finish.HANDOFF_FAILED}

@@ -9,9 +9,10 @@ from fake_engine import Bench, expected
 from joined_engines import PREFILL, JoinedBenches
 
 from penstock.backends.contract import ModelLost
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.engine import EngineDead
 from penstock.executor.handoff.ports import SequenceEnded
-from penstock.executor.handoff.ticket import HandoffFailure, Receive
+from penstock.executor.handoff.ticket import Receive
 from penstock.executor.messages import load_of
 from penstock.executor.sequence import Finish, SequenceRequest
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Send, Ticket, Transport
+from penstock.common.handoff import HandoffFailure
+from penstock.executor.handoff.ticket import Arrival, Receive, Send, Ticket, Transport
 from penstock.executor.messages import merge, read_start, read_ticket, tell_ticket
 from penstock.executor.sequence import Finish, Finished, Frame
 from penstock.internal.v1 import executor_pb2 as pb

@@ -4,9 +4,10 @@ import pytest
 from scripted_ports import build
 
 from penstock.common.errors import Cancelled, Unavailable
+from penstock.common.handoff import HandoffFailure
 from penstock.common.placement import PlacementReason
 from penstock.gateway.answer import Fallback, FallbackReason, FinishReason, Handoff
-from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, SequenceStart, Text, TokenReport
+from penstock.gateway.ports import Lease, Loss, PrefillLease, SequenceEnd, SequenceStart, Text, TokenReport
 from penstock.gateway.states import Event, Stage, State
 from penstock.gateway.table import STAGES
 

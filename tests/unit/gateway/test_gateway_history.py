@@ -8,9 +8,10 @@ from scripted_ports import build
 
 from penstock.common.errors import Cancelled
 from penstock.common.events import EventLog
+from penstock.common.handoff import HandoffFailure
 from penstock.gateway.answer import Handoff
 from penstock.gateway.history import History
-from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, Text
+from penstock.gateway.ports import Lease, Loss, PrefillLease, SequenceEnd, Text
 
 APART = Lease("d0", "host:1", 9, 0.5, PrefillLease("p0", "host:2", 7))
 TOGETHER = Lease("d1", "host:3")

@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scripted_ports import build
 
 from penstock.common.errors import Unavailable
+from penstock.common.handoff import HandoffFailure
 from penstock.gateway.answer import FinishReason, Handoff
-from penstock.gateway.ports import HandoffFailure, Lease, Loss, PrefillLease, SequenceEnd, Text
+from penstock.gateway.ports import Lease, Loss, PrefillLease, SequenceEnd, Text
 from penstock.gateway.states import State
 
 LETTERS = "aé한😀"

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from scripted_ports import build
 
 from penstock.common.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from penstock.common.handoff import HandoffFailure
 from penstock.gateway.answer import FallbackReason, FinishReason, Handoff
-from penstock.gateway.ports import HandoffFailure, Lease, Loss, Refusal, SequenceEnd, SequenceStart, Text
+from penstock.gateway.ports import Lease, Loss, Refusal, SequenceEnd, SequenceStart, Text
 from penstock.gateway.states import Event, State
 from penstock.gateway.table import TABLE
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.failing import FailingPeers
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Transport
+from penstock.executor.handoff.ticket import Arrival, Transport
 from penstock.executor.handoff.words import Refusal
 
 __all__ = ["HandoffCounts", "Moved", "outcome"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.ports import KvEngine, SequenceEnded
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Chunk
-from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.port import LinkClosed, Outgoing
 
 __all__ = ["fetch"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.executor.handoff.ticket import HandoffFailure
+from penstock.common.handoff import HandoffFailure
 
 __all__ = ["Failing", "FailingPeers"]
 

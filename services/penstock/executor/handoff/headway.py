@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.executor.handoff.ticket import HandoffFailure
+from penstock.common.handoff import HandoffFailure
 
 __all__ = ["Headway"]
 

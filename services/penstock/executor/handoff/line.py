@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.counts import HandoffCounts, outcome
 from penstock.executor.handoff.exports import fetch
 from penstock.executor.handoff.geometry import Geometry
@@ -15,7 +16,6 @@ from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Chunk, Cut, State
 from penstock.executor.handoff.speed import LinkSpeed
-from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.port import Outgoing
 from penstock.executor.handoff.words import (
     Abort,

@@ -11,6 +11,7 @@ import grpc.aio
 
 from penstock.common import faults
 from penstock.common.channel import connect, leave
+from penstock.common.handoff import HandoffFailure
 from penstock.common.logs import logger
 from penstock.executor.handoff.framing import Request, open_stream
 from penstock.executor.handoff.geometry import Geometry
@@ -19,7 +20,6 @@ from penstock.executor.handoff.line import Agreed, Line
 from penstock.executor.handoff.messages import read_answer, read_offer, refusal_of, tell_ask, tell_attach, tell_transports
 from penstock.executor.handoff.peers import Peer, Peers
 from penstock.executor.handoff.points import passed
-from penstock.executor.handoff.ticket import HandoffFailure
 from penstock.executor.handoff.transports.negotiation import SendingEnds, Transports
 from penstock.executor.handoff.transports.sizes import best
 from penstock.executor.handoff.words import Refusal

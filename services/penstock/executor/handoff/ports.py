@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Ticket
+from penstock.common.handoff import HandoffFailure
+from penstock.executor.handoff.ticket import Arrival, Ticket
 from penstock.executor.sequence import SequenceRequest
 
 __all__ = ["Exported", "Handle", "HandoffEvents", "Imported", "KvEngine", "SequenceEnded", "always"]

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from penstock.common.handoff import HandoffFailure
 from penstock.common.tables import by_state
 from penstock.executor.handoff.geometry import Fault, Geometry
 from penstock.executor.handoff.progress import ArrivalClock
 from penstock.executor.handoff.receiver_states import Chunk, Event, ReceiverPorts, State, Taken
-from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
+from penstock.executor.handoff.ticket import Ticket, Transport
 from penstock.executor.handoff.words import Aborted, Ack, Answer, Commit, Push, Pushed, Refusal, Refused, Reserved
 
 __all__ = ["TABLE", "Receiver"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure
+from penstock.common.handoff import HandoffFailure
+from penstock.executor.handoff.ticket import Arrival
 from penstock.executor.handoff.words import Answer, Push
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from typing import Protocol
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.alarm import Alarm
 from penstock.executor.handoff.counts import HandoffCounts, outcome
 from penstock.executor.handoff.geometry import Geometry
@@ -13,7 +14,7 @@ from penstock.executor.handoff.imports import Imports
 from penstock.executor.handoff.ports import Handle, KvEngine
 from penstock.executor.handoff.receiver import Receiver
 from penstock.executor.handoff.receiver_states import Chunk, State
-from penstock.executor.handoff.ticket import Arrival, HandoffFailure, Receive, Ticket
+from penstock.executor.handoff.ticket import Arrival, Receive, Ticket
 from penstock.executor.handoff.transports.port import Incoming
 from penstock.executor.handoff.words import (
     Abort,

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
+from penstock.common.handoff import HandoffFailure
 from penstock.common.tables import by_state
 from penstock.executor.handoff.chunk_queue import ChunkQueue
 from penstock.executor.handoff.headway import Headway
 from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut, Event, SenderPorts, State
-from penstock.executor.handoff.ticket import HandoffFailure, Ticket
+from penstock.executor.handoff.ticket import Ticket
 from penstock.executor.handoff.words import (
     Abort,
     Ack,

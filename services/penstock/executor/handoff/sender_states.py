@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from penstock.executor.handoff.ticket import HandoffFailure
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.transports.port import Parcel
 from penstock.executor.handoff.words import Ask, Push
 

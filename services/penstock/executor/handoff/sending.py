@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.alarm import Alarm
 from penstock.executor.handoff.counts import HandoffCounts
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.line import Line
 from penstock.executor.handoff.ports import Handle, KvEngine
 from penstock.executor.handoff.sender import Sender
-from penstock.executor.handoff.ticket import HandoffFailure, Ticket
+from penstock.executor.handoff.ticket import Ticket
 
 __all__ = ["Sending"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-__all__ = ["Arrival", "HandoffFailure", "Receive", "Send", "Ticket", "Transport"]
+__all__ = ["Arrival", "Receive", "Send", "Ticket", "Transport"]
 
 
 class Transport(enum.Enum):
@@ -14,17 +14,6 @@ class Transport(enum.Enum):
     GRPC = "grpc"
     SHARED_MEMORY = "shared_memory"
     NIXL = "nixl"
-
-
-class HandoffFailure(enum.Enum):
-    """Why KV was not handed over. The value stands in responses and metrics."""
-
-    LEASE_EXPIRED = "lease_expired"
-    ABORTED = "aborted"
-    REFUSED = "refused"
-    UNKNOWN_PEER = "unknown_peer"
-    BACKEND = "backend"
-    INCOMPATIBLE = "incompatible"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.common.handoff import HandoffFailure
 from penstock.gateway.answer import Handoff
 from penstock.gateway.choice import Choice
-from penstock.gateway.ports import HandoffFailure, SequenceEnd, SequenceStart, TokenReport
+from penstock.gateway.ports import SequenceEnd, SequenceStart, TokenReport
 from penstock.internal.v1 import executor_pb2, handoff_pb2
 
 __all__ = [

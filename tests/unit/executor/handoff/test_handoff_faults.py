@@ -6,7 +6,7 @@ from handoff_net import DECODE, LATENCY, PREFILL, Net, Stream, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from penstock.executor.handoff.ticket import HandoffFailure
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.words import Commit, Push, Refusal
 
 LEASE = 3.0

@@ -6,6 +6,7 @@ import weakref
 import pytest
 from handoff_net import GEOMETRY, Engine, Handle, Outgoing, run
 
+from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff import receiver, receiver_states, sender, sender_states
 from penstock.executor.handoff.counts import HandoffCounts
 from penstock.executor.handoff.line import Agreed, Line
@@ -14,7 +15,7 @@ from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
 from penstock.executor.handoff.sender_states import Cut
 from penstock.executor.handoff.speed import LinkSpeed
-from penstock.executor.handoff.ticket import HandoffFailure, Ticket, Transport
+from penstock.executor.handoff.ticket import Ticket, Transport
 from penstock.executor.handoff.transports.port import InlinePayload, Parcel
 from penstock.executor.handoff.words import Abort, Aborted, Ack, Commit, Push, Pushed, Refusal, Refused, Reserved
 
