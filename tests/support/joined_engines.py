@@ -18,7 +18,7 @@ class Handoff:
     """
 
     def __init__(self, prefill, decode, native=False):
-        self.prefill, self.decode, self.native = prefill.handover, decode.handover, native
+        self.prefill, self.decode, self.native = prefill.handoff, decode.handoff, native
         self.block_size = decode.block_size
         self.tickets, self.receivers, self.senders = {}, {}, {}
         self.told, self.live, self.over, self.left = [], [], set(), set()
@@ -79,10 +79,10 @@ class Handoff:
             if sender.handle in self.live:
                 sender.push()
 
-    def fail(self, handover, handle, failure, message="told by a test"):
+    def fail(self, half, handle, failure, message="told by a test"):
         if handle in self.live:
             self.live.remove(handle)
-            handover.fail(handle, failure, message)
+            half.fail(handle, failure, message)
 
     def _sender(self, handle):
         return self.senders[handle.request.handoff.ticket.handoff_id]

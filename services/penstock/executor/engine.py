@@ -13,7 +13,7 @@ the engine's thread (and from the caller's, inside `submit`, for what is refused
 is told finished exactly once, unless it was aborted. Sinks stand for gateways: `abort_all(sink)` ends all that one has started.
 
 `Engine.step` is the whole of it: plan, build the batch, compute, sample, publish. Commands reach the engine between steps, and
-there KV of sequences that are handed over is copied in and out (`Handover`); `executor/handoff/ports.py` tells how.
+there KV of sequences that are handed over is copied in and out (`EngineHandoff`); `executor/handoff/ports.py` tells how.
 What can be done beside a running step is done in other threads, since a backend releases the interpreter's lock: a sequence's
 hashes are computed by who submits it, and frames become messages in the sink's event loop.
 
@@ -37,8 +37,8 @@ from penstock.executor.batch import PromptRows, build
 from penstock.executor.blocks import BlockManager
 from penstock.executor.commands import Commands
 from penstock.executor.engine_config import EngineConfig
+from penstock.executor.engine_handoff import EngineHandoff
 from penstock.executor.frames import Frames
-from penstock.executor.handover import Handover
 from penstock.executor.live_sequences import LiveSequences
 from penstock.executor.meter import Meter
 from penstock.executor.model_runner import EngineDead, ModelRunner, StepFailed
@@ -62,7 +62,7 @@ class Engine:
     """Runs sequences on a model. Its methods may be called from any thread, but for `step`.
 
     Attributes:
-        handover: of sequences whose KV comes from another executor, or goes to one.
+        handoff: of sequences whose KV comes from another executor, or goes to one.
         failure: why it is dead; None while it lives.
     """
 
@@ -89,7 +89,14 @@ class Engine:
         self._sequences = LiveSequences(self.planner, self._frames, self.meter)
         self._commands = Commands()
         self._changed = self._commands.changed
-        self.handover = Handover(self._runner, self.planner, self._sequences, self._commands, self._frames, config.vocabulary_size)
+        self.handoff = EngineHandoff(
+            self._runner,
+            self.planner,
+            self._sequences,
+            self._commands,
+            self._frames,
+            vocabulary_size=config.vocabulary_size,
+        )
         self._stopping = False
         self._draining = False
         self._stepped = False
@@ -147,7 +154,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing runs, waits, or is on its way in or out."""
-        return self.planner.empty and not (self._commands or self.handover.moving or self._frames)
+        return self.planner.empty and not (self._commands or self.handoff.moving or self._frames)
 
     def wait_until_idle(self) -> None:
         """Block the calling thread until the engine is idle, dead or closed."""
@@ -175,7 +182,7 @@ class Engine:
             return f"the engine has failed: {self.failure}"
         if self._draining or self._stopping:
             return "the executor is draining"
-        return refusal_of(request, self._config, self.context_length, hands_over=self.handover.events is not None)
+        return refusal_of(request, self._config, self.context_length, hands_over=self.handoff.events is not None)
 
     def _begin(self, sequence: Sequence) -> bool:
         """Let the sequence come between two steps, but tell of it at once: a long step may take longer than the other side waits.
@@ -185,7 +192,7 @@ class Engine:
         with self._changed:
             if self._commands.over:
                 return False
-            self.handover.begun(sequence)
+            self.handoff.begun(sequence)
             return self._commands.give(lambda: self._sequences.add(sequence))
 
     # In the engine's thread.
@@ -196,10 +203,10 @@ class Engine:
         try:
             self._commands.obey()
             self._expire()
-            self.handover.move_kv()
+            self.handoff.move_kv()
             step = self.planner.plan()
             self._stepped = bool(step.sequences)
-            self.handover.reserved(step.reserved)
+            self.handoff.reserved(step.reserved)
             if step.sequences:
                 self._compute(step)
             self._frames.publish()
@@ -219,7 +226,7 @@ class Engine:
             self._fail(step, error)
             return
         self.planner.advance(step)
-        self.handover.computed(step)
+        self.handoff.computed(step)
         self._score(batch.prompts, logits)
         self._deliver(batch.drawing, logits.sample(self._sampler, batch.drawing_rows, rows))
 
@@ -262,7 +269,7 @@ class Engine:
             if finish is not None:
                 self._sequences.finish(sequence, finish)
             elif sequence.sends:
-                self.handover.drawn(sequence, drawn.token)
+                self.handoff.drawn(sequence, drawn.token)
 
     def _run(self) -> None:
         try:
@@ -284,7 +291,7 @@ class Engine:
                 self._changed.notify_all()  # for `wait_until_idle`
             if not self._stepped or self.idle:
                 left = min(self.planner.deadlines.next - time.monotonic(), _LONGEST_WAIT)
-                self._changed.wait_for(lambda: self._stopping or self._commands or self.handover.moving, max(0.0, left))
+                self._changed.wait_for(lambda: self._stopping or self._commands or self.handoff.moving, max(0.0, left))
             return not self._stopping
 
     def _die(self, reason: str) -> None:
@@ -292,7 +299,7 @@ class Engine:
         self.failure = reason
         self._commands.end()
         self._sequences.fail_all(f"the engine has failed: {reason}")
-        self.handover.give_up_moves()
+        self.handoff.give_up_moves()
         self._frames.publish()
         with self._changed:
             self._changed.notify_all()
@@ -302,4 +309,4 @@ class Engine:
         """The engine stops: forget what is left of it. Idempotent."""
         self._commands.end()
         self._sequences.remove_all()
-        self.handover.give_up_moves()
+        self.handoff.give_up_moves()

@@ -143,7 +143,7 @@ def test_choices_that_wait_for_a_prefix_go_on_when_its_kv_does_not_come():
     joined.step()
     assert not joined.decode.engine.planner.running
     (receiver,) = joined.handoff.receivers.values()
-    joined.handoff.fail(joined.decode.engine.handover, receiver, HandoffFailure.LEASE_EXPIRED, "nothing was heard")
+    joined.handoff.fail(joined.decode.engine.handoff, receiver, HandoffFailure.LEASE_EXPIRED, "nothing was heard")
     joined.decode.run()
     assert joined.decode.tokens == {1: expected(prompt, 9)}
     told = joined.decode.finished[0]
@@ -249,8 +249,8 @@ def test_those_that_wait_for_kv_take_places_of_the_batch_and_leave_some_to_other
 def test_two_engines_that_hand_over_to_each_other_never_wait_for_each_other():
     there = JoinedBenches(Bench(12, **SMALL, max_batch_size=3), Bench(12, **SMALL, max_batch_size=3))
     back = JoinedBenches(there.decode, there.prefill)
-    there.prefill.engine.handover.events = Crossed(sends=there.handoff, receives=back.handoff)
-    there.decode.engine.handover.events = Crossed(sends=back.handoff, receives=there.handoff)
+    there.prefill.engine.handoff.events = Crossed(sends=there.handoff, receives=back.handoff)
+    there.decode.engine.handoff.events = Crossed(sends=back.handoff, receives=there.handoff)
     asked = {i: (prompt_of(40 + i, i), 5) for i in range(24)}
     for i, (prompt, count) in asked.items():
         (there if i % 2 else back).submit(i, prompt, count)
@@ -311,7 +311,7 @@ def test_kv_that_was_not_reserved_or_does_not_fit_is_not_taken(reserved, tokens,
     before, answers = reserved.decode.model.storage.copy(), Answers()
     (receiver,) = reserved.handoff.receivers.values()
     data = np.zeros(shape or reserved.decode.model.kv.canonical_shape(len(tokens)), np.float32)
-    reserved.decode.engine.handover.import_kv(receiver, tokens, data, native=False, done=answers)
+    reserved.decode.engine.handoff.import_kv(receiver, tokens, data, native=False, done=answers)
     reserved.decode.engine.step()
     (error,) = answers
     assert isinstance(error, ValueError)
@@ -326,7 +326,7 @@ def test_blocks_that_were_not_reserved_or_are_not_whole_are_not_taken(reserved, 
     before, answers = reserved.decode.model.storage.copy(), Answers()
     (receiver,) = reserved.handoff.receivers.values()
     data = np.zeros((blocks, BLOCK_SIZE * 8), np.uint8)
-    reserved.decode.engine.handover.import_kv(receiver, tokens, data, native=True, done=answers)
+    reserved.decode.engine.handoff.import_kv(receiver, tokens, data, native=True, done=answers)
     reserved.decode.engine.step()
     assert isinstance(answers[0], ValueError)
     assert np.array_equal(reserved.decode.model.storage, before)
@@ -339,8 +339,8 @@ def test_what_is_not_computed_yet_can_not_be_copied_out():
     joined.step()
     joined.step()
     (sender,) = joined.handoff.senders.values()
-    joined.prefill.engine.handover.export_kv(sender.handle, range(sender.computed + 1), native=False, done=answers)
-    joined.prefill.engine.handover.export_kv(sender.handle, range(sender.computed), native=False, done=answers)
+    joined.prefill.engine.handoff.export_kv(sender.handle, range(sender.computed + 1), native=False, done=answers)
+    joined.prefill.engine.handoff.export_kv(sender.handle, range(sender.computed), native=False, done=answers)
     joined.prefill.engine.step()
     refused, data = answers
     assert isinstance(refused, ValueError)
@@ -353,7 +353,7 @@ def test_a_first_token_that_is_none_fails_the_handoff():
     joined.submit(1, prompt_of(20), 9)
     joined.decode.engine.step()
     (receiver,) = joined.handoff.receivers.values()
-    joined.decode.engine.handover.begin_decode(receiver, 97, Arrival(0, 0, 0, 0, Transport.GRPC, native=False, pushes=0))
+    joined.decode.engine.handoff.begin_decode(receiver, 97, Arrival(0, 0, 0, 0, Transport.GRPC, native=False, pushes=0))
     joined.decode.run()
     assert joined.decode.finished[1].handoff_failure is HandoffFailure.REFUSED
 
@@ -366,7 +366,7 @@ def test_a_sequence_can_be_given_up_as_soon_as_it_has_begun():
         """As where the ticket is refused in the event loop, while another thread submits."""
 
         def begun(self, handle):
-            give_up = Thread(target=bench.engine.handover.fail, args=(handle, HandoffFailure.REFUSED, "the ticket is in use"))
+            give_up = Thread(target=bench.engine.handoff.fail, args=(handle, HandoffFailure.REFUSED, "the ticket is in use"))
             give_up.start()
             give_up.join(0.1)  # it may have to wait for this call's end
             threads.append(give_up)

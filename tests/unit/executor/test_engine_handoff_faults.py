@@ -74,7 +74,7 @@ class Gateway(JoinedBenches):
         kind = Receive if side == "decode" else Send
         live = [h for h in self.handoff.live if isinstance(h.request.handoff, kind)]
         if live:
-            self.handoff.fail(self.sides[side][0].engine.handover, live[place % len(live)], failure)
+            self.handoff.fail(self.sides[side][0].engine.handoff, live[place % len(live)], failure)
 
     def recover(self):
         """A half that is over ends the other; what the decoding one has lost begins anew there."""

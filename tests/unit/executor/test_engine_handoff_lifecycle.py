@@ -39,9 +39,9 @@ def halves(joined):
 def ask(bench, handle, done):
     """For KV out of or into a sequence."""
     if isinstance(handle.request.handoff, Receive):
-        bench.engine.handover.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 4), np.float32), native=False, done=done)
+        bench.engine.handoff.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 4), np.float32), native=False, done=done)
     else:
-        bench.engine.handover.export_kv(handle, range(5), native=False, done=done)
+        bench.engine.handoff.export_kv(handle, range(5), native=False, done=done)
 
 
 HALVES = pytest.mark.parametrize("half", [0, 1], ids=["sending", "receiving"])
@@ -76,7 +76,7 @@ def test_a_sequence_that_waits_for_the_other_side_keeps_no_engine_busy_and_none_
         assert bench.engine.progress(time.monotonic() + 3600)
         assert len(steps) < 100
         handle = halves(parked)[half][1]
-        bench.engine.handover.fail(handle, HandoffFailure.LEASE_EXPIRED, "")
+        bench.engine.handoff.fail(handle, HandoffFailure.LEASE_EXPIRED, "")
         assert late.wait(10)
         assert bench.finished[1].handoff_failure is HandoffFailure.LEASE_EXPIRED
     finally:
@@ -159,8 +159,8 @@ def test_what_is_asked_of_a_sequence_that_has_ended_is_answered(parked, half):
     bench.engine.abort_all(bench.sink if half == 0 else parked._decode_sink)
     bench.engine.step()
     ask(bench, handle, answers.append)
-    bench.engine.handover.fail(handle, HandoffFailure.ABORTED, "")  # too late, and does no harm
-    bench.engine.handover.handed_off(handle)
+    bench.engine.handoff.fail(handle, HandoffFailure.ABORTED, "")  # too late, and does no harm
+    bench.engine.handoff.handed_off(handle)
     bench.engine.step()
     assert [type(answer) for answer in answers] == [SequenceEnded] * 2
     assert parked.handoff.told.count(("ended", 1)) >= 1
@@ -227,8 +227,8 @@ def test_a_model_that_is_lost_while_kv_is_copied_ends_the_engine(parked, half):
         raise ModelLost("the device is gone")
 
     bench.model.import_kv = bench.model.export_kv = lost
-    bench.engine.handover.export_kv(handle, range(5), native=False, done=answers.append)
-    bench.engine.handover.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 4), np.float32), native=False, done=answers.append)
+    bench.engine.handoff.export_kv(handle, range(5), native=False, done=answers.append)
+    bench.engine.handoff.import_kv(handle, range(5), np.zeros((1, 2, 5, 1, 4), np.float32), native=False, done=answers.append)
     with pytest.raises(EngineDead, match="device is gone"):
         bench.engine.step()
     assert isinstance(answers[-1], ModelLost)
@@ -258,7 +258,7 @@ def test_copies_of_kv_take_a_small_share_of_the_time_while_others_decode(parked,
     bench.engine.step()
     answers, told = [], len(bench.tokens[9])
     for _ in range(40):
-        bench.engine.handover.export_kv(handle, range(5), native=False, done=answers.append)
+        bench.engine.handoff.export_kv(handle, range(5), native=False, done=answers.append)
     for i in range(1, 11):
         bench.engine.step()
         assert len(answers) == i * copies
@@ -278,9 +278,9 @@ def test_a_sequence_that_has_only_to_leave_is_answered_within_its_share_of_a_ste
         """As a window that is full until the other side has answered."""
         answers.append(data)
         if len(answers) < 20:
-            bench.engine.handover.export_kv(handle, range(5), native=False, done=ask_again)
+            bench.engine.handoff.export_kv(handle, range(5), native=False, done=ask_again)
 
-    bench.engine.handover.export_kv(handle, range(5), native=False, done=ask_again)
+    bench.engine.handoff.export_kv(handle, range(5), native=False, done=ask_again)
     bench.engine.step()
     assert len(answers) == copies
 
@@ -290,8 +290,8 @@ def test_a_copy_that_is_not_wanted_any_more_costs_nothing(parked):
     copies, export = [], bench.model.export_kv
     bench.model.export_kv = lambda blocks, tokens: copies.append(tokens) or export(blocks, tokens)
     answers = []
-    bench.engine.handover.export_kv(handle, range(4), native=False, done=answers.append, wanted=lambda: False)
-    bench.engine.handover.export_kv(handle, range(5), native=False, done=answers.append)
+    bench.engine.handoff.export_kv(handle, range(4), native=False, done=answers.append, wanted=lambda: False)
+    bench.engine.handoff.export_kv(handle, range(5), native=False, done=answers.append)
     bench.engine.step()
     assert copies == [range(5)]
     assert isinstance(answers[0], SequenceEnded)

@@ -51,9 +51,9 @@ class Exchange:
         geometry, transports = Geometry(kv, vocabulary_size), Transports(settings.transports)
         self.peers = Peers()
         self._links = Links(identity, geometry, self.peers, transports, settings.lease_seconds / 2)
-        self.handoffs = Handoffs(identity.executor_id, engine.handover, geometry, settings, self._links.dial)
+        self.handoffs = Handoffs(identity.executor_id, engine.handoff, geometry, settings, self._links.dial)
         self.door = Door(identity, geometry, self.peers, transports, self.handoffs)
-        engine.handover.events = self.handoffs
+        engine.handoff.events = self.handoffs
 
     async def close(self) -> None:
         """End all streams; what runs over them fails by its lease, if the engine has not ended it before."""

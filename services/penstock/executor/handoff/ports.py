@@ -1,4 +1,4 @@
-"""Between the engine, which owns KV blocks, and the handoff, which owns tickets, leases and streams.
+"""Between the engine (`executor/engine_handoff.py`), which owns KV blocks, and the handoff, which owns tickets, leases and streams.
 
 A sequence with `SequenceRequest.handoff` set goes through both. Its handle is the same object in every call. Where it decodes:
 `reserved`, then any number of `import_kv`, then `begin_decode` or `fail`. Where it prefills: `begun`, then `computed` after every

@@ -20,7 +20,7 @@ from penstock.executor.model_runner import EngineDead, ModelRunner
 from penstock.executor.sequence import Finish, Sequence, Status
 from penstock.executor.step_planner import Step, StepPlanner
 
-__all__ = ["Handover"]
+__all__ = ["EngineHandoff"]
 
 # Copies of KV between two steps: while others compute, a share of what the last step took and at least so long; else longer.
 _MOVE_SHARE, _LEAST_MOVE_SECONDS, _MOVE_SECONDS = 0.1, 0.005, 0.1
@@ -28,7 +28,7 @@ _MOVE_SHARE, _LEAST_MOVE_SECONDS, _MOVE_SECONDS = 0.1, 0.005, 0.1
 _PATIENCE = 0.02
 
 
-class Handover:
+class EngineHandoff:
     """A `KvEngine`: what its methods ask for is done in the engine's thread, between two steps.
 
     Args:
@@ -45,6 +45,7 @@ class Handover:
         sequences: LiveSequences,
         commands: Commands,
         frames: Frames,
+        *,
         vocabulary_size: int,
     ) -> None:
         self.events: HandoffEvents | None = None
