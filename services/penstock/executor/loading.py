@@ -22,7 +22,7 @@ from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import Engine, EngineConfig, EngineDead
 from penstock.executor.passing_thread import on_a_passing_thread
 from penstock.executor.sequence import Finish, Frame, SequenceRequest
-from penstock.executor.tuning import Identity, tune
+from penstock.executor.tuning import ModelIdentity, tune
 
 __all__ = ["Loaded", "Prepared", "check", "create", "load", "prepare"]
 
@@ -112,7 +112,7 @@ def _create_here(prepared: Prepared, *, calibrate_anew: bool) -> Loaded:
         engine_config = _engine_config(prepared.config, spec, selection.capabilities, prepared.device)
         engine = Engine(model, engine_config)
         fastest = _warm_up(engine)
-        identity = Identity(spec.fingerprint, selection.registration.name, selection.version)
+        identity = ModelIdentity(spec.fingerprint, selection.registration.name, selection.version)
         times = tune(engine, engine_config, prepared.config, identity, fastest, anew=calibrate_anew)
     except EngineDead as error:
         model.close()

@@ -17,13 +17,13 @@ from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import Engine, EngineConfig
 from penstock.executor.token_budget import TokenBudget, fit
 
-__all__ = ["Identity", "tune"]
+__all__ = ["ModelIdentity", "tune"]
 
 # A kept measurement that is slower than this many times what the model does now was disturbed when it was made.
 _DISTURBED = 1.5
 
 
-class Identity(NamedTuple):
+class ModelIdentity(NamedTuple):
     """The checkpoint's fingerprint, and what runs it."""
 
     model: str
@@ -35,7 +35,7 @@ def tune(
     engine: Engine,
     engine_config: EngineConfig,
     config: ExecutorConfig,
-    identity: Identity,
+    identity: ModelIdentity,
     fastest_decode: float,
     *,
     anew: bool = False,
@@ -74,7 +74,7 @@ def _store(config: ExecutorConfig) -> Calibrations | None:
     return None if folder is None else Calibrations(folder)
 
 
-def _key(model: GenerativeModel, config: ExecutorConfig, identity: Identity) -> Key:
+def _key(model: GenerativeModel, config: ExecutorConfig, identity: ModelIdentity) -> Key:
     return Key(
         model=identity.model,
         backend=identity.backend,

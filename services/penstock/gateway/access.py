@@ -12,12 +12,12 @@ from penstock.common.logs import logger
 from penstock.gateway.choice import Choice
 from penstock.gateway.machine import Request
 
-__all__ = ["Line", "failed", "line", "note"]
+__all__ = ["AccessLine", "failed", "line", "note"]
 
 _MOST_CHARACTERS = 300
 
 
-class Line:
+class AccessLine:
     """What is known of a request so far. `status` is the door's own: a gRPC status by name, or an HTTP status."""
 
     def __init__(self, status: str | int) -> None:
@@ -25,11 +25,11 @@ class Line:
         self.facts: dict[str, object] = {}
 
 
-_current: ContextVar[Line | None] = ContextVar("access_line", default=None)
+_current: ContextVar[AccessLine | None] = ContextVar("access_line", default=None)
 
 
 @contextmanager
-def line(door: str, method: str, *, unanswered: str | int, quiet: bool) -> Iterator[Line]:
+def line(door: str, method: str, *, unanswered: str | int, quiet: bool) -> Iterator[AccessLine]:
     """Write the line when the block ends.
 
     Args:
@@ -39,7 +39,7 @@ def line(door: str, method: str, *, unanswered: str | int, quiet: bool) -> Itera
         quiet: whether the line is for debugging alone: questions about the state come by the second.
     """
     begun = time.perf_counter()
-    current = Line(unanswered)
+    current = AccessLine(unanswered)
     token = _current.set(current)
     try:
         yield current

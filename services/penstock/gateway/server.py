@@ -32,7 +32,7 @@ from penstock.gateway.grpc_door.malformed import MalformedRequests
 from penstock.gateway.grpc_door.models import ModelsServicer
 from penstock.gateway.history import History
 from penstock.gateway.http_door.app import DRAINING, http_app
-from penstock.gateway.http_door.connection import Bounds
+from penstock.gateway.http_door.connection import ConnectionBounds
 from penstock.gateway.http_door.generate import Door
 from penstock.gateway.http_door.server import HttpServer
 from penstock.gateway.machine import Request
@@ -73,7 +73,7 @@ class GatewayServer:
         tracing.configure(self.name, config.otlp_endpoint)
         self._failed = asyncio.get_running_loop().create_future()
         self._connect()
-        bounds = Bounds(
+        bounds = ConnectionBounds(
             max_head_bytes=config.max_head_bytes,
             head_seconds=config.head_seconds,
             max_http_connections=config.max_http_connections,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut
+from penstock.executor.handoff.sender_states import NO_STREAM, Cut, OutgoingChunk
 from penstock.executor.handoff.transports.port import Parcel
 
 __all__ = ["ChunkQueue"]
@@ -28,10 +28,10 @@ class ChunkQueue:
         self._tokens = tokens
         self._computed = 0
         self._next = 0  # tokens before this one are there, or on their way
-        self._leaving: deque[Chunk] = deque()
+        self._leaving: deque[OutgoingChunk] = deque()
         self._unanswered: set[int] = set()  # first tokens of pushes of this epoch
 
-    def __contains__(self, chunk: Chunk) -> bool:
+    def __contains__(self, chunk: OutgoingChunk) -> bool:
         return chunk in self._leaving
 
     @property
@@ -60,17 +60,17 @@ class ChunkQueue:
             end = end // block * block
         return range(self._next, max(end, self._next))
 
-    def cut_next(self) -> Chunk | None:
+    def cut_next(self) -> OutgoingChunk | None:
         """The next chunk, to be copied out; None where too little is computed for one."""
         tokens = self.next_tokens()
         if not tokens:
             return None
-        chunk = Chunk(tokens, native=self.cut.native and tokens.start % self.cut.block_size == 0)
+        chunk = OutgoingChunk(tokens, native=self.cut.native and tokens.start % self.cut.block_size == 0)
         self._leaving.append(chunk)
         self._next = tokens.stop
         return chunk
 
-    def push_ready(self) -> Iterator[tuple[Chunk, Parcel]]:
+    def push_ready(self) -> Iterator[tuple[OutgoingChunk, Parcel]]:
         """The chunks whose turn it is and that were copied out, each taken out to be pushed."""
         while self._leaving and (parcel := self._leaving[0].parcel) is not None:
             chunk = self._leaving.popleft()
@@ -82,11 +82,11 @@ class ChunkQueue:
         """The push that began with this token has been imported."""
         self._unanswered.discard(first_token)
 
-    def remove(self, chunk: Chunk) -> None:
+    def remove(self, chunk: OutgoingChunk) -> None:
         """One that is not to be pushed."""
         self._leaving.remove(chunk)
 
-    def take_all(self) -> Iterator[Chunk]:
+    def take_all(self) -> Iterator[OutgoingChunk]:
         """Chunks that were not pushed, each taken out; no answer is awaited behind them."""
         while self._leaving:
             yield self._leaving.popleft()

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from penstock.common.handoff import HandoffFailure
 from penstock.executor.handoff.ports import KvEngine, SequenceEnded
 from penstock.executor.handoff.sender import Sender
-from penstock.executor.handoff.sender_states import Chunk
+from penstock.executor.handoff.sender_states import OutgoingChunk
 from penstock.executor.handoff.transports.port import LinkClosed, Outgoing
 
 __all__ = ["fetch"]
 
 
-async def fetch(engine: KvEngine, sender: Sender, chunk: Chunk, outgoing: Outgoing) -> None:
+async def fetch(engine: KvEngine, sender: Sender, chunk: OutgoingChunk, outgoing: Outgoing) -> None:
     """Bring a chunk out, and tell its sender."""
     try:
         data = await _exported(engine, sender, chunk)
@@ -30,7 +30,7 @@ async def fetch(engine: KvEngine, sender: Sender, chunk: Chunk, outgoing: Outgoi
         sender.exported(chunk, asyncio.get_running_loop().time())
 
 
-def _exported(engine: KvEngine, sender: Sender, chunk: Chunk) -> asyncio.Future[NDArray[Any]]:
+def _exported(engine: KvEngine, sender: Sender, chunk: OutgoingChunk) -> asyncio.Future[NDArray[Any]]:
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[NDArray[Any]] = loop.create_future()
 

@@ -12,7 +12,7 @@ from penstock.backends.contract import CANONICAL_DTYPES
 from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.ports import KvEngine
 from penstock.executor.handoff.receiver import Receiver
-from penstock.executor.handoff.receiver_states import Chunk
+from penstock.executor.handoff.receiver_states import IncomingChunk
 from penstock.executor.handoff.transports.port import (
     LinkClosed,
     PayloadOutOfRange,
@@ -34,13 +34,13 @@ class Imports:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def check(self, receiver: Receiver, chunk: Chunk) -> None:
+    def check(self, receiver: Receiver, chunk: IncomingChunk) -> None:
         """See `ReceiverPorts`."""
         task = self._loop.create_task(self._check(receiver, chunk))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _check(self, receiver: Receiver, chunk: Chunk) -> None:
+    async def _check(self, receiver: Receiver, chunk: IncomingChunk) -> None:
         parcel = chunk.push.parcel
         try:
             data = await chunk.source.incoming.open(parcel.payload, parcel.checksum)
@@ -55,7 +55,7 @@ class Imports:
         else:
             receiver.checked(chunk, data)
 
-    def write(self, receiver: Receiver, chunk: Chunk, data: memoryview) -> None:
+    def write(self, receiver: Receiver, chunk: IncomingChunk, data: memoryview) -> None:
         """See `ReceiverPorts`. From where the transport has it, without a copy."""
         push = chunk.push
         transport = chunk.source.incoming.transport

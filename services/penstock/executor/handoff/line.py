@@ -14,7 +14,7 @@ from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.ports import KvEngine
 from penstock.executor.handoff.rooms import Rooms
 from penstock.executor.handoff.sender import Sender
-from penstock.executor.handoff.sender_states import Chunk, Cut, State
+from penstock.executor.handoff.sender_states import Cut, OutgoingChunk, State
 from penstock.executor.handoff.speed import LinkSpeed
 from penstock.executor.handoff.transports.port import Outgoing
 from penstock.executor.handoff.words import (
@@ -82,7 +82,7 @@ class Line:
         self._rooms = Rooms(0, _nowhere, LinkSpeed(self._measured))
         self._waiting: OrderedDict[bytes, Sender] = OrderedDict()
         self._turning = False
-        self._tasks: dict[Chunk, tuple[asyncio.Task[None], int]] = {}
+        self._tasks: dict[OutgoingChunk, tuple[asyncio.Task[None], int]] = {}
         self._out: deque[Ask] = deque()
         self._partings: dict[bytes, tuple[Abort, float]] = {}  # not answered yet, and until when they are said again
 
@@ -197,7 +197,7 @@ class Line:
         if self._agreed is not None:
             self._queue(message)
 
-    def push(self, sender: Sender, chunk: Chunk, message: Push) -> None:  # noqa: ARG002 - whose it is
+    def push(self, sender: Sender, chunk: OutgoingChunk, message: Push) -> None:  # noqa: ARG002 - whose it is
         """The chunk's room comes back with an answer from now on."""
         if self._agreed is None:
             return
@@ -211,7 +211,7 @@ class Line:
         self._waiting[sender.ticket.handoff_id] = sender
         self._turn()
 
-    def export(self, sender: Sender, chunk: Chunk) -> None:
+    def export(self, sender: Sender, chunk: OutgoingChunk) -> None:
         """In a task, which waits for the engine and then for the transport."""
         if self._agreed is None:
             return
@@ -220,7 +220,7 @@ class Line:
         fetching = fetch(self._engine, sender, chunk, self._agreed.outgoing)
         self._tasks[chunk] = self._loop.create_task(fetching), size
 
-    def drop(self, sender: Sender, chunk: Chunk) -> None:  # noqa: ARG002 - whose it was
+    def drop(self, sender: Sender, chunk: OutgoingChunk) -> None:  # noqa: ARG002 - whose it was
         """Its room is free again; what was put is taken back."""
         held = self._tasks.pop(chunk, None)
         if held is None:

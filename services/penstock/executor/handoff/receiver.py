@@ -14,7 +14,7 @@ from penstock.common.handoff import HandoffFailure
 from penstock.common.tables import by_state
 from penstock.executor.handoff.geometry import Fault, Geometry
 from penstock.executor.handoff.progress import ArrivalClock
-from penstock.executor.handoff.receiver_states import Chunk, Event, ReceiverPorts, State, Taken
+from penstock.executor.handoff.receiver_states import Event, IncomingChunk, ReceiverPorts, State, Taken
 from penstock.executor.handoff.ticket import Ticket, Transport
 from penstock.executor.handoff.words import Aborted, Ack, Answer, Commit, Push, Pushed, Refusal, Refused, Reserved
 
@@ -43,10 +43,10 @@ class Receiver:
         self._ports = ports
         self._expected = ticket.cached_tokens
         # By first token, what is not refused: first on its way, then there.
-        self._accepted: dict[int, Chunk] = {}
+        self._accepted: dict[int, IncomingChunk] = {}
         self._taken: dict[int, Taken] = {}
-        self._unchecked: deque[Chunk] = deque()
-        self._writing: set[Chunk] = set()
+        self._unchecked: deque[IncomingChunk] = deque()
+        self._writing: set[IncomingChunk] = set()
         self._first_token: int | None = None
         self._clock = ArrivalClock(now)
 
@@ -78,16 +78,16 @@ class Receiver:
     def push(self, push: Push, source: Any, now: float, *, native_agreed: bool) -> None:
         self._apply(Event.PUSH, push, source, now, native_agreed)
 
-    def checked(self, chunk: Chunk, data: memoryview) -> None:
+    def checked(self, chunk: IncomingChunk, data: memoryview) -> None:
         self._apply(Event.CHECKED, chunk, data)
 
-    def unreadable(self, chunk: Chunk, fault: Fault) -> None:
+    def unreadable(self, chunk: IncomingChunk, fault: Fault) -> None:
         self._apply(Event.UNREADABLE, chunk, fault)
 
-    def imported(self, chunk: Chunk, transport: Transport, now: float) -> None:
+    def imported(self, chunk: IncomingChunk, transport: Transport, now: float) -> None:
         self._apply(Event.IMPORTED, chunk, transport, now)
 
-    def import_failed(self, chunk: Chunk, message: str) -> None:
+    def import_failed(self, chunk: IncomingChunk, message: str) -> None:
         self._apply(Event.IMPORT_FAILED, chunk, message)
 
     def commit(self, commit: Commit, now: float) -> None:
@@ -140,7 +140,7 @@ class Receiver:
         if self._unchecked:
             self._drop_from(self._unchecked[0])
 
-    def _drop_from(self, chunk: Chunk) -> None:
+    def _drop_from(self, chunk: IncomingChunk) -> None:
         """Chunks are checked one by one, in order, so all behind this one are unchecked."""
         while self._unchecked and self._unchecked[-1] is not chunk:
             self._accepted.pop(self._unchecked.pop().push.tokens.start)
@@ -160,7 +160,7 @@ class Receiver:
         if fault is not None:
             self._refuse(push, fault)
             return
-        chunk = Chunk(push, source)
+        chunk = IncomingChunk(push, source)
         self._clock.pushed(now)
         self._accepted[push.tokens.start] = chunk
         self._expected = push.tokens.stop
@@ -187,7 +187,7 @@ class Receiver:
             return Refusal.OUT_OF_RANGE, f"tokens {tokens.start} to {tokens.stop} came where {due}"
         return self._geometry.fault(push, end, native_agreed=native_agreed)
 
-    def _write(self, chunk: Chunk, data: memoryview) -> None:
+    def _write(self, chunk: IncomingChunk, data: memoryview) -> None:
         if not self._unchecked or self._unchecked[0] is not chunk:
             return  # it was dropped meanwhile
         fault = self._geometry.wrong_size(chunk.push, data.nbytes)
@@ -200,12 +200,12 @@ class Receiver:
         if self._unchecked:
             self._ports.check(self, self._unchecked[0])
 
-    def _refuse_chunk(self, chunk: Chunk, fault: Fault) -> None:
+    def _refuse_chunk(self, chunk: IncomingChunk, fault: Fault) -> None:
         if self._unchecked and self._unchecked[0] is chunk:
             self._drop_from(chunk)
             self._refuse(chunk.push, fault)
 
-    def _note_import(self, chunk: Chunk, transport: Transport, _now: float) -> None:
+    def _note_import(self, chunk: IncomingChunk, transport: Transport, _now: float) -> None:
         self._writing.discard(chunk)
         push = chunk.push
         del self._accepted[push.tokens.start]
@@ -214,7 +214,7 @@ class Receiver:
         self._clock.imported(size, transport, native=push.native)
         self._tell(Pushed(push.handoff_id, push.epoch, push.tokens.start))
 
-    def _finish_import(self, chunk: Chunk, transport: Transport, now: float) -> None:
+    def _finish_import(self, chunk: IncomingChunk, transport: Transport, now: float) -> None:
         self._note_import(chunk, transport, now)
         self._decode_if_complete(now)
 
@@ -262,7 +262,7 @@ class Receiver:
         self._ports.leave(self)
         self._end()
 
-    def _fail_import(self, chunk: Chunk, message: str) -> None:
+    def _fail_import(self, chunk: IncomingChunk, message: str) -> None:
         self._writing.discard(chunk)
         self._fail(HandoffFailure.BACKEND, message)
 
@@ -286,7 +286,7 @@ class Receiver:
         if not self._writing:
             self._tell(Aborted(self.ticket.handoff_id, self.epoch))
 
-    def _end_write(self, chunk: Chunk, *_facts: Any) -> None:
+    def _end_write(self, chunk: IncomingChunk, *_facts: Any) -> None:
         self._writing.discard(chunk)
         self._tell_aborted()
 

@@ -12,7 +12,7 @@ from penstock.executor.handoff.words import Answer, Push
 if TYPE_CHECKING:
     from penstock.executor.handoff.receiver import Receiver
 
-__all__ = ["Chunk", "Event", "ReceiverPorts", "State", "Taken"]
+__all__ = ["Event", "IncomingChunk", "ReceiverPorts", "State", "Taken"]
 
 
 class State(enum.Enum):
@@ -44,7 +44,7 @@ class Event(enum.Enum):
     SEQUENCE_ENDED = "sequence ended"
 
 
-class Chunk:
+class IncomingChunk:
     """One push on its way into the blocks. Compared by identity."""
 
     __slots__ = ("__weakref__", "push", "source")
@@ -68,10 +68,10 @@ class ReceiverPorts(Protocol):
     def answer(self, receiver: Receiver, answer: Answer) -> None:
         """Send to the other side, if a stream of it is there."""
 
-    def check(self, receiver: Receiver, chunk: Chunk) -> None:
+    def check(self, receiver: Receiver, chunk: IncomingChunk) -> None:
         """Have the chunk's bytes fetched and checked: `checked` or `unreadable`."""
 
-    def write(self, receiver: Receiver, chunk: Chunk, data: memoryview) -> None:
+    def write(self, receiver: Receiver, chunk: IncomingChunk, data: memoryview) -> None:
         """Have them written into the sequence's blocks: `imported` or `import_failed`."""
 
     def begin_decode(self, receiver: Receiver, first_token: int, arrival: Arrival) -> None:

@@ -13,7 +13,7 @@ from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.imports import Imports
 from penstock.executor.handoff.ports import Handle, KvEngine
 from penstock.executor.handoff.receiver import Receiver
-from penstock.executor.handoff.receiver_states import Chunk, State
+from penstock.executor.handoff.receiver_states import IncomingChunk, State
 from penstock.executor.handoff.ticket import Arrival, Receive, Ticket
 from penstock.executor.handoff.transports.port import Incoming
 from penstock.executor.handoff.words import (
@@ -188,11 +188,11 @@ class Receiving:
         if stream is not None:
             stream.send(answer)
 
-    def check(self, receiver: Receiver, chunk: Chunk) -> None:
+    def check(self, receiver: Receiver, chunk: IncomingChunk) -> None:
         """In a task; the transport computes checksums beside the loop."""
         self._imports.check(receiver, chunk)
 
-    def write(self, receiver: Receiver, chunk: Chunk, data: memoryview) -> None:
+    def write(self, receiver: Receiver, chunk: IncomingChunk, data: memoryview) -> None:
         """In the engine's thread, between steps."""
         self._imports.write(receiver, chunk, data)
 

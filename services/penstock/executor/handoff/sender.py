@@ -13,7 +13,7 @@ from penstock.common.handoff import HandoffFailure
 from penstock.common.tables import by_state
 from penstock.executor.handoff.chunk_queue import ChunkQueue
 from penstock.executor.handoff.headway import Headway
-from penstock.executor.handoff.sender_states import NO_STREAM, Chunk, Cut, Event, SenderPorts, State
+from penstock.executor.handoff.sender_states import NO_STREAM, Cut, Event, OutgoingChunk, SenderPorts, State
 from penstock.executor.handoff.ticket import Ticket
 from penstock.executor.handoff.words import (
     Abort,
@@ -83,10 +83,10 @@ class Sender:
     def room(self) -> None:
         self._apply(Event.ROOM)
 
-    def exported(self, chunk: Chunk, now: float) -> None:
+    def exported(self, chunk: OutgoingChunk, now: float) -> None:
         self._apply(Event.EXPORTED, chunk, now)
 
-    def export_failed(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:
+    def export_failed(self, chunk: OutgoingChunk, failure: HandoffFailure, message: str) -> None:
         self._apply(Event.EXPORT_FAILED, chunk, failure, message)
 
     def stream_up(self, cut: Cut, now: float) -> None:
@@ -161,7 +161,7 @@ class Sender:
             self._ports.export(self, chunk)
             self._want_room()
 
-    def _push(self, chunk: Chunk, now: float) -> None:
+    def _push(self, chunk: OutgoingChunk, now: float) -> None:
         """In order, whichever was copied out first."""
         if chunk not in self._chunks:
             self._ports.drop(self, chunk)
@@ -253,13 +253,13 @@ class Sender:
             self._fail_both(*why)
         return why is not None
 
-    def _fail_export(self, chunk: Chunk, failure: HandoffFailure, message: str) -> None:
+    def _fail_export(self, chunk: OutgoingChunk, failure: HandoffFailure, message: str) -> None:
         if chunk in self._chunks:
             self._chunks.remove(chunk)
             self._fail_both(failure, message)
         self._ports.drop(self, chunk)
 
-    def _drop_export(self, chunk: Chunk, *_facts: Any) -> None:
+    def _drop_export(self, chunk: OutgoingChunk, *_facts: Any) -> None:
         self._ports.drop(self, chunk)
 
     def _fail_both(self, failure: HandoffFailure, message: str) -> None:

@@ -13,7 +13,7 @@ from penstock.executor.handoff.words import Ask, Push
 if TYPE_CHECKING:
     from penstock.executor.handoff.sender import Sender
 
-__all__ = ["NO_STREAM", "Chunk", "Cut", "Event", "SenderPorts", "State"]
+__all__ = ["NO_STREAM", "Cut", "Event", "OutgoingChunk", "SenderPorts", "State"]
 
 
 class State(enum.Enum):
@@ -67,7 +67,7 @@ class Cut:
 NO_STREAM = Cut(native=False, block_size=1, most_tokens=0, dtype="")
 
 
-class Chunk:
+class OutgoingChunk:
     """KV on its way out; `parcel` once it was copied out. Compared by identity."""
 
     __slots__ = ("native", "parcel", "tokens")
@@ -84,16 +84,16 @@ class SenderPorts(Protocol):
     def ask(self, sender: Sender, message: Ask) -> None:
         """Send to the other side, if there is a stream."""
 
-    def push(self, sender: Sender, chunk: Chunk, message: Push) -> None:
+    def push(self, sender: Sender, chunk: OutgoingChunk, message: Push) -> None:
         """Send a chunk, which is not the sender's any more."""
 
     def want_room(self, sender: Sender) -> None:
         """Have a `room` once the link has some; asking twice is asking once."""
 
-    def export(self, sender: Sender, chunk: Chunk) -> None:
+    def export(self, sender: Sender, chunk: OutgoingChunk) -> None:
         """Have the chunk copied out and put where the other side can reach it: `exported` or `export_failed`."""
 
-    def drop(self, sender: Sender, chunk: Chunk) -> None:
+    def drop(self, sender: Sender, chunk: OutgoingChunk) -> None:
         """A chunk that was asked for and will not be pushed."""
 
     def handed_off(self, sender: Sender) -> None:

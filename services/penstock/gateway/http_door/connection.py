@@ -17,7 +17,7 @@ from penstock.common.logs import logger
 from penstock.common.service import StartError
 from penstock.gateway.http_door.body import DISCARD_SECONDS, DISCARDED_BYTES
 
-__all__ = ["BoundedConnection", "Bounds", "bounded"]
+__all__ = ["BoundedConnection", "ConnectionBounds", "bounded"]
 
 # Each is an object of Python's, so that 64 KiB of the smallest would be megabytes. Servers commonly take 100 to 256.
 _MOST_HEADERS = 256
@@ -26,7 +26,7 @@ _MOST_PIPELINED = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
+class ConnectionBounds:
     """What a connection may take before a request is whole enough to be admitted.
 
     Attributes:
@@ -48,7 +48,7 @@ class Bounds:
                 raise StartError(f"{field.name}: must be above 0, and is {getattr(self, field.name)}")
 
 
-def bounded(bounds: Bounds) -> type[BoundedConnection]:
+def bounded(bounds: ConnectionBounds) -> type[BoundedConnection]:
     """The protocol with these bounds; uvicorn makes one for each connection."""
     return type("BoundedConnection", (BoundedConnection,), {"bounds": bounds})
 
@@ -68,7 +68,7 @@ class BoundedConnection(HttpToolsProtocol):
     would tear the answer away from a client that sends before it reads.
     """
 
-    bounds: ClassVar[Bounds]
+    bounds: ClassVar[ConnectionBounds]
     _place: Literal["between", "head", "body"] = "between"
     _gathered = 0  # bytes since something was told to the application
     _timer: asyncio.TimerHandle | None = None

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from penstock.common.service import StartError
-from penstock.gateway.http_door.connection import Bounds, bounded
+from penstock.gateway.http_door.connection import ConnectionBounds, bounded
 
 __all__ = ["HttpServer"]
 
@@ -36,7 +36,7 @@ def _affordable(connections: int) -> int:
 class HttpServer:
     """An ASGI application, served until `close`."""
 
-    def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
+    def __init__(self, app: ASGIApp, bounds: ConnectionBounds) -> None:
         config = uvicorn.Config(
             app,
             http=bounded(replace(bounds, max_http_connections=_affordable(bounds.max_http_connections))),
