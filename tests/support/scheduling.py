@@ -7,12 +7,12 @@ from penstock.scheduler.model import Description, Needs
 
 
 class World:
-    """A scheduler with a clock that a test moves, and one gateway."""
+    """A scheduler with a clock that a test moves, unless it gives another, and one gateway."""
 
-    def __init__(self, **config):
+    def __init__(self, clock=None, **config):
         self.now = 0.0
         given = {"settle_seconds": 0.0, "look_ahead": 0, "lease_seconds": 1e6}
-        self.core = Scheduler(SchedulerConfig(**given | config), lambda: self.now)
+        self.core = Scheduler(SchedulerConfig(**given | config), clock or (lambda: self.now))
         self.gateway = self.core.open_gateway()
         self.ids = 0
 

@@ -17,6 +17,9 @@ from penstock.scheduler.outbox import Outbox
 
 __all__ = ["Driver"]
 
+# A timer that is so late has waited for this process, which was stopped or got no processor.
+_OVERSLEPT_SECONDS = 0.25
+
 
 class Driver:
     """Connects the core with the streams.
@@ -96,6 +99,8 @@ class Driver:
 
     def _step(self) -> None:
         self._kicked = False
+        if self._timer is not None and asyncio.get_running_loop().time() - self._timer.when() > _OVERSLEPT_SECONDS:
+            self._core.executors.overslept()
         outcomes = self._core.step()
         touched = {id(outbox): outbox for outcome in outcomes if (outbox := self._deliver(outcome)) is not None}
         for outbox in touched.values():

@@ -124,6 +124,12 @@ class Registry:
         """Anything came from it."""
         executor.expires = self._clock() + self._config.lease_seconds
 
+    def overslept(self) -> None:
+        """What executors have said meanwhile may still be unread: none is lost before there was time to read it."""
+        least = self._clock() + self._config.lease_seconds / 2
+        for executor in self._executors.values():
+            executor.expires = max(executor.expires, least)
+
     def report(self, executor: Executor, load: Load) -> None:
         """It tells its load."""
         if self._executors.get(executor.description.executor_id) is not executor:
