@@ -66,7 +66,6 @@ def _tell(closing: inference_pb2.Closing, first: float) -> None:
     usage = closing.usage
     print(f"\n\nusage: {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} new ones")
     stages = {
-        "encode": closing.encode_time,
         "queue": closing.queue_time,
         "prefill": closing.prefill_time,
         "decode": closing.decode_time,
