@@ -41,8 +41,10 @@ class Commands:
     def obey(self) -> None:
         """Do what waits."""
         while self._waiting:
-            self._waiting[0]()
-            self._waiting.popleft()  # not before it is done: other threads read whether any wait
+            try:
+                self._waiting[0]()
+            finally:
+                self._waiting.popleft()  # not before it is done: other threads read whether any wait
 
     def end(self) -> None:
         """Obey for the last time."""

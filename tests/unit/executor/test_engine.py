@@ -420,3 +420,16 @@ def test_a_step_may_take_what_such_steps_take(times, prompt, seconds):
     bench.run()
     decoding = 2.5 + (0.0 if times is None else 4 * 0.5)
     assert due == pytest.approx([seconds, decoding], abs=0.2)
+
+
+def test_a_command_that_raises_ends_the_engine_and_all_hear_of_it():
+    bench, dead = Bench(), threading.Event()
+    bench.engine.on_death = lambda _: dead.set()
+    bench.submit(1, [1] * 20, 900)
+    bench.engine._commands.give(lambda: {}["a handle that nobody has"])
+    bench.engine.start()
+    assert dead.wait(20)
+    assert bench.engine.failure == "KeyError: 'a handle that nobody has'"
+    assert bench.finished[1].reason is Finish.FAILED
+    assert bench.engine.blocks.counts().used == 0
+    bench.engine.close()
