@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from penstock.cli.backends import read_spec
+from penstock.cli.interrupts import at_once
 from penstock.cli.tables import print_table
 from penstock.common import logs
 from penstock.common.service import StartError
@@ -99,7 +100,8 @@ def _measure(config: ExecutorConfig, kept: Calibrations) -> int:
     from penstock.backends.speed import speed_of
     from penstock.executor.loading import create, prepare
 
-    loaded = create(prepare(config), calibrate_anew=True)
+    with at_once():
+        loaded = create(prepare(config), calibrate_anew=True)
     loaded.engine.close()
     if loaded.times is None:
         raise StartError(f"{loaded.backend} could not be measured with {loaded.name}")

@@ -1,4 +1,8 @@
-"""Ctrl-C while modules are imported: some of them turn it into errors of their own, and none has anything to give back."""
+"""Ctrl-C while modules are imported or a model is loaded: nothing is there to be given back yet.
+
+Some modules turn it into errors of their own; and Python, where it ends in good order while another thread computes in a backend's
+library, ends that thread in a way that aborts the process.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from penstock.common.logs import logger
+
 __all__ = ["Commands"]
 
 
@@ -47,7 +49,11 @@ class Commands:
                 self._waiting.popleft()  # not before it is done: other threads read whether any wait
 
     def end(self) -> None:
-        """Obey for the last time."""
+        """Obey for the last time, whatever some of the commands raise."""
         with self.changed:
             self._over = True
-        self.obey()
+        while self._waiting:
+            try:
+                self.obey()
+            except Exception as error:  # noqa: BLE001  nothing is left to be saved but the others
+                logger().error("a command failed", error=f"{type(error).__name__}: {error}")

@@ -14,7 +14,9 @@ __all__ = ["LiveSequences"]
 
 
 class LiveSequences:
-    """By sink and id. A sequence ends here alone, whatever ends it. All of it in the engine's thread.
+    """By sink and id. A sequence ends here alone, whatever ends it.
+
+    All of it in the engine's thread or, once that has ended, in its closer's.
 
     Attributes:
         on_end: told of each that has ended, and of one that was refused when it came.

@@ -20,6 +20,8 @@ def on_a_passing_thread(work: Callable[[], T]) -> T:
     for as long as that one lives. Where they are more than the cores, those that wait sleep at once and do not spin for a moment,
     and each of a step's thousand products has to wake them: an engine's steps took twice as long with its model warmed up on a
     thread that lived on.
+
+    Where the wait is interrupted the work goes on. Whoever ends the process then has to do it at once (`os._exit`).
     """
     outcome: Future[T] = Future()
     context = contextvars.copy_context()
@@ -30,11 +32,11 @@ def on_a_passing_thread(work: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001  it is raised again where it is waited for
             outcome.set_exception(error)
 
-    # A daemon, since an interrupt ends the waiting and not the work.
-    thread = threading.Thread(target=run, name="loading", daemon=True)
+    thread = threading.Thread(target=run, name="passing", daemon=True)
     thread.start()
     try:
         return outcome.result()
     finally:
         if outcome.done():
             thread.join()
+            del outcome, run, thread  # an error's traceback has this frame, and the frame should not have the error

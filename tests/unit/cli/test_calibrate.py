@@ -86,3 +86,23 @@ def test_what_can_not_be_is_refused_in_one_line(tmp_path, arguments, reason):
     assert done.stderr.startswith("penstock: ")
     assert reason in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+INTERRUPTED = """
+import os, signal, sys
+from penstock.cli.app import _run
+from penstock.executor import tuning
+measure = tuning.measure
+def interrupted(*given, **named):
+    os.kill(os.getpid(), signal.SIGINT)
+    return measure(*given, **named)
+tuning.measure = interrupted
+sys.exit(_run())
+"""
+
+
+def test_ctrl_c_amid_a_measurement_ends_it_without_a_word(tmp_path):
+    # A backend computes in another thread then, and must not be asked to end in good order.
+    asked = ("calibrate", "builtin", "--backend", "torch", "--dtype", "f32", "--cache-folder", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *asked], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -426,7 +426,8 @@ def test_a_command_that_raises_ends_the_engine_and_all_hear_of_it():
     bench, dead = Bench(), threading.Event()
     bench.engine.on_death = lambda _: dead.set()
     bench.submit(1, [1] * 20, 900)
-    bench.engine._commands.give(lambda: {}["a handle that nobody has"])
+    for _ in range(3):
+        bench.engine._commands.give(lambda: {}["a handle that nobody has"])
     bench.engine.start()
     assert dead.wait(20)
     assert bench.engine.failure == "KeyError: 'a handle that nobody has'"

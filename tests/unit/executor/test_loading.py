@@ -1,6 +1,5 @@
 """From a configuration to an engine: what loading leaves behind in its process."""
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +10,10 @@ from penstock.common.service import StartError
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.loading import load
 from penstock.executor.passing_thread import on_a_passing_thread
+
+
+def threads():
+    return {thread.id for thread in psutil.Process().threads()}
 
 
 def test_loading_leaves_no_helpers_of_openmp_that_an_engines_steps_would_have_to_wake(tmp_path):
@@ -26,13 +29,15 @@ def test_loading_leaves_no_helpers_of_openmp_that_an_engines_steps_would_have_to
     )
     with ThreadPoolExecutor(1) as thread:  # one that has computed nothing yet, and lives on behind the loading
         thread.submit(int).result()
-        before = psutil.Process().num_threads()
+        before = threads()
         loaded = thread.submit(load, config).result()
-        deadline = time.monotonic() + 30
-        while (held := psutil.Process().num_threads()) > before and time.monotonic() < deadline:
-            os.sched_yield()  # they end a moment behind the one that they helped
-        assert held == before
-    loaded.engine.close()
+        try:
+            deadline = time.monotonic() + 30
+            while (left := threads() - before) and time.monotonic() < deadline:
+                time.sleep(0.01)  # they end a moment behind the one that they helped
+            assert not left
+        finally:
+            loaded.engine.close()
 
 
 def test_work_on_a_passing_thread_raises_where_it_is_waited_for():

@@ -19,7 +19,7 @@ _TOLERANCE = 0.02  # root-mean-square error over the answer's own: bfloat16's ro
 
 
 class ShortProduct(Protocol):
-    """A product with weights of less bits than its activations, [T, inputs] to [T, outputs], in two ways."""
+    """A product with weights of fewer bits than its activations, [T, inputs] to [T, outputs], in two ways."""
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """By a kernel that takes such weights."""

@@ -14,6 +14,7 @@ from penstock.cli.bench.options import DTypeName
 from penstock.cli.bench.scenarios import Request
 from penstock.cli.bench.target import Description
 from penstock.cli.bench.timeline import Timeline
+from penstock.cli.interrupts import at_once
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.loading import load
 from penstock.executor.sampling import SamplingParameters
@@ -57,7 +58,8 @@ class EngineTarget:
     """
 
     def __init__(self, model: str, options: EngineOptions) -> None:
-        loaded = load(ExecutorConfig(model=model, **asdict(options)))
+        with at_once():
+            loaded = load(ExecutorConfig(model=model, **asdict(options)))
         self._engine = loaded.engine
         self._engine.start()
         self._ids = itertools.count()
