@@ -101,20 +101,20 @@ class _Rooms:
         return {}, {}
 
     def _export_blocks(self, where: dict[str, Any], _: Arrays) -> Answer:
-        return {}, {"data": _there(self._native).export_blocks(where["blocks"])}
+        return {}, {"data": _there(self._native, "form of its own for blocks").export_blocks(where["blocks"])}
 
     def _import_blocks(self, where: dict[str, Any], arrays: Arrays) -> Answer:
-        _there(self._native).import_blocks(where["blocks"], arrays["data"])
+        _there(self._native, "form of its own for blocks").import_blocks(where["blocks"], arrays["data"])
         return {}, {}
 
     def _copy_prefix(self, where: dict[str, Any], _: Arrays) -> Answer:
-        return {"copied": _there(self._copies).copy_prefix(where["source"], where["target"])}, {}
+        return {"copied": _there(self._copies, "copies of prefixes").copy_prefix(where["source"], where["target"])}, {}
 
     def _open(self) -> GenerativeModel:
         return _there(self._model)
 
 
-def _there(part: _T | None) -> _T:
+def _there(part: _T | None, what: str = "model") -> _T:
     if part is None:
-        raise RuntimeError("no model was created, or none that has this")
+        raise RuntimeError(f"there is no {what} here")
     return part
