@@ -99,8 +99,9 @@ class Driver:
 
     def _step(self) -> None:
         self._kicked = False
-        if self._timer is not None and asyncio.get_running_loop().time() - self._timer.when() > _OVERSLEPT_SECONDS:
-            self._core.executors.overslept()
+        late = 0.0 if self._timer is None else asyncio.get_running_loop().time() - self._timer.when()
+        if late > _OVERSLEPT_SECONDS:
+            self._core.executors.overslept(late)
         outcomes = self._core.step()
         touched = {id(outbox): outbox for outcome in outcomes if (outbox := self._deliver(outcome)) is not None}
         for outbox in touched.values():

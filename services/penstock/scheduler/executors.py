@@ -94,6 +94,7 @@ class Executor:
         decode_slowness: the same for a step of decoding.
         pace: how quick it is by its own measurement; where it has made none, tokens are counted.
         role: what it is given to do now, as it has confirmed.
+        spared: whether it has been given time beyond its lease since it was last heard.
         unreached: those from which it could not receive KV.
         step_seconds: of a step of decoding that is the same on all executors; 0 where it has not measured its steps.
     """
@@ -116,6 +117,7 @@ class Executor:
         "prefill_slowness",
         "role",
         "sequence_tokens",
+        "spared",
         "step_seconds",
         "unreached",
     )
@@ -128,6 +130,7 @@ class Executor:
         self.kv_tokens = description.kv_tokens
         self.sequence_tokens = description.sequence_tokens
         self.expires = expires
+        self.spared = False
         self.draining = False
         self.role: Role = description.role
         self.load = Load()

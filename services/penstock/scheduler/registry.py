@@ -123,12 +123,19 @@ class Registry:
     def heard(self, executor: Executor) -> None:
         """Anything came from it."""
         executor.expires = self._clock() + self._config.lease_seconds
+        executor.spared = False
 
-    def overslept(self) -> None:
-        """What executors have said meanwhile may still be unread: none is lost before there was time to read it."""
-        least = self._clock() + self._config.lease_seconds / 2
+    def overslept(self, seconds: float) -> None:
+        """What executors have said in these seconds may still be unread: none is lost before there was time to read it.
+
+        It is as long again, at most half a lease, and each is spared once until it is heard: where every timer is late, those
+        that are silent are lost all the same.
+        """
+        least = self._clock() + min(seconds, self._config.lease_seconds / 2)
         for executor in self._executors.values():
-            executor.expires = max(executor.expires, least)
+            if executor.expires < least and not executor.spared:
+                executor.expires = least
+                executor.spared = True
 
     def report(self, executor: Executor, load: Load) -> None:
         """It tells its load."""
