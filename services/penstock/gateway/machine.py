@@ -201,7 +201,7 @@ class Request:
 
     def _first_token(self, choice: Choice, position: int) -> bool:
         if position == len(choice.ids):
-            self.apply(Event.TOKEN)
+            self.apply(Event.TOKEN, choice)
             return self.state is State.DECODING
         return self.state is State.PREFILLING
 

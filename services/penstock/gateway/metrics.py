@@ -63,7 +63,7 @@ class GatewayMetrics:
         for _, lost, _ in request.record.fallbacks:
             self._fallbacks.labels(model, lost.value).inc()
         for part, seconds in request.record.parts.items():
-            self._parts.labels(model, part).observe(seconds)
+            self._parts.labels(model, part).observe(max(0.0, seconds))  # a histogram's sum may not fall
         if request.record.first_token_at is not None:
             self._first.labels(model).observe(request.record.first_token_at - request.record.arrived)
             longest = max(choice.told_tokens for choice in request.choices)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from penstock.common.placement import PlacementReason
 from penstock.gateway.answer import Fallback, FallbackReason, Handoff
+from penstock.gateway.ports import SequenceStart
 
 if TYPE_CHECKING:
     from penstock.gateway.choice import Choice
@@ -49,6 +50,14 @@ class Record:
         self.reserved: list[tuple[float, float]] = []
         self.arrivals: list[tuple[float, Handoff]] = []
         self._choices = choices
+        self._to_first_token = (0.0, 0.0)
+
+    def first_token(self, choice: Choice, now: float) -> None:
+        """A choice's first token has come. Where it is the first of all, that choice's waits and prefill were the way to it."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            start = choice.start or SequenceStart(0, 0.0, 0.0)
+            self._to_first_token = self.scheduler_seconds + choice.reserve_seconds + start.waited_seconds, start.prefill_seconds
 
     @property
     def replacements(self) -> int:
@@ -57,7 +66,7 @@ class Record:
 
     @property
     def queue_seconds(self) -> float:
-        """Time at the scheduler, for the blocks of a handoff, and at the executor before the first step."""
+        """Time at the scheduler, for each placement, and the longest of the choices' for blocks and before the first step."""
         waits = (c.reserve_seconds + c.start.waited_seconds for c in self._choices if c.start is not None)
         return self.scheduler_seconds + max(waits, default=0.0)
 
@@ -85,14 +94,15 @@ class Record:
     def parts(self) -> dict[str, float]:
         """What has passed until the first text, by part, and the step and the KV behind the first token.
 
-        Other services tell how long they took, and not when: what is left of the time to the first token is the hops between them,
-        with attempts that were lost. Of several choices the longest wait and prefill count, and hops may be told too short.
+        Queue and prefill are those of the choice whose first token came first. Other services tell how long they took, and not
+        when: what is left of the time to that token is the hops between them, with attempts that were lost. It is less than 0 only
+        by as much as the clocks of two processes differ in speed.
         """
         if self.first_token_at is None:
             return {}
-        encode, queue, prefill = self.encode_seconds, self.queue_seconds, self.prefill_seconds
-        hops = max(0.0, self.first_token_at - self.begun - queue - prefill)
-        parts = {"encode": encode, "queue": queue, "prefill": prefill, "hops": hops}
+        queue, prefill = self._to_first_token
+        hops = self.first_token_at - self.begun - queue - prefill
+        parts = {"encode": self.encode_seconds, "queue": queue, "prefill": prefill, "hops": hops}
         if self.first_text_at is not None:
             parts["text"] = self.first_text_at - self.first_token_at
         if self.first_step_seconds is not None:

@@ -127,6 +127,52 @@ def test_the_parts_of_the_time_to_the_first_text_add_up_to_it():
     assert sum(parts.values()) - parts["first_step"] == closing.first_text_seconds
 
 
+def adds_up(record):
+    parts = record.parts
+    assert min(parts.values()) >= 0
+    assert sum(parts[part] for part in ("encode", "queue", "prefill", "hops")) == record.first_token_seconds
+    return parts["queue"], parts["prefill"], parts["hops"]
+
+
+def test_they_are_those_of_the_choice_that_told_the_first_token():
+    now = 100.5
+    case = build(clock=lambda: now, arrived=100.0, n=2)
+    request, (late, first) = case.request, case.request.choices
+    now = 101.0
+    request.granted(Lease("e0", "host:1", queued_seconds=0.25))
+    now = 102.5
+    request.sequence_started(first, first.sequence_id, SequenceStart(0, 0.125, 0.75))
+    request.token(first, 5, 0)
+    assert adds_up(request.record) == (0.375, 0.75, 0.875)
+    now = 110.0
+    request.sequence_started(late, late.sequence_id, SequenceStart(0, 8.0, 0.5))
+    request.token(late, 5, 0)
+    assert adds_up(request.record) == (0.375, 0.75, 0.875)
+    assert (request.record.queue_seconds, request.record.prefill_seconds) == (8.25, 0.75)
+
+
+def test_what_a_replacement_waits_for_behind_the_first_token_is_no_part_of_it():
+    now = 100.5
+    case = build(clock=lambda: now, arrived=100.0)
+    request, choice = case.request, case.request.choices[0]
+    now = 101.0
+    request.granted(Lease("e0", "host:1", queued_seconds=0.25))
+    lose(request)
+    now = 103.0
+    request.granted(Lease("e1", "host:2", queued_seconds=1.5))
+    now = 104.0
+    request.sequence_started(choice, choice.sequence_id, SequenceStart(0, 0.125, 0.75))
+    request.token(choice, 5, 0)
+    assert adds_up(request.record) == (1.875, 0.75, 0.875)
+    lose(request)
+    now = 109.0
+    request.granted(Lease("e0", "host:1", queued_seconds=4.0))
+    request.sequence_started(choice, choice.sequence_id, SequenceStart(0, 1.0, 1.0))
+    request.token(choice, 6, 1)
+    assert adds_up(request.record) == (1.875, 0.75, 0.875)
+    assert request.record.queue_seconds == 5.875
+
+
 @pytest.mark.parametrize("state", [State.QUEUED, State.PREFILLING])
 def test_a_deadline_before_the_first_text_is_an_error(state):
     case = build()

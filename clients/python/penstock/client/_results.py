@@ -164,7 +164,8 @@ class Closing:
         first_step_seconds: from the first token, which prefill gives, to the second.
         encode_seconds: from the request's arrival, through checking and encoding, to the question for a place.
         first_token_seconds: from arrival to the first token. Beside encoding, queue and prefill it holds hops between services.
-        first_text_seconds: from arrival to the first text on its way to the client.
+        first_text_seconds: from arrival to the first text on its way to the client, or into an answer that is not streamed, or to
+            the first finish where no text came before it.
     """
 
     usage: Usage

@@ -745,8 +745,9 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 class Closing(_message.Message):
     """Where a request ran and where its time went.
 
-    first_text_time is what a client waits for, less its own network. It is encode_time, queue_time and prefill_time, then the messages
-    between the services that these were done in, and the decoding of the first text; first_token_time is all of it but the last.
+    first_text_time is what a client waits for, less its own network. Of one choice that was not placed again it is encode_time,
+    queue_time and prefill_time, then the messages between the services that these were done in, and the decoding of the first text;
+    first_token_time is all of it but the last. Of other requests queue_time and prefill_time may hold what came behind the first token.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -792,9 +793,13 @@ class Closing(_message.Message):
     @_builtins.property
     def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placement]: ...
     @_builtins.property
-    def queue_time(self) -> _duration_pb2.Duration: ...
+    def queue_time(self) -> _duration_pb2.Duration:
+        """At the scheduler, each time that it was placed, with the longest of the choices' waits for blocks and for their first steps."""
+
     @_builtins.property
-    def prefill_time(self) -> _duration_pb2.Duration: ...
+    def prefill_time(self) -> _duration_pb2.Duration:
+        """The longest of the choices', from the first step to the first token."""
+
     @_builtins.property
     def decode_time(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -817,7 +822,9 @@ class Closing(_message.Message):
 
     @_builtins.property
     def first_text_time(self) -> _duration_pb2.Duration:
-        """From arrival to the first text on its way to the client, or to the first finish where no text came before it."""
+        """From arrival to the first text on its way to the client, or into an answer that is not streamed, or to the first finish where no
+        text came before it.
+        """
 
     def __init__(
         self,

@@ -46,12 +46,11 @@ def start_together(request: Request, lease: Lease, choice: Choice) -> None:
     choice.sequence_id = request.execution.start(lease, choice)
 
 
-def decode(request: Request) -> None:
+def decode(request: Request, choice: Choice) -> None:
     """The first token since a placement."""
     request.state = State.DECODING
     request.attempts_left = request.max_attempts
-    if request.record.first_token_at is None:
-        request.record.first_token_at = request.now()
+    request.record.first_token(choice, request.now())
 
 
 def give_up(request: Request, refusal: Refusal) -> None:
