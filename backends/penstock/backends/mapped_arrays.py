@@ -162,8 +162,8 @@ class MappedArrays:
                     if _checksum(mapped) != checksum:
                         raise ValueError(path)
                 self._index[name] = (offset, stored, checksum)
-            with suppress(OSError):
-                os.utime(path)  # it is in use
+            with suppress(OSError):  # it is in use, which not every file system notes by itself
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         except (OSError, ValueError, TypeError, AttributeError):
             self.close()
             return False
@@ -174,7 +174,8 @@ def _remove_unused(folder: Path) -> None:
     for pattern, seconds in (("*.arrays", _UNUSED_SECONDS), (".new-*", _LEFT_SECONDS)):
         for path in folder.glob(pattern):
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > seconds:
+                status = path.stat()
+                if time.time() - max(status.st_atime, status.st_mtime) > seconds:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
