@@ -35,16 +35,16 @@ class FakeServer(pb_grpc.InferenceServicer, models_pb2_grpc.ModelsServicer):
             SimpleNamespace(request=request, metadata=dict(context.invocation_metadata()), left=context.time_remaining())
         )
         script = self.script.pop(0) if self.script and isinstance(self.script[0], list) else self.script
-        for step in script:
-            if isinstance(step, Exception):
-                raise step
-            if step is None:
-                try:
+        try:
+            for step in script:
+                if isinstance(step, Exception):
+                    raise step
+                if step is None:
                     await asyncio.Event().wait()
-                except asyncio.CancelledError:
-                    self.cancelled.set()
-                    raise
-            yield answer(closing=step) if isinstance(step, pb.Closing) else answer(**step)
+                yield answer(closing=step) if isinstance(step, pb.Closing) else answer(**step)
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where it is cancelled while an answer is written
+            self.cancelled.set()
+            raise
 
     async def Generate(self, request, context):  # noqa: N802 - the name in the proto
         async with contextlib.aclosing(self._play(request, context, pb.GenerateResponse)) as answers:
