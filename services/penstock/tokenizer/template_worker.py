@@ -46,8 +46,8 @@ def main() -> None:
     memory = int(setup["memory_bytes"])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Constant expressions are worked out here.
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in a background group, a terminal would stop it for what it writes to stderr
+    # Constant expressions are worked out here.
     signal.setitimer(signal.ITIMER_PROF, max(setup["seconds"], _COMPILE_SECONDS))
     try:
         template = compile_template(setup["template"])

@@ -11,7 +11,7 @@ from penstock.backends.checkpoint import read_model
 from penstock.backends.conformance import CHECKS, subjects
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
 from penstock.backends.contract import DType
-from penstock.backends.pytorch import REGISTRATION, tuning
+from penstock.backends.pytorch import REGISTRATION, device_int4, tuning
 from penstock.backends.pytorch.device_int4 import DeviceInt4Product, packing
 from penstock.backends.pytorch.kernel_rows import kernel_rows
 from penstock.backends.pytorch.model import TorchModel
@@ -51,8 +51,9 @@ def test_an_order_that_is_not_made_of_tiles_is_refused(monkeypatch):
 @pytest.mark.parametrize("kernel_rows", [0, 2])
 @pytest.mark.usefixtures("device")
 @torch.inference_mode()
-def test_products_are_near_by_the_kernel_and_widened(kernel_rows, inputs):
-    weight, bias = torch.randn(4096 + 96, inputs), torch.randn(4096 + 96)
+def test_products_are_near_by_the_kernel_and_widened(kernel_rows, inputs, monkeypatch):
+    monkeypatch.setattr(device_int4, "_TILE", 64)  # more than one, and part of another
+    weight, bias = torch.randn(160, inputs), torch.randn(160)
     product = DeviceInt4Product(weight.bfloat16(), bias.bfloat16(), kernel_rows)
     assert sum(buffer.nbytes for buffer in (product.weight, product.scales)) <= weight.numel() * (0.5 + 4 / 32)
     codes, scales, group = four_bits(weight.bfloat16())

@@ -42,13 +42,13 @@ def kernel_rows(name: str, make: MakeShortProduct, outputs: int, inputs: int, de
     """
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=random).bfloat16().to(device)
-    without = make(weight, None, 0)
+    without, product = make(weight, None, 0), None
     found, tried, rows = 0, [], 1
     while rows <= _MOST_KERNEL_ROWS:
         x = torch.randn(rows, inputs, generator=random).bfloat16().to(device)
         right, seconds, off = without.widened(x), [], 0.0
         try:
-            product = make(weight, None, rows)
+            product = product or make(weight, None, _MOST_KERNEL_ROWS)
             for way in (product.by_kernel, product.widened):
                 answer, taken = timed(partial(way, x))
                 seconds.append(taken)
