@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from penstock.common.logs import logger
 # Where there is no device, Triton's kernels run on the processor. Triton reads this once, when the first library imports it.
 if not (Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Who is started in the background by a shell without job control ignores Ctrl-C, and hands that on to what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first test that captures what is logged: what that restores is otherwise structlog's own default, which is stdout.
 logger()

@@ -11,7 +11,7 @@ from suite import Suite, wait_for
 from penstock.client import Client, PenstockError, Unavailable
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 40, 88, 121, 300, 512, 777)]
-OPTIONS = {"max_tokens": 800, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
+OPTIONS = {"max_tokens": 320, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
 
 
 class Load:
@@ -110,12 +110,12 @@ def test_scheduler_that_is_ended_with_a_queue_fails_no_request(suite, undisturbe
             options = OPTIONS | {"max_tokens": tokens}
             return threads.submit(lambda: [*client.generate(prompt, **options).result().choices[0].token_ids])
 
-        waiting = [ask(prompt, 400) for prompt in 2 * PROMPTS]
+        waiting = [ask(prompt, 200) for prompt in 2 * PROMPTS]
         assert wait_for(lambda: suite.counts()["queued"] >= 4)
         (scheduler,) = suite.services("scheduler")
         scheduler.terminate()
         new = [ask(prompt, 20) for prompt in PROMPTS]
-        assert [answer.result(60) for answer in waiting] == [ids[:400] for ids in 2 * whole]
+        assert [answer.result(60) for answer in waiting] == [ids[:200] for ids in 2 * whole]
         assert [answer.result(60) for answer in new] == [ids[:20] for ids in whole]
         assert psutil.wait_procs([scheduler], timeout=30)[0]
     suite.assert_idle()

@@ -7,7 +7,7 @@ import pytest
 from suite import Suite, wait_for
 
 PROMPTS = [f"Count from {n}: {n} {n + 1} {n + 2}" for n in (3, 17, 40, 88)]
-OPTIONS = {"max_tokens": 1000, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
+OPTIONS = {"max_tokens": 400, "ignore_eos": True, "token_ids": True, "temperature": 0.9, "seed": 11}
 
 
 class Load:
