@@ -76,10 +76,7 @@ def _peak() -> int:
 
 def _served(spec: ModelSpec, dtype: DType) -> float:
     """Bytes of the matrices that products read, and of their scales and zero points."""
-    import openvino as ov
-
-    computes_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    whole = {DType.F32: 4, DType.BF16: 2 if computes_bf16 else 4, DType.INT8: 1, DType.INT4: 0.5 + 5 / 128}[dtype]
+    whole = {DType.F32: 4, DType.BF16: 2, DType.INT8: 1, DType.INT4: 0.5 + 5 / 128}[dtype]
     names, shapes = spec.decoder.weights, spec.decoder.weight_shapes()
     head = names.lm_head or names.embedding
     products = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) > 1 and name not in (names.embedding, head))

@@ -129,7 +129,7 @@ def test_weights_of_a_bfloat16_checkpoint_are_taken_as_they_are(tmp_path):
     shorten(spec.shards[0])
     spec = read_model(tmp_path, "short")
     with Weights(spec) as weights, MappedArrays(tmp_path) as arrays:
-        constants = Constants(weights, arrays, DType.BF16, threads=1)
+        constants = Constants(weights, arrays, DType.BF16, threads=1, has_bf16=True)
         build(spec.decoder, constants)
         names = spec.decoder.weights.layer
         for name in (names.o, names.down):
@@ -185,7 +185,7 @@ def large(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("large"), {**CONFIGS["qwen3"], **SIZES, "head_dim": 64})
 
 
-@pytest.mark.parametrize(("dtype", "weight_bytes"), [(DType.F32, 4.0), (DType.INT8, 1.0)])
+@pytest.mark.parametrize(("dtype", "weight_bytes"), [(DType.F32, 4.0), (DType.BF16, 2.0), (DType.INT8, 1.0)])
 def test_a_start_takes_no_second_copy_of_the_weights(spec, large, dtype, weight_bytes):
     command = [sys.executable, "-c", LOAD, dtype, str(spec.folder), str(large.folder)]
     small, peak = map(int, subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.split())

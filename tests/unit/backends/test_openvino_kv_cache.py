@@ -123,9 +123,9 @@ def test_kv_of_any_type_is_off_by_half_a_step_of_its_token_and_head_at_most(dtyp
     assert np.all(np.abs(model.export_kv([1, 6, 3], tokens).data - found) <= 0.01 * steps + 1e-6 * np.abs(right))
 
 
-@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.INT8, DType.INT4])
 @pytest.mark.usefixtures("without_bf16")
-def test_rounded_weights_have_a_cache_in_float16_where_the_processor_multiplies_no_bfloat16(spec, dtype):
+def test_short_weights_have_a_cache_in_float16_where_the_processor_multiplies_no_bfloat16(spec, dtype):
     model = REGISTRATION.create(spec, DeviceConfig(dtype=dtype, kv_cache_bytes=1 << 22, threads=1, max_batch_tokens=256))
     assert (model.kv.dtype, model.kv.canonical_dtype) == ("f16", "float16")
     driver = Driver(model)

@@ -1,6 +1,6 @@
 """Steps of a few decoding sequences, computed in two halves where that is quicker.
 
-A processor without bfloat16 widens rounded weights to float32 as it multiplies. With AVX2 and weights of 8 bits a step of five rows
+A processor without bfloat16 widens short weights to float32 as it multiplies. With AVX2 and weights of 8 bits a step of five rows
 takes nearly twice as long there as one of four, so that eight sequences may take longer than two times four. Where memory is what
 limits, reading every weight twice is worse. So both are tried when a model is loaded.
 """

@@ -49,12 +49,12 @@ class OpenVinoModel:
         with Source(spec, config, self._dtype) as source:
             # The graph's constants are these arrays: it keeps no reference of its own.
             compiled, self._held = source.compile()
-            self._in_float32 = self._dtype.quantised and compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
+            self._widens = self._dtype is not DType.F32 and compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
             self._table = source.embedding
             self._request = compiled.create_infer_request()
             self._cache = self._allocate(compiled, spec, config, source)
             source.keep()
-        if self._in_float32 and min(config.max_batch_size, self._kv.blocks) >= LARGEST:
+        if self._widens and min(config.max_batch_size, self._kv.blocks) >= LARGEST:
             step = decoding(LARGEST)
             self._halves = halves_are_quicker(lambda: self._compute(step), lambda: self._in_halves(step))
 
@@ -94,7 +94,7 @@ class OpenVinoModel:
 
     def _compute(self, batch: StepBatch) -> StepOutput:
         request, cache = self._open()
-        batch = pad(batch, cache.scratch) if self._in_float32 else batch
+        batch = pad(batch, cache.scratch) if self._widens else batch
         self._longest[...] = (batch.past_lengths + np.diff(batch.starts)).max()
         embedded = embed(self._table, batch.token_ids)
         request.set_tensor("embedded", ov.Tensor(embedded, shared_memory=True))

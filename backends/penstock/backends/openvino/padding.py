@@ -1,6 +1,6 @@
-"""Steps of a number of tokens that products with rounded weights are quick for.
+"""Steps of a number of tokens that products with short weights are quick for.
 
-A processor without bfloat16 widens such weights to float32 as it multiplies, in oneDNN's kernels. Those cut the rows of a step into
+A processor without bfloat16 widens all but float32 ones as it multiplies, in oneDNN's kernels. Those cut the rows of a step into
 blocks of one size, and take small ones where the number of rows has no better divisor: 497 tokens, seven times 71, take twice as
 long as 512. Some tokens more, of a sequence that nobody asked for, make a number that divides well.
 """

@@ -1,9 +1,8 @@
 """How the plug-in is set up for each dtype, and why.
 
 - ``INFERENCE_PRECISION_HINT`` and ``KV_CACHE_PRECISION``: float32 for ``f32``, so that its tokens are those of the formulas;
-  bfloat16 otherwise, where the processor multiplies it. Where it does not, weights of 8 or 4 bits have a cache in float16: half of
-  what float32 takes and attention reads, and far nearer to it than the weights are. The cache has 8 bits where the operator asks
-  for that.
+  bfloat16 otherwise, where the processor multiplies it. Where it does not, shorter weights have a cache in float16: half of what
+  float32 takes and attention reads, and nearer to it than the weights are. The cache has 8 bits where the operator asks for that.
 - ``KEY_CACHE_QUANT_MODE``: the plug-in's own default for keys of 8 bits scales them by channel, and a block anew with each token
   that enters it: a sequence's keys would then depend on how its prompt was cut into chunks. Here each token has its own scale.
 - ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with weights of 8 or 4 bits the inputs of a product are rounded to int8 as well, in groups
@@ -48,7 +47,7 @@ def properties(
         kv_cache: INT8, or None for the type that goes with these weights here.
     """
     compute = "bf16" if has_bf16 and dtype is not DType.F32 else "f32"
-    cache = "f16" if compute == "f32" and dtype.quantised else compute
+    cache = "f16" if compute == "f32" and dtype is not DType.F32 else compute
     chosen = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,

@@ -47,9 +47,7 @@ class Source:
         """The compiled graph, and the arrays that it points into, which must outlive it."""
         core = ov.Core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        # A processor that can not multiply bfloat16 has its weights in float32, of which the plug-in would hold two copies.
-        held_as = DType.F32 if self._dtype is DType.BF16 and not has_bf16 else self._dtype
-        constants = Constants(self._weights, self._arrays, held_as, self._threads)
+        constants = Constants(self._weights, self._arrays, self._dtype, self._threads, has_bf16=has_bf16)
         try:
             graph = build(self._spec.decoder, constants)
         finally:

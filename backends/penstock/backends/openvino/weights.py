@@ -34,14 +34,18 @@ def shared_tensor(array: NDArray[Any]) -> ov.Tensor:
 class Constants:
     """Makes constants from a checkpoint's tensors and keeps what they point into.
 
+    Args:
+        has_bf16: whether the processor multiplies bfloat16. Where it does not, products widen it as they go.
+
     Attributes:
         dtype: the type that matrices are held in.
         held: every array that constants share memory with; must live as long as the compiled graph.
     """
 
-    def __init__(self, weights: Weights, arrays: MappedArrays, dtype: DType, threads: int) -> None:
+    def __init__(self, weights: Weights, arrays: MappedArrays, dtype: DType, threads: int, *, has_bf16: bool) -> None:
         self.held: list[NDArray[Any]] = []
         self._weights, self._arrays = weights, arrays
+        self._has_bf16 = has_bf16
         self.dtype = dtype
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
 
@@ -68,13 +72,18 @@ class Constants:
 
     def _whole(self, names: Sequence[str], parts: Sequence[NDArray[Any]]) -> ov.Node:
         dtype = _BF16 if self.dtype is DType.BF16 else np.dtype(np.float32)
-        if len(parts) == 1 and parts[0].dtype == dtype:
-            return self._shared(parts[0])
-        joined, filled = self._array(names, "", (sum(map(len, parts)), parts[0].shape[1]), dtype)
-        if not filled:
-            np.concatenate(parts, out=joined)
-            self._release()
-        return self._shared(joined)
+        widened = self.dtype is DType.BF16 and not self._has_bf16
+        rows = sum(map(len, parts))
+        held_rows = _held_rows(parts) if widened else rows
+        if len(parts) == 1 and parts[0].dtype == dtype and held_rows == rows:
+            matrix = self._shared(parts[0])
+        else:
+            joined, filled = self._array(names, "", (held_rows, parts[0].shape[1]), dtype)
+            if not filled:
+                np.concatenate(parts, out=joined[:rows])
+                self._release()
+            matrix = self._shared(joined)
+        return _widened(matrix) if widened else matrix
 
     def _by_row(self, names: Sequence[str], parts: Sequence[NDArray[Any]]) -> ov.Node:
         rows, columns = _held_rows(parts), parts[0].shape[1]
@@ -116,8 +125,15 @@ class Constants:
         return ops.constant(shared_tensor(array), shared_memory=True)
 
 
+def _widened(matrix: ov.Node) -> ov.Node:
+    """In float32, as each product makes it anew: marked as exporters mark it, lest the plug-in makes it once and keeps it."""
+    wide = ops.convert(matrix, "f32")
+    wide.get_rt_info()["decompression_0"] = ""
+    return wide
+
+
 def _held_rows(parts: Sequence[NDArray[Any]]) -> int:
-    """How many rows a rounded matrix is held with: its own, and where that saves memory eight of zeros behind them.
+    """How many rows a matrix is held with that products widen: its own, and where that saves memory eight of zeros behind them.
 
     For steps of 7 to 80 tokens the plug-in's library takes another block of rows, and a second copy of the matrix packed for it,
     where float32 would take less than 16 MiB and the number of rows divides by 32.
