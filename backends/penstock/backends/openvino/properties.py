@@ -11,9 +11,9 @@
 - ``ENABLE_CPU_PINNING`` off: threads that are pinned by their number land on cores that belong to another container, or all
   executors of a machine on the same ones, and one that other services hold up can not move. It gains nothing where weights lie in
   huge pages.
-- ``TBB_PARTITIONER``: work on such weights is dealt out as threads become free, for the other services run on the same cores;
-  dealing it out evenly beforehand leaves one thread waiting for the other. bfloat16 and float32 keep the plug-in's own, which
-  deals evenly: those steps wait for memory. Releases that do not know the property go without.
+- ``TBB_PARTITIONER``: work on weights that are rounded, or widened as they are multiplied, is dealt out as threads become free, for
+  the other services run on the same cores; dealing it out evenly beforehand leaves one thread waiting for the other. The rest keeps
+  the plug-in's own, which deals evenly: those steps wait for memory. Releases that do not know the property go without.
 - ``NUM_STREAMS`` 1 and ``PERFORMANCE_HINT`` latency: one step at a time uses all threads.
 """
 
@@ -47,21 +47,21 @@ def properties(
         kv_cache: INT8, or None for the type that goes with these weights here.
     """
     compute = "bf16" if has_bf16 and dtype is not DType.F32 else "f32"
-    cache = "f16" if compute == "f32" and dtype is not DType.F32 else compute
+    widens = compute == "f32" and dtype is not DType.F32
     chosen = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
         "INFERENCE_PRECISION_HINT": compute,
-        "KV_CACHE_PRECISION": cache,
+        "KV_CACHE_PRECISION": "f16" if widens else compute,
     }
     if kv_cache is DType.INT8:
         chosen |= {"KV_CACHE_PRECISION": "u8", "KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
-    if dtype.quantised:
+    if dtype.quantised or widens:
         chosen["TBB_PARTITIONER"] = "AUTO"
+    if dtype.quantised:
         chosen["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(decoder)
-
     return chosen
 
 
