@@ -4,7 +4,7 @@
 
 Each start is a process of its own; quantised types start twice, the second time with the weights that the first one kept. A line
 of JSON a start: seconds until the model has run its first step, and the peak of resident memory over what the same process held
-after it had loaded the built-in model, as a multiple of the weights as served: in the type that is computed with, the logits'
+after it had loaded the built-in model, as a multiple of the weights as served: in the type that they are held in, the logits'
 matrix included and the table of embeddings not. The KV cache is not touched before the first request.
 """
 

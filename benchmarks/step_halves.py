@@ -1,4 +1,4 @@
-"""Steps of five to eight decoding sequences with rounded weights, whole and in halves, in turn.
+"""Steps of five to eight decoding sequences with short weights, whole and in halves, in turn.
 
     python benchmarks/step_halves.py FOLDER [--dtype int8] [--repeats 40]
 
@@ -26,7 +26,7 @@ def main() -> None:
     start_again_with_huge_pages()  # as an executor does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--dtype", type=DType, default=DType.INT8, choices=[DType.INT8, DType.INT4])
+    parser.add_argument("--dtype", type=DType, default=DType.INT8, choices=[DType.BF16, DType.INT8, DType.INT4])
     parser.add_argument("--repeats", type=int, default=40)
     options = parser.parse_args()
     spec = read_model(options.model, options.model.name)

@@ -1,7 +1,6 @@
 import pytest
 
 from penstock.backends.conformance.checkpoints import CONFIGS, write_checkpoint
-from penstock.backends.openvino.properties import properties
 
 
 @pytest.fixture
@@ -12,9 +11,5 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def without_bf16(monkeypatch):
-    """OpenVINO's properties as for a processor that multiplies no bfloat16, whatever this one does."""
-
-    def as_if(*arguments, has_bf16, **settings):
-        return properties(*arguments, has_bf16=False, **settings)
-
-    monkeypatch.setattr("penstock.backends.openvino.source.properties", as_if)
+    """OpenVINO's backend as on a processor that multiplies no bfloat16, whatever this one does."""
+    monkeypatch.setattr("penstock.backends.openvino.source._multiplies_bfloat16", lambda core: False)

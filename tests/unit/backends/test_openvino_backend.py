@@ -97,18 +97,21 @@ def test_rounding_to_4_bits_is_off_by_a_step_at_most_and_keeps_zeros(matrix):
     assert np.all(found[matrix == 0] == 0)
 
 
-@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.INT8, DType.INT4])
+@pytest.mark.usefixtures("without_bf16")
 def test_the_plugin_keeps_weights_as_short_as_they_came(spec, dtype):
     compiled = compile_graph(spec, dtype)
     nodes = compiled.get_runtime_model().get_ordered_ops()
     products = [node for node in nodes if str(node.get_rt_info()["layerType"].value) == "FullyConnected"]
     types = Counter(product.input(1).get_element_type().to_string() for product in products)
     count = 4 * spec.decoder.layers
-    assert types == ({"i8": count + 1} if dtype is DType.INT8 else {"u4": count, "i8": 1})  # the last one makes the logits
+    expected = {DType.BF16: {"bf16": count + 1}, DType.INT8: {"i8": count + 1}, DType.INT4: {"u4": count, "i8": 1}}
+    assert types == expected[dtype]  # the last one makes the logits
 
 
-@pytest.mark.parametrize("dtype", [DType.INT8, DType.INT4])
-def test_no_rounded_weight_is_of_a_shape_that_is_packed_twice(spec, dtype):
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.INT8, DType.INT4])
+@pytest.mark.usefixtures("without_bf16")
+def test_no_short_weight_is_of_a_shape_that_is_packed_twice(spec, dtype):
     nodes = compile_graph(spec, dtype).get_runtime_model().get_ordered_ops()
     shapes = [list(node.input(1).get_shape()) for node in nodes if str(node.get_rt_info()["layerType"].value) == "FullyConnected"]
     assert len(shapes) == 4 * spec.decoder.layers + 1
@@ -124,17 +127,19 @@ def test_shorter_types_agree_with_float32(spec):
         assert np.linalg.norm(logits - exact) <= tolerance * np.linalg.norm(exact)
 
 
-def test_weights_of_a_bfloat16_checkpoint_are_taken_as_they_are(tmp_path):
-    spec = write_checkpoint(tmp_path, CONFIGS["llama"])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_weights_of_a_bfloat16_checkpoint_are_taken_as_they_are(tmp_path, has_bf16):
+    spec = write_checkpoint(tmp_path, {**CONFIGS["llama"], "vocab_size": 321})  # a number of rows that needs no spare ones
     shorten(spec.shards[0])
     spec = read_model(tmp_path, "short")
     with Weights(spec) as weights, MappedArrays(tmp_path) as arrays:
-        constants = Constants(weights, arrays, DType.BF16, threads=1, has_bf16=True)
+        constants = Constants(weights, arrays, DType.BF16, threads=1, has_bf16=has_bf16)
         build(spec.decoder, constants)
-        names = spec.decoder.weights.layer
-        for name in (names.o, names.down):
-            assert any(np.shares_memory(held, weights[name.format(layer=0)]) for held in constants.held)
-    assert create(spec, DType.BF16).step(prompt_batch([1, 2, 3])).logits.shape == (3, 320)
+        names = spec.decoder.weights
+        small = [name.format(layer=0) for name in (names.layer.o, names.layer.down)] if has_bf16 else []
+        for name in (names.lm_head or names.embedding, *small):
+            assert any(np.shares_memory(held, weights[name]) for held in constants.held)
+    assert create(spec, DType.BF16).step(prompt_batch([1, 2, 3])).logits.shape == (3, 321)
 
 
 def shorten(path):

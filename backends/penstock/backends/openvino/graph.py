@@ -2,6 +2,7 @@
 
 RMS norm and rotary embedding are written as their patterns (`RMSFusion`, `RoPEFusionGPTNEOX` in OpenVINO's common transformations),
 so each becomes one operation; a weight of 8 or 4 bits is a constant, a conversion and scales, which the plug-in keeps compressed.
+One in bfloat16 is that without scales where the processor does not multiply it.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _product(x: Any, matrix: Any, rows: int) -> Any:
     dtype = matrix.get_element_type()
     if dtype == ov.Type.f32:
         return ops.matmul(x, matrix, False, True)
-    # The operand is converted, not the weight: a converted constant is folded, and held twice as large.
+    # The operand is converted, not the weight: a converted constant that is not marked is folded, and held twice as large.
     return ops.convert(ops.matmul(ops.convert(x, dtype), matrix, False, True), "f32")
 
 

@@ -2,7 +2,7 @@
 
 - ``INFERENCE_PRECISION_HINT`` and ``KV_CACHE_PRECISION``: float32 for ``f32``, so that its tokens are those of the formulas;
   bfloat16 otherwise, where the processor multiplies it. Where it does not, shorter weights have a cache in float16: half of what
-  float32 takes and attention reads, and nearer to it than the weights are. The cache has 8 bits where the operator asks for that.
+  float32 takes and attention reads, and nearer to it than bfloat16. The cache has 8 bits where the operator asks for that.
 - ``KEY_CACHE_QUANT_MODE``: the plug-in's own default for keys of 8 bits scales them by channel, and a block anew with each token
   that enters it: a sequence's keys would then depend on how its prompt was cut into chunks. Here each token has its own scale.
 - ``DYNAMIC_QUANTIZATION_GROUP_SIZE``: with weights of 8 or 4 bits the inputs of a product are rounded to int8 as well, in groups

@@ -46,7 +46,7 @@ class Source:
     def compile(self) -> tuple[ov.CompiledModel, list[NDArray[Any]]]:
         """The compiled graph, and the arrays that it points into, which must outlive it."""
         core = ov.Core()
-        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = _multiplies_bfloat16(core)
         constants = Constants(self._weights, self._arrays, self._dtype, self._threads, has_bf16=has_bf16)
         try:
             graph = build(self._spec.decoder, constants)
@@ -79,3 +79,7 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
+
+
+def _multiplies_bfloat16(core: ov.Core) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

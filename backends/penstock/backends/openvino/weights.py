@@ -126,7 +126,10 @@ class Constants:
 
 
 def _widened(matrix: ov.Node) -> ov.Node:
-    """In float32, as each product makes it anew: marked as exporters mark it, lest the plug-in makes it once and keeps it."""
+    """In float32, as each product makes it anew: marked as exporters mark it, lest the plug-in makes it once and keeps it.
+
+    The plug-in heeds that with AVX2, in graphs that have paged attention.
+    """
     wide = ops.convert(matrix, "f32")
     wide.get_rt_info()["decompression_0"] = ""
     return wide
