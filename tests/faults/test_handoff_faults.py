@@ -60,7 +60,7 @@ def test_undisturbed(trial):
 
 @pytest.mark.parametrize("action", OF_MESSAGES, ids=name)
 def test_messages(trial, action):
-    trial.run(*(Fails(f"handoff.{message}.sent", action, nth, 0.5) for message, nth in USUAL.items()), requests=6)
+    trial.run(*(Fails(f"handoff.{message}.sent", action, nth, 0.5) for message, nth in USUAL.items()), requests=10)
 
 
 @pytest.mark.parametrize("point", ["handoff.push.sent", "handoff.ack.sent", "gateway.arrived", "scheduler.prefilled"])
