@@ -60,10 +60,15 @@ class _Engine:
         self.kv = kv
         self.memory = np.zeros((kv.blocks, kv.bytes_per_block), np.uint8)
         self.memory[:] = np.frombuffer(np.random.default_rng(7).bytes(kv.bytes_per_block), np.uint8)
-        self.handoff: Any = None
+        self.events: Any = None
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "engine")
+
+    @property
+    def handoff(self) -> _Engine:
+        """The part of an engine that is a `KvEngine`: here all of it."""
+        return self
 
     def _blocks(self, tokens: range) -> slice:
         return slice(tokens.start // self.kv.block_size, -(-tokens.stop // self.kv.block_size))
@@ -80,19 +85,19 @@ class _Engine:
 
     def begin_decode(self, handle: Handle, first_token: int, arrival: Any) -> None:  # noqa: ARG002 - nothing is decoded
         self._loop.call_soon_threadsafe(self._end, arrival.transport.value)
-        self.handoff.ended(handle)
+        self.events.ended(handle)
 
     def handed_off(self, handle: Handle) -> None:
         self._loop.call_soon_threadsafe(self._end, "handed off")
-        self.handoff.ended(handle)
+        self.events.ended(handle)
 
     def leave(self, handle: Handle) -> None:
         self._loop.call_soon_threadsafe(self._end, "left")
-        self.handoff.ended(handle)
+        self.events.ended(handle)
 
     def fail(self, handle: Handle, failure: Any, message: str) -> None:
         self._loop.call_soon_threadsafe(self._end, f"{failure.value}: {message}")
-        self.handoff.ended(handle)
+        self.events.ended(handle)
 
     def _end(self, how: str) -> None:
         if not self.ended.done():
