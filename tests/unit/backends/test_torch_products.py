@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from penstock.backends.contract import DType
-from penstock.backends.pytorch.precision import precision_of
+from penstock.backends.pytorch.packed import PackedProduct
+from penstock.backends.pytorch.precision import multiplies_bfloat16, precision_of
 from penstock.backends.pytorch.products import HostProduct, Int4Product, Int8Product
 
 ROWS = [0, 1, 2, 3, 5, 40, 130]  # below, between and above the counts at which the way changes
@@ -29,6 +30,18 @@ def test_products_are_those_of_the_weights(dtype, rows, weight):
     if rows:
         limit = 5e-3 if dtype == torch.bfloat16 and rows <= 2 else 1e-6  # one row is rounded, so that the short product takes it
         assert error(found.double(), x.double() @ held.double().T + bias) < limit
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("biased", [False, True])
+@torch.inference_mode()
+def test_packed_products_are_those_of_bfloat16(biased, rows, weight):
+    held, bias, x = weight.bfloat16(), torch.randn(len(weight)).bfloat16(), torch.randn(rows, 128).bfloat16()
+    found = PackedProduct(held, bias if biased else None)(x)
+    assert (found.shape, found.dtype) == ((rows, len(weight)), torch.bfloat16)
+    if rows:
+        assert error(found.double(), x.double() @ held.double().T + (bias.double() if biased else 0)) < 5e-3
 
 
 @pytest.mark.parametrize("rows", ROWS[1:])

@@ -1,4 +1,4 @@
-"""What gRPC's copies of messages cost the C library."""
+"""What copies of messages and steps cost the C library."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import platform, resource, sys
-from penstock.executor.handoff.transports.heap import keep_freed_memory
+from penstock.common.heap import keep_freed_memory
 kept = sys.argv[1] == "kept" and keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -34,6 +34,7 @@ from penstock.backends.pytorch.registration import KV_LAYOUT, REGISTRATION
 from penstock.backends.pytorch.top import MOST_TOP, on_host, top_of
 from penstock.backends.pytorch.tuning import tuning_of
 from penstock.backends.step_limits import StepLimits
+from penstock.common.heap import keep_freed_memory
 from penstock.common.service import StartError
 
 __all__ = ["TorchModel"]
@@ -68,6 +69,8 @@ class TorchModel:
             raise StartError(f"backend torch has no {self._dtype} for {spec.name}, but {', '.join(capabilities.dtypes)}")
         if config.kv_cache_dtype is not None:
             raise StartError(f"backend torch has no KV cache of {config.kv_cache_dtype}: leave kv_cache_dtype away")
+        if self._device.type == "cpu":
+            keep_freed_memory()
         tuning = tuning_of(spec.decoder, self._dtype, self._device, BLOCK_SIZE, attention)
         self._attention, self._ways = tuning.attention, tuning.ways
         self._threads = config.threads or len(os.sched_getaffinity(0))

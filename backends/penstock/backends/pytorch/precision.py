@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from penstock.backends.contract import DType
 from penstock.backends.pytorch.device_int4 import DeviceInt4Product
 from penstock.backends.pytorch.device_int8 import DeviceInt8Product
+from penstock.backends.pytorch.packed import PackedProduct
 from penstock.backends.pytorch.products import HostProduct, Int4Product, Int8Product
 
 __all__ = ["Precision", "precision_of"]
@@ -51,8 +52,10 @@ def precision_of(dtype: DType, device: torch.device, kernel_rows: Mapping[DType,
         int8 = partial(DeviceInt8Product, rows=kernel_rows.get(DType.INT8, 0))
         int4 = partial(DeviceInt4Product, rows=kernel_rows.get(DType.INT4, 0))
         return Precision(held, held, int4 if dtype == DType.INT4 else int8, int8)
-    if device.type == "cuda" or (dtype == DType.BF16 and multiplies_bfloat16()):
+    if device.type == "cuda":
         return Precision(held, held, _linear, _linear)
+    if dtype == DType.BF16 and multiplies_bfloat16():
+        return Precision(held, held, PackedProduct, PackedProduct)
     products = {DType.INT8: Int8Product, DType.INT4: Int4Product}
     product: MakeProduct = products.get(dtype, HostProduct)
     return Precision(held, torch.float32, product, Int8Product if dtype.quantised else HostProduct)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from penstock.common.heap import keep_freed_memory
 from penstock.executor.handoff.ticket import Transport
-from penstock.executor.handoff.transports.heap import keep_freed_memory
 from penstock.executor.handoff.transports.port import (
     InlinePayload,
     LinkClosed,

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from penstock.common.heap import keep_freed_memory
 from penstock.common.logs import logger
 from penstock.executor.handoff.ticket import Transport
 from penstock.executor.handoff.transports import segments
-from penstock.executor.handoff.transports.heap import keep_freed_memory
 from penstock.executor.handoff.transports.inline import InlineIncoming, InlineOutgoing
 from penstock.executor.handoff.transports.nixl import NixlIncoming, NixlOutgoing, missing
 from penstock.executor.handoff.transports.port import (
