@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from penstock.cli.grpc_threads import with_fewer_threads
 from penstock.common.logs import logger
+
+# As in the services' own processes; gRPC reads it when the first test imports it.
+os.environ.update(with_fewer_threads(os.environ))
 
 # Where there is no device, Triton's kernels run on the processor. Triton reads this once, when the first library imports it.
 if not (Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))):

@@ -12,6 +12,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, env_var_split
 
+from penstock.cli.grpc_threads import with_fewer_threads
 from penstock.cli.huge_pages import computes, start_again_with_huge_pages
 from penstock.cli.interrupts import at_once
 from penstock.cli.layers import CONFIG_LAYERS, wrong_setting
@@ -75,6 +76,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, who does not want it
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process lives
+    os.environ.update(with_fewer_threads(os.environ))
     if computes(sys.argv[1:]):
         start_again_with_huge_pages()
     sys.exit(_run())
