@@ -22,7 +22,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         unit = functional.rms_norm(x.float(), x.shape[-1:], None, self._epsilon)
-        return unit.to(x.dtype) * self.weight
+        return unit.to(x.dtype).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -123,5 +123,11 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
         x: [T, heads, dim].
         turn: float32 [2 (cosine, sine), T, 1, dim / 2].
     """
-    (low, high), (cosine, sine) = x.float().chunk(2, dim=-1), turn
-    return torch.cat((low * cosine - high * sine, high * cosine + low * sine), dim=-1).to(x.dtype)
+    cosine, sine = turn
+    halves = torch.unflatten(x.float(), -1, (2, -1))
+    # Four passes over a long prompt's heads, each of which memory is waited for.
+    turned = halves * cosine[..., None, :]
+    turned[..., 0, :].addcmul_(halves[..., 1, :], sine, value=-1)
+    turned[..., 1, :].addcmul_(halves[..., 0, :], sine)
+    out: Tensor = turned.flatten(-2).to(x.dtype)
+    return out
