@@ -9,7 +9,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/handoff.py"
 
 
 def test_whole_handoffs_are_timed_beside_a_memcpy():
-    run = subprocess.run([sys.executable, str(SCRIPT), "--mib", "8", "--rounds", "1"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(SCRIPT), "--mib", "8", "--rounds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
     assert told["mib"] >= 8

@@ -86,7 +86,8 @@ class SdpaPrefilling:
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor) -> Tensor:
         """As `Prefilling`."""
         if self.table is None:
-            keys, values = (new[self.rows].transpose(0, 1)[None].to(queries.dtype) for new in (keys, values))
+            # Each head's rows one behind the other: every tile of queries reads all of them.
+            keys, values = (new[self.rows].transpose(0, 1)[None].to(queries.dtype).contiguous() for new in (keys, values))
         else:
             keys, values = (_gathered(cache[kind], self.table[None], queries.dtype)[:, :, self.read] for kind in (0, 1))
         if self.repeats:
