@@ -16,7 +16,8 @@ __all__ = ["keep_freed_memory"]
 # Of glibc's malloc.h. Both take bytes; the threshold of mmap can be no higher than this.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MMAP_THRESHOLD = 32 << 20
-# What is under way of KV in one direction, in all of its copies; what a layer of a long step takes is less.
+# What is under way of KV in one direction, in all of its copies. Pieces beyond the threshold of mmap go back as ever: those of long
+# steps of large models.
 _TRIM_THRESHOLD = 128 << 20
 
 

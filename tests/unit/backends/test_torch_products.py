@@ -70,6 +70,7 @@ def test_activations_are_float32_where_the_processor_multiplies_no_bfloat16(monk
     monkeypatch.setattr("penstock.backends.pytorch.precision.multiplies_bfloat16", lambda: False)
     assert precision_of(DType.BF16, torch.device("cpu")).activations == torch.float32
     monkeypatch.setattr("penstock.backends.pytorch.precision.multiplies_bfloat16", lambda: True)
-    assert precision_of(DType.BF16, torch.device("cpu")).activations == torch.bfloat16
+    packed = precision_of(DType.BF16, torch.device("cpu"))
+    assert (packed.activations, packed.product, packed.head) == (torch.bfloat16, PackedProduct, PackedProduct)
     assert precision_of(DType.INT8, torch.device("cpu")).activations == torch.float32
     assert precision_of(DType.F32, torch.device("cuda")).held == torch.float32

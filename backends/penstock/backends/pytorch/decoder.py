@@ -125,7 +125,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """
     cosine, sine = turn
     halves = torch.unflatten(x.float(), -1, (2, -1))
-    # Four passes over a long prompt's heads, each of which memory is waited for.
+    # In place: for a long prompt each intermediate result is megabytes, and memory is what is waited for.
     turned = halves * cosine[..., None, :]
     turned[..., 0, :].addcmul_(halves[..., 1, :], sine, value=-1)
     turned[..., 1, :].addcmul_(halves[..., 0, :], sine)

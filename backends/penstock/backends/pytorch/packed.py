@@ -1,7 +1,7 @@
 """Products on a processor that multiplies bfloat16: the weight lies in memory as oneDNN's kernels read it.
 
 From a weight in its usual layout PyTorch's product gathers for every call what the kernel needs, which for a few rows takes as
-long as the arithmetic. Packed once, as PyTorch's own compiler does it, one row takes two thirds of the time, and eight rows too.
+long as the arithmetic. Here it is packed once, by the operators that PyTorch's own compiler does that with.
 """
 
 from __future__ import annotations

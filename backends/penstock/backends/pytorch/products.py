@@ -1,7 +1,8 @@
 """Products on the CPU: float32 activations with weights that are held in float32 or in something shorter.
 
 A processor without bfloat16 arithmetic multiplies matrices of it in a scalar loop. Here a shorter weight is widened tile by tile
-into a buffer that stays in the cache, and multiplied there in float32: main memory is read once, in the short type.
+into a buffer that stays in the cache, and multiplied there in float32: main memory is read once, in the short type. What one with
+such arithmetic does with bfloat16 weights is in `packed.py`.
 """
 
 from __future__ import annotations
