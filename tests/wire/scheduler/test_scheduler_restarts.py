@@ -60,15 +60,19 @@ async def test_draining_scheduler_ends_the_streams_of_gateways_and_refuses_nothi
             await draining
         late = Gateway(stub)
         late.place(3)
-        assert await last_of(late) == []
+        assert await last_of(late, writes_cross=True) == []
         assert (await states(stub))[1] == 0
 
 
-async def last_of(gateway):
-    """Refusals until the stream ends."""
+async def last_of(gateway, *, writes_cross=False):
+    """Refusals until the stream ends, which a write may cross: gRPC's client tells that as INTERNAL where the status is OK."""
     refused = []
-    while (response := await gateway.read()) is not grpc.aio.EOF:
-        refused += response.refused
+    try:
+        while (response := await gateway.read()) is not grpc.aio.EOF:
+            refused += response.refused
+    except grpc.aio.AioRpcError as error:
+        if not writes_cross or "SendMessageOperation" not in error.debug_error_string():
+            raise
     return refused
 
 
