@@ -16,7 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from penstock.cli.grpc_threads import with_fewer_threads
+
 __all__ = ["Suite", "machine", "report", "spread", "suite"]
+
+# Clients run here as in the `penstock` commands; gRPC reads it when a benchmark first imports it, which is after this module.
+os.environ.update(with_fewer_threads(os.environ))
 
 _PACKAGES = ("penstock", "openvino", "grpcio", "protobuf", "numpy", "torch")
 

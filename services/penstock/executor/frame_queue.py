@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import Callable
 
+from penstock.executor.bell import Bell
 from penstock.executor.sequence import Frame
 
 __all__ = ["FrameQueue"]
@@ -19,8 +18,8 @@ class FrameQueue:
     more are kept.
     """
 
-    def __init__(self, most_waiting: int) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, bell: Bell, most_waiting: int) -> None:
+        self._bell = bell
         self._frames: deque[Frame] = deque()
         self._filled = asyncio.Event()
         self.overflowed = asyncio.Event()
@@ -35,12 +34,12 @@ class FrameQueue:
             return
         if len(self._frames) >= self._most:
             self._full = True
-            self._call(self.overflowed.set)
+            self._bell.call(self.overflowed.set)
             return
         self._frames.append(frame)
         if not self._waking:
             self._waking = True
-            self._call(self._filled.set)
+            self._bell.call(self._filled.set)
 
     def end(self) -> None:
         """Let `take` give an empty list once all frames are taken. In the loop's thread."""
@@ -54,7 +53,3 @@ class FrameQueue:
             self._filled.clear()
             self._waking = False  # before the frames are taken: one that comes in between wakes the loop again
         return [self._frames.popleft() for _ in range(len(self._frames))]
-
-    def _call(self, callback: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-            self._loop.call_soon_threadsafe(callback)

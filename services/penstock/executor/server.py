@@ -151,6 +151,7 @@ class ExecutorServer:
             self._grpc = None
         if self._loaded is not None:
             await asyncio.to_thread(self._loaded.engine.close)
+            self._servicer.close()
             self._loaded = None
         if self._endpoint is not None:
             self._endpoint.close()

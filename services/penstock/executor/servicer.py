@@ -11,6 +11,7 @@ import grpc.aio
 from penstock.common import faults
 from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.logs import logger
+from penstock.executor.bell import Bell
 from penstock.executor.engine import Engine
 from penstock.executor.frame_queue import FrameQueue
 from penstock.executor.messages import load_of, merge, read_start
@@ -34,12 +35,18 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
 
     def __init__(self) -> None:
         self._serving: tuple[Engine, scheduler_pb2.ExecutorDescription] | None = None
+        self._bell: Bell | None = None
         self.failure = ""
 
     def serve(self, engine: Engine, description: scheduler_pb2.ExecutorDescription) -> None:
-        """Take streams from now on."""
-        self._serving = engine, description
+        """Take streams from now on. In the event loop's thread."""
+        self._serving, self._bell = (engine, description), Bell()
         self.failure = ""
+
+    def close(self) -> None:
+        """Tell streams nothing more; the engine has ended."""
+        if self._bell is not None:
+            self._bell.close()
 
     @property
     def _engine(self) -> Engine:
@@ -59,7 +66,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     ) -> None:
         """One gateway's stream; whatever ends it ends its sequences."""
         engine, _ = self._served()
-        queue = FrameQueue(_MOST_WAITING)
+        assert self._bell is not None  # noqa: S101 - it came with the engine
+        queue = FrameQueue(self._bell, _MOST_WAITING)
         traces = StreamTraces()
         writer = asyncio.create_task(_write(queue, traces, context))
         reader = asyncio.create_task(self._read(request_iterator, queue, traces))
