@@ -50,8 +50,8 @@ class Scheduler:
         self._arrivals = 0
         self._pools: dict[str, Pool] = {}
         self._dirty: dict[Pool, None] = {}
-        self._deadlines: Timers[Request] = Timers()
-        self._patience: Timers[Request] = Timers()
+        self._deadlines: Timers[Request] = Timers(clock())
+        self._patience: Timers[Request] = Timers(clock())
         self._outcomes: list[Outcome] = []
         self.executors = Registry(config, clock, self._changed, self._freed)
         self._leases = Leases(self.executors)

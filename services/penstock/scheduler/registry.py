@@ -40,7 +40,7 @@ class Registry:
         self._on_freed = freed
         self._executors: dict[str, Executor] = {}
         self._holds: dict[str, Hold] = {}
-        self._expiries: Timers[Executor] = Timers()
+        self._expiries: Timers[Executor] = Timers(clock())
         self._lost: list[Lost] = []
         self.prefixes = PrefixIndex()
         self.version = 0

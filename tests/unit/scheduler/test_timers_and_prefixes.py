@@ -8,28 +8,44 @@ from penstock.scheduler.admission import DrainRate, admits, retry_after
 from penstock.scheduler.prefixes import PrefixIndex, unpack_hashes
 from penstock.scheduler.timers import TICK_SECONDS, Timers
 
+SECONDS = st.floats(0, 9)
+ADD = st.tuples(st.just("add"), st.integers(0, 3), SECONDS)
+CLEAR = st.tuples(st.just("clear"), st.integers(0, 9), st.none())
+LOOK = st.tuples(st.just("look"), st.none(), SECONDS)
 
-@given(st.lists(st.tuples(st.floats(0, 5), st.booleans())), st.lists(st.floats(0, 6)))
-def test_timers_fire_once_never_early_and_less_than_a_tick_late(asked, looks):
-    timers, waiting = Timers(), {}
-    for item, (when, cancelled) in enumerate(asked):
-        tick = timers.add(item, when)
-        if cancelled:
+
+@given(st.lists(ADD | CLEAR | LOOK, max_size=60))
+def test_timers_fire_once_never_early_and_less_than_a_tick_late(asked):
+    now, waiting, cleared = 1000.0, [], []
+    timers = Timers(now)
+    for what, which, seconds in asked:
+        if what == "add":
+            tick = timers.add(which, now + seconds)
+            if all(there[:2] != (which, tick) for there in waiting):  # one item at one time is one timer
+                waiting.append((which, tick, now + seconds))
+        elif what == "clear" and which < len(waiting):
+            item, tick, _ = waiting.pop(which)
             timers.discard(item, tick)
-        else:
-            waiting[item] = when
-    for now in sorted(looks):
-        for item in timers.due(now):
-            assert waiting.pop(item) <= now
-        assert all(when > now - TICK_SECONDS - 1e-9 for when in waiting.values())
-        wake = timers.next_due()
-        assert (wake is None) == (not waiting)
-        assert wake is None or now < wake < min(waiting.values()) + TICK_SECONDS + 1e-9
+            cleared.append((item, tick))
+        elif what == "look":
+            now += seconds
+            for item in timers.due(now):
+                found = min((there for there in waiting if there[0] == item), key=lambda there: there[1])
+                assert found[1] * TICK_SECONDS <= now
+                waiting.remove(found)
+            assert all(when > now - TICK_SECONDS - 1e-9 for *_, when in waiting)
+            wake = timers.next_due()
+            assert wake is None or now < wake < min(when for *_, when in waiting) + TICK_SECONDS + 1e-9
+        assert len(timers) == len(waiting)
+        assert (timers.next_due() is None) == (not waiting)
+    for item, tick in cleared:
+        if all(there[:2] != (item, tick) for there in waiting):
+            timers.discard(item, tick)
     assert len(timers) == len(waiting)
 
 
 def test_a_cleared_timer_leaves_nothing_however_far_away_it_was():
-    timers = Timers()
+    timers = Timers(9.0)
     timers.add("waits", 10.0)
     tracemalloc.start()
     try:
