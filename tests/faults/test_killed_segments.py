@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,13 @@ class End:
         maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         return [str(held) for held in [*fds, *maps] if "/dev/shm/" in str(held)]
 
+    def lets_go(self):
+        """Whether it comes to hold none: the thread that has copied lets go of its view a moment after the loop goes on."""
+        ends = time.monotonic() + 10.0
+        while self.holds and time.monotonic() < ends:
+            time.sleep(0.01)
+        return not self.holds
+
 
 @pytest.fixture
 def end():
@@ -63,7 +71,7 @@ def test_a_receiver_killed_before_anyone_attached_is_swept_by_the_next_segment(e
     assert not exists(offer)
     assert exists(other)  # its owner lives
     another.ask("close")
-    assert another.holds == []
+    assert another.lets_go()
 
 
 def test_a_receiver_killed_before_it_heard_of_the_attaching_is_swept_by_the_sender(end):
@@ -73,7 +81,7 @@ def test_a_receiver_killed_before_it_heard_of_the_attaching_is_swept_by_the_send
     receiver.kill()
     sender.ask("close")
     assert not exists(offer)
-    assert sender.holds == []
+    assert sender.lets_go()
 
 
 def test_a_sender_killed_before_it_told_its_proof_leaves_nothing(end):
@@ -83,7 +91,7 @@ def test_a_sender_killed_before_it_told_its_proof_leaves_nothing(end):
     sender.kill()
     receiver.ask("close")
     assert not exists(offer)
-    assert receiver.holds == []
+    assert receiver.lets_go()
 
 
 @pytest.fixture
@@ -102,7 +110,7 @@ def test_a_sender_killed_in_the_middle_of_a_transfer_leaves_what_it_had_told(lin
     sender.kill()
     assert receiver.ask("open", **told) == {"same": True}
     receiver.ask("close")
-    assert receiver.holds == []
+    assert receiver.lets_go()
 
 
 def test_a_receiver_killed_in_the_middle_of_a_transfer_takes_nothing_of_the_sender_with_it(linked):
@@ -111,7 +119,7 @@ def test_a_receiver_killed_in_the_middle_of_a_transfer_takes_nothing_of_the_send
     receiver.kill()
     sender.ask("put")
     sender.ask("close")
-    assert sender.holds == []
+    assert sender.lets_go()
 
 
 def test_both_killed_leave_nothing(linked):
