@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 
+import measuring  # noqa: F401 - before gRPC, for what it sets
 from penstock.client import Client, PenstockError
 
 __all__ = ["Asking"]

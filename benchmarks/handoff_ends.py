@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import measuring  # noqa: F401 - before gRPC, for what it sets
 from penstock.backends.contract import KvSpec
 from penstock.common.server import GrpcServer
 from penstock.executor.handoff.exchange import Exchange

@@ -20,7 +20,8 @@ from penstock.cli.grpc_threads import with_fewer_threads
 
 __all__ = ["Suite", "machine", "report", "spread", "suite"]
 
-# Clients run here as in the `penstock` commands; gRPC reads it when a benchmark first imports it, which is after this module.
+# A benchmark's own process talks gRPC as the `penstock` commands do. gRPC reads it when it is first imported: where speed counts,
+# this module comes before it.
 os.environ.update(with_fewer_threads(os.environ))
 
 _PACKAGES = ("penstock", "openvino", "grpcio", "protobuf", "numpy", "torch")

@@ -35,12 +35,12 @@ class End:
         maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         return [str(held) for held in [*fds, *maps] if "/dev/shm/" in str(held)]
 
-    def lets_go(self):
-        """Whether it comes to hold none: the thread that has copied lets go of its view a moment after the loop goes on."""
+    def held_in_the_end(self):
+        """What it does not let go of: the thread that has copied has its view for a moment after the loop goes on."""
         ends = time.monotonic() + 10.0
         while self.holds and time.monotonic() < ends:
             time.sleep(0.01)
-        return not self.holds
+        return self.holds
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_receiver_killed_before_anyone_attached_is_swept_by_the_next_segment(e
     assert not exists(offer)
     assert exists(other)  # its owner lives
     another.ask("close")
-    assert another.lets_go()
+    assert another.held_in_the_end() == []
 
 
 def test_a_receiver_killed_before_it_heard_of_the_attaching_is_swept_by_the_sender(end):
@@ -81,7 +81,7 @@ def test_a_receiver_killed_before_it_heard_of_the_attaching_is_swept_by_the_send
     receiver.kill()
     sender.ask("close")
     assert not exists(offer)
-    assert sender.lets_go()
+    assert sender.held_in_the_end() == []
 
 
 def test_a_sender_killed_before_it_told_its_proof_leaves_nothing(end):
@@ -91,7 +91,7 @@ def test_a_sender_killed_before_it_told_its_proof_leaves_nothing(end):
     sender.kill()
     receiver.ask("close")
     assert not exists(offer)
-    assert receiver.lets_go()
+    assert receiver.held_in_the_end() == []
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_sender_killed_in_the_middle_of_a_transfer_leaves_what_it_had_told(lin
     sender.kill()
     assert receiver.ask("open", **told) == {"same": True}
     receiver.ask("close")
-    assert receiver.lets_go()
+    assert receiver.held_in_the_end() == []
 
 
 def test_a_receiver_killed_in_the_middle_of_a_transfer_takes_nothing_of_the_sender_with_it(linked):
@@ -119,7 +119,7 @@ def test_a_receiver_killed_in_the_middle_of_a_transfer_takes_nothing_of_the_send
     receiver.kill()
     sender.ask("put")
     sender.ask("close")
-    assert sender.lets_go()
+    assert sender.held_in_the_end() == []
 
 
 def test_both_killed_leave_nothing(linked):

@@ -38,11 +38,13 @@ class Bell:
         self._loop.add_reader(self._reader, self._answer)
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call a function in the loop, after those that were asked for before. Once the bell is closed, nothing."""
+        """Call a function, which does not raise, in the loop after those asked for before. Once the bell is closed, nothing."""
+        if self._writer < 0:
+            return
         self._calls.append(function)
         if not self._rung:
             self._rung = True
-            with self._open:  # held for no longer than this, so that it is never waited for
+            with self._open:  # nobody closes it between the two, and the number becomes another file's
                 if self._writer >= 0:
                     _write(self._writer, b"\0", 1)
 

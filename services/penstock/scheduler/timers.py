@@ -24,7 +24,8 @@ T = TypeVar("T", bound=Hashable)
 class Timers(Generic[T]):
     """Items, each due at a time in seconds. One item may stand at several times.
 
-    Nearly all are cleared long before they are due: a timer finds its tick when its span is near, and not before.
+    Nearly all are cleared long before they are due: a timer finds its tick when its span is near, and not before, unless its item
+    has another in that span.
 
     Args:
         now: by the clock that they go by.
@@ -42,7 +43,7 @@ class Timers(Generic[T]):
         """Set a timer; the answer names it to `discard`."""
         tick = math.ceil(when / TICK_SECONDS)
         span = tick // _SPAN
-        if span <= self._near or not self._spans.add(item, span, tick):
+        if span <= self._near or self._ticks.has(item, tick) or not self._spans.add(item, span, tick):
             self._ticks.add(item, tick, tick)
         return tick
 
@@ -71,8 +72,10 @@ class Timers(Generic[T]):
 
 
 def _near(now: float) -> int:
-    """The span behind the one that is going by."""
-    return math.floor(now / TICK_SECONDS) // _SPAN + 1
+    """The span behind the one that is going by, by the same rounding as `Timers.next_due`."""
+    tick = math.floor(now / TICK_SECONDS)
+    tick += (tick + 1) * TICK_SECONDS <= now
+    return tick // _SPAN + 1
 
 
 class _Wheel(Generic[T]):
@@ -84,6 +87,9 @@ class _Wheel(Generic[T]):
 
     def __len__(self) -> int:
         return sum(len(items) for items in self._at.values())
+
+    def has(self, item: T, number: int) -> bool:
+        return item in self._at.get(number, ())
 
     def add(self, item: T, number: int, tick: int) -> bool:
         """Whether the item stands there now with this tick: it may have another already."""

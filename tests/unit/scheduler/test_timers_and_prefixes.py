@@ -1,6 +1,6 @@
 import tracemalloc
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock.scheduler import timers as timers_module
@@ -14,9 +14,11 @@ CLEAR = st.tuples(st.just("clear"), st.integers(0, 9), st.none())
 LOOK = st.tuples(st.just("look"), st.none(), SECONDS)
 
 
-@given(st.lists(ADD | CLEAR | LOOK, max_size=60))
-def test_timers_fire_once_never_early_and_less_than_a_tick_late(asked):
-    now, waiting, cleared = 1000.0, [], []
+@given(st.lists(ADD | CLEAR | LOOK, max_size=60), st.floats(0, 2000))
+@example([("add", 1, 5.0), ("add", 1, 4.0), ("clear", 0, None), ("add", 1, 4.0)], 1000.0)
+@example([("add", 1, 5.0), ("look", None, 0.0)], 74.24)  # a span begins, by one way of rounding
+def test_timers_fire_once_never_early_and_less_than_a_tick_late(asked, now):
+    waiting, cleared = [], []
     timers = Timers(now)
     for what, which, seconds in asked:
         if what == "add":
