@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from suite import wait_for
 
 from penstock.executor.handoff.transports import segments
 
@@ -37,9 +37,7 @@ class End:
 
     def held_in_the_end(self):
         """What it does not let go of: the thread that has copied has its view for a moment after the loop goes on."""
-        ends = time.monotonic() + 10.0
-        while self.holds and time.monotonic() < ends:
-            time.sleep(0.01)
+        wait_for(lambda: not self.holds)
         return self.holds
 
 

@@ -23,8 +23,8 @@ class Bell:
     """Calls functions in the running event loop, asked from any thread: `call_soon_threadsafe` for a thread that is in a hurry.
 
     That one gives Python's lock away while it writes to the loop's socket. The loop's thread takes it, and keeps it until it has
-    done all that the call led to: the engine began its next step of one sequence 0.3 ms later. Here the caller keeps the lock,
-    and the loop gets it as soon as the caller waits or computes without it.
+    done all that the call led to, while the engine's next step waits. Here the caller keeps the lock, and the loop gets it as soon
+    as the caller waits or computes without it.
     """
 
     def __init__(self) -> None:

@@ -34,19 +34,18 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     """
 
     def __init__(self) -> None:
-        self._serving: tuple[Engine, scheduler_pb2.ExecutorDescription] | None = None
-        self._bell: Bell | None = None
+        self._serving: tuple[Engine, scheduler_pb2.ExecutorDescription, Bell] | None = None
         self.failure = ""
 
     def serve(self, engine: Engine, description: scheduler_pb2.ExecutorDescription) -> None:
         """Take streams from now on. In the event loop's thread."""
-        self._serving, self._bell = (engine, description), Bell()
+        self._serving = engine, description, Bell()
         self.failure = ""
 
     def close(self) -> None:
         """Tell streams nothing more; the engine has ended."""
-        if self._bell is not None:
-            self._bell.close()
+        if self._serving is not None:
+            self._serving[2].close()
 
     @property
     def _engine(self) -> Engine:
@@ -56,7 +55,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     def _description(self) -> scheduler_pb2.ExecutorDescription:
         return self._served()[1]
 
-    def _served(self) -> tuple[Engine, scheduler_pb2.ExecutorDescription]:
+    def _served(self) -> tuple[Engine, scheduler_pb2.ExecutorDescription, Bell]:
         if self._serving is None:
             raise Unavailable(f"no model is loaded yet: {self.failure}")
         return self._serving
@@ -65,9 +64,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         self, request_iterator: AsyncIterator[pb.RunRequest], context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]
     ) -> None:
         """One gateway's stream; whatever ends it ends its sequences."""
-        engine, _ = self._served()
-        assert self._bell is not None  # noqa: S101 - it came with the engine
-        queue = FrameQueue(self._bell, _MOST_WAITING)
+        engine, _, bell = self._served()
+        queue = FrameQueue(bell, _MOST_WAITING)
         traces = StreamTraces()
         writer = asyncio.create_task(_write(queue, traces, context))
         reader = asyncio.create_task(self._read(request_iterator, queue, traces))
