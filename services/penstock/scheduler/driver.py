@@ -106,6 +106,8 @@ class Driver:
         touched = {id(outbox): outbox for outcome in outcomes if (outbox := self._deliver(outcome)) is not None}
         for outbox in touched.values():
             outbox.flush()
+        if outcomes:  # noted once they are on their way: whoever asked waits for every hop
+            asyncio.get_running_loop().call_soon(self._note, outcomes, time.time_ns())
         if self._core.executors.version != self._told_version:
             self._tell_catalog()
             self.members.tell_peers()
@@ -119,19 +121,26 @@ class Driver:
         if isinstance(outcome, Lost):
             self._lose(outcome)
             return None
-        if tracing.enabled():
-            _trace(outcome)
         outbox = self._outboxes.get(outcome.gateway)
+        if outbox is None:
+            return None
         if isinstance(outcome, Grant):
-            self._note_grant(outcome)
-            if outbox is not None:
-                faults.reach("scheduler.granted")
-                outbox.response.granted.append(messages.lease_message(outcome))
+            faults.reach("scheduler.granted")
+            outbox.response.granted.append(messages.lease_message(outcome))
         else:
-            self._note_refusal(outcome)
-            if outbox is not None:
-                outbox.response.refused.append(messages.refusal_message(outcome))
+            outbox.response.refused.append(messages.refusal_message(outcome))
         return outbox
+
+    def _note(self, outcomes: list[Outcome], decided_at_ns: int) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Lost):
+                continue
+            if tracing.enabled():
+                _trace(outcome, decided_at_ns)
+            if isinstance(outcome, Grant):
+                self._note_grant(outcome)
+            else:
+                self._note_refusal(outcome)
 
     def _note_grant(self, grant: Grant) -> None:
         self._metrics.placed(grant)
@@ -181,9 +190,8 @@ class Driver:
             self._timer = asyncio.get_running_loop().call_at(min(times), self._step)
 
 
-def _trace(outcome: Grant | Refused) -> None:
-    """The time in the queue, as a span of the request that has ended now."""
-    now = time.time_ns()
+def _trace(outcome: Grant | Refused, decided_at_ns: int) -> None:
+    """The time in the queue, as a span of the request."""
     facts: dict[str, str | bool | int | float] = {"model": outcome.model}
     if isinstance(outcome, Grant):
         facts |= {
@@ -192,5 +200,5 @@ def _trace(outcome: Grant | Refused) -> None:
             "placement_reason": outcome.reason.value,
             "expected_cached_tokens": (outcome.prefill or outcome).cached_tokens,
         }
-    span = tracing.start("queue", outcome.traceparent, facts, at_ns=now - int(outcome.queued_seconds * 1e9))
-    span.end(error=outcome.reason.value if isinstance(outcome, Refused) else None, at_ns=now)
+    span = tracing.start("queue", outcome.traceparent, facts, at_ns=decided_at_ns - int(outcome.queued_seconds * 1e9))
+    span.end(error=outcome.reason.value if isinstance(outcome, Refused) else None, at_ns=decided_at_ns)
