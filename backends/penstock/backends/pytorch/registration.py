@@ -33,9 +33,15 @@ def _probe() -> Availability:
         return Unavailable("PyTorch is not installed; install penstock[torch]")
     try:
         built_for = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
-        return Available((*_accelerators(built_for), "cpu"), version("torch"))
+        return Available((*_accelerators(built_for), "cpu"), _version(built_for))
     except (OSError, PackageNotFoundError) as error:
         return Broken(f"PyTorch's installation is damaged: {error}")
+
+
+def _version(built_for: str) -> str:
+    """With what it is built for, ``2.13.0+cu130``, which a wheel's metadata may leave out."""
+    told = re.search(r"^__version__ *= *['\"]([^'\"]+)", built_for, re.MULTILINE)
+    return told[1] if told else version("torch")
 
 
 def _accelerators(built_for: str) -> tuple[str, ...]:
