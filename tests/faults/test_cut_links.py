@@ -35,8 +35,16 @@ def clients(hosts):
     return Clients(hosts.grpc, PROMPTS, 24)
 
 
+def hands_over_again(hosts, clients):
+    """Whether KV goes from one executor to the other, twice.
+
+    A pair that has just failed is left alone for a while, and then tried with one request; others are placed so again only when the
+    scheduler has heard how that went.
+    """
+    return all(hands_over(hosts, clients) for _ in range(2))
+
+
 def hands_over(hosts, clients):
-    """Whether a request's KV goes from one executor to the other: a pair that has just failed is left alone for a while."""
     since = len(hosts.events())
     clients.ask(0)
     assert wait_for(lambda: settled(hosts))
@@ -47,7 +55,7 @@ def hands_over(hosts, clients):
 @pytest.mark.parametrize(("one", "other"), LINKS)
 def test_a_link_is_cut_amid_a_handoff(hosts, clients, one, other):
     assert wait_for(lambda: hosts.whole(1, 1), 60), hosts.log[-20:]
-    assert wait_for(lambda: hands_over(hosts, clients), 60), hosts.log[-20:]
+    assert wait_for(lambda: hands_over_again(hosts, clients), 60), hosts.log[-20:]
     hosts.assert_idle()
     before, since = hosts.held(), len(hosts.events())
     (rule,) = hosts.arm(Fails("handoff.push.sent", Action.STOP, nth=2))
