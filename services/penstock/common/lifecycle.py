@@ -19,6 +19,8 @@ __all__ = ["die_with", "listening_line", "parse_listening", "run"]
 
 _LISTENING = "listening"
 _CLOSE_SECONDS = 5.0
+# Beyond the grace, for what a service says to those whose work has not finished in it.
+_LAST_WORDS_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -26,8 +28,8 @@ T = TypeVar("T")
 def run(service: Service, grace: float = 30.0) -> int:
     """Run a service until a signal ends it, or it ends by itself.
 
-    Writes one line to stdout, ``listening grpc=HOST:PORT …``, once it serves. SIGTERM and SIGINT drain it for `grace` seconds at
-    most; a second one ends it at once.
+    Writes one line to stdout, ``listening grpc=HOST:PORT …``, once it serves. SIGTERM and SIGINT drain it for `grace` seconds and
+    a moment more for its last words; a second one ends it at once.
 
     Returns:
         the process's exit status: 0 after a signal, 1 if the service could not start or failed, and 128 + the signal's number
@@ -124,7 +126,7 @@ class _Run:
         """Let what runs finish, unless that takes longer than the grace or a second signal comes."""
         logger().info("draining", grace_seconds=self._grace)
         try:
-            async with asyncio.timeout(self._grace):
+            async with asyncio.timeout(self._grace + _LAST_WORDS_SECONDS):
                 await _until(self._service.drain(), self._second)
             self.drained = not self._second.is_set()
         except TimeoutError:

@@ -16,6 +16,7 @@ from penstock.common import tracing
 from penstock.common.channel import connect
 from penstock.common.errors import Unavailable
 from penstock.common.events import EventLog
+from penstock.common.logs import logger
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
 from penstock.common.tracing import Traceparents
@@ -211,9 +212,11 @@ class GatewayServer:
         self.admission.refuse_new()
         if self._grpc is not None:
             await self._grpc.set_serving(serving=False)
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(self._config.grace_seconds):
                 await self.admission.idle()
+        except TimeoutError:
+            logger().warning("drain cut short", grace_seconds=self._config.grace_seconds, calls=self.admission.live)
         self.admission.break_off_all(Unavailable("the gateway is leaving; ask again"))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
