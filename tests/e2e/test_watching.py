@@ -223,9 +223,16 @@ def test_metrics_add_up(suite):
         grown("executor", "penstock_generation_tokens_total") - 4
     )
     assert grown("scheduler", "penstock_scheduler_placements_total", "granted") == 4
-    assert grown("scheduler", "penstock_request_queue_time_seconds_count") == 4
+    assert grown("scheduler", "penstock_scheduler_queue_time_seconds_count") == 4
     assert grown("tokenizer", "penstock_tokenizer_encoded_tokens_total") > prompts
     assert after["tokenizer"]["penstock_tokenizer_decodings",] == 0
+
+
+def test_no_two_services_tell_a_figure_under_one_name(suite):
+    """A sum over the suite would count it twice. Only the tasks of each process have one name."""
+    names = [{name for name, *_ in samples} - {"penstock_tasks"} for samples in scrape(suite).values()]
+    assert len(names) == 4
+    assert sum(map(len, names)) == len(set().union(*names))
 
 
 def test_one_request_is_one_trace_through_all_services(suite, collector):

@@ -14,6 +14,7 @@ import grpc.aio
 from penstock.common import metrics as endpoint
 from penstock.common import tracing
 from penstock.common.channel import connect
+from penstock.common.checks import check_numbers
 from penstock.common.errors import Unavailable
 from penstock.common.events import EventLog
 from penstock.common.logs import logger
@@ -70,6 +71,7 @@ class GatewayServer:
 
     async def start(self) -> Mapping[str, str]:
         config = self._config
+        check_numbers(config, may_be_zero=("model_memory_seconds", "grace_seconds"))
         keys = load_keys(config.api_keys)
         tracing.configure(self.name, config.otlp_endpoint)
         self._failed = asyncio.get_running_loop().create_future()

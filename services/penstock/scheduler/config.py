@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from penstock.common.checks import check_numbers
 from penstock.common.logs import LogFormat, LogLevel
 from penstock.common.service import StartError
 
@@ -14,7 +13,7 @@ __all__ = ["Policy", "SchedulerConfig", "check"]
 
 Policy = Literal["auto", "together", "apart"]
 
-_POSITIVE = ("max_queued_requests", "max_queued_tokens", "expected_output_tokens")
+_MAY_BE_ZERO = ("look_ahead", "prefill_weight", "executor_wait_seconds", "model_memory_seconds", "settle_seconds", "grace_seconds")
 # An executor says thrice in a lease that it lives.
 _LEAST_LEASE_SECONDS = 0.1
 
@@ -42,7 +41,8 @@ class SchedulerConfig:
         log_format: Console or JSON lines; auto is console on a terminal.
         metrics: HOST:PORT of a Prometheus endpoint.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.
-        grace_seconds: Time at most for gateways to hear what was decided when the scheduler drains.
+        grace_seconds: Time at most for gateways to hear what was decided when the scheduler drains; beyond a second it waits
+            for none.
     """
 
     listen: str = "127.0.0.1:8012"
@@ -71,12 +71,6 @@ def check(config: SchedulerConfig) -> None:
     """
     if config.placement not in get_args(Policy):
         raise StartError(f"placement is {config.placement!r}: it must be one of {', '.join(get_args(Policy))}")
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and field.name in _POSITIVE):
-            least = "more than 0" if field.name in _POSITIVE else "0 or more"
-            raise StartError(f"{field.name} is {value}: it must be a number, {least}")
+    check_numbers(config, may_be_zero=_MAY_BE_ZERO)
     if config.lease_seconds < _LEAST_LEASE_SECONDS:
         raise StartError(f"lease_seconds is {config.lease_seconds}: it must be {_LEAST_LEASE_SECONDS} or more")

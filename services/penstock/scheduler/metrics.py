@@ -26,7 +26,7 @@ class SchedulerMetrics:
         self.registry = CollectorRegistry()
         self._core = core
         self._queue_time = Histogram(
-            "penstock_request_queue_time_seconds",
+            "penstock_scheduler_queue_time_seconds",
             "Time from a request's arrival at the scheduler to its lease.",
             ["model_name"],
             buckets=_QUEUE_SECONDS,
@@ -66,7 +66,7 @@ class _State(Collector):
         self._core = core
 
     def collect(self) -> Iterator[Metric]:
-        waiting = GaugeMetricFamily("penstock_num_requests_waiting", "Requests in the queue.", labels=["model_name"])
+        waiting = GaugeMetricFamily("penstock_scheduler_requests_waiting", "Requests in the queue.", labels=["model_name"])
         tokens = GaugeMetricFamily("penstock_scheduler_waiting_tokens", "Tokens of these.", labels=["model_name"])
         for model, pool in list(self._core.pools.items()):
             if pool.known:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from penstock.common import metrics as endpoint
 from penstock.common import tracing
+from penstock.common.checks import check_numbers
 from penstock.common.logs import logger
 from penstock.common.server import GrpcServer
 from penstock.common.service import StartError
@@ -40,6 +41,7 @@ class TokenizerServer:
 
     async def start(self) -> Mapping[str, str]:
         config = self._config
+        check_numbers(config, may_be_zero=("grace_seconds",))
         tracing.configure(self.name, config.otlp_endpoint)
         if not config.models:
             raise StartError("models: none given; give at least one NAME=FOLDER")

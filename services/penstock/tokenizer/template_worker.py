@@ -1,8 +1,8 @@
 """The process that renders chat templates. A template is a program: only another process can be stopped, and bounded in memory.
 
-Frames on stdin and stdout: four bytes of length (big endian), one byte of kind, the content. The first frame in is a `Setup` as
-JSON; each later one holds a template's variables as JSON and is answered by one frame, of the kinds of `Kind`. A rendering that
-takes longer than its processor time ends the process, by the kernel's hand (SIGPROF), and so does the end of stdin.
+Frames on stdin and stdout: four bytes of length (big endian), one byte of kind, the content. The first frame in is the template
+and its limits as JSON; each later one holds a template's variables as JSON and is answered by one frame, of the kinds of `Kind`. A
+rendering that takes longer than its processor time ends the process, by the kernel's hand (SIGPROF), and so does the end of stdin.
 """
 
 from __future__ import annotations

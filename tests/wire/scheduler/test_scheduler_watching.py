@@ -26,8 +26,8 @@ async def test_metrics_tell_queue_leases_and_outcomes():
         await gateway.refusal()
         text = (await http.get(f"http://{server._metrics.address}/metrics")).text
     for line in (
-        'penstock_num_requests_waiting{model_name="m"} 1.0',
-        'penstock_request_queue_time_seconds_count{model_name="m"} 1.0',
+        'penstock_scheduler_requests_waiting{model_name="m"} 1.0',
+        'penstock_scheduler_queue_time_seconds_count{model_name="m"} 1.0',
         'penstock_scheduler_placements_total{model_name="m",outcome="granted"} 1.0',
         'penstock_scheduler_executors{model_name="m",role="both",state="live"} 1.0',
         'penstock_scheduler_leases{executor_id="e1"} 1.0',
