@@ -8,12 +8,14 @@ from typing import Any
 
 from penstock.common.errors import InvalidRequest
 
-__all__ = ["MAX_BIASES", "MAX_MESSAGES", "MAX_STOPS", "MAX_STOP_IDS", "Bounds", "at_most", "check_body"]
+__all__ = ["MAX_BIASES", "MAX_COUNTED_TOKENS", "MAX_MESSAGES", "MAX_STOPS", "MAX_STOP_IDS", "Bounds", "at_most", "check_body"]
 
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096
+# Of a text that is only to be counted, which may be longer than any context.
+MAX_COUNTED_TOKENS = 1 << 20
 # Over all messages of a body.
 _MAX_PARTS = 4096
 # Of one object; OpenAI's largest has about 40.
@@ -45,7 +47,11 @@ def check_body(body: Mapping[str, Any], bounds: Bounds) -> None:
         InvalidRequest: something is too many.
     """
     at_most("body", len(body), _MAX_FIELDS, "fields")
-    for field, most, what in (("stop", MAX_STOPS, "texts"), ("stop_token_ids", MAX_STOP_IDS, "ids"), ("tokens", bounds.ids, "ids")):
+    for field, most, what in (
+        ("stop", MAX_STOPS, "texts"),
+        ("stop_token_ids", MAX_STOP_IDS, "ids"),
+        ("tokens", MAX_COUNTED_TOKENS, "ids"),
+    ):
         _at_most(body, field, list, most, what)
     _at_most(body, "logit_bias", dict, MAX_BIASES, "token ids")
     _at_most(body, "stream_options", dict, _MAX_FIELDS, "fields")

@@ -28,6 +28,7 @@ class GatewayConfig:
         head_seconds: Time in which an HTTP request's line and headers have to come.
         max_body_bytes: Largest HTTP body and gRPC message that is taken.
         body_seconds: Time in which an HTTP body has to come.
+        cors_origins: Origins of web pages whose scripts may use the HTTP door, as https://chat.example.com; * is every one.
         default_deadline_seconds: Time for a request whose client set no deadline.
         sse_keepalive_seconds: A comment is sent on an event stream that has been silent for so long.
         slow_reader_seconds: A client that takes nothing of waiting output for so long is cut off.
@@ -55,6 +56,7 @@ class GatewayConfig:
     head_seconds: float = 10.0
     max_body_bytes: int = 8 << 20
     body_seconds: float = 30.0
+    cors_origins: tuple[str, ...] = ()
     default_deadline_seconds: float = 600.0
     sse_keepalive_seconds: float = 10.0
     slow_reader_seconds: float = 60.0

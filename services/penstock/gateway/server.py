@@ -81,7 +81,7 @@ class GatewayServer:
             head_seconds=config.head_seconds,
             max_http_connections=config.max_http_connections,
         )
-        self._http = HttpServer(http_app(self._door(), self.metrics.registry, self.not_ready), bounds)
+        self._http = HttpServer(http_app(self._door(), self.metrics.registry, self.not_ready, config.cors_origins), bounds)
         self._grpc = GrpcServer(
             interceptors=[Traceparents(), AccessLog(), MalformedRequests()],
             max_receive_bytes=config.max_body_bytes,

@@ -184,7 +184,7 @@ def _range(field: str, value: float | None, low: float, high: float, *, above: b
     if value is None:
         return
     if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-        yield FieldViolation(field, f"in {'(' if above else '['}{low}, {high}]; this is {str(value)[:24]}")
+        yield FieldViolation(field, f"in {'(' if above else '['}{low:.6g}, {high}]; this is {str(value)[:24]}")
 
 
 def _ids(field: str, ids: Sequence[int], model: Model) -> Violations:

@@ -280,3 +280,49 @@ async def test_with_keys_only_their_bearers_come_in(suite_with, tmp_path):
             assert reply.status_code == 200
         assert [p.tenant for p in suite.scheduler.placings] == ["acme", "beta"]
         assert [s.tenant for s in suite.executors[0].all_started] == ["acme", "beta"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"reasoning_effort": "none"},
+        {"verbosity": "medium"},
+        {"logprobs": False, "top_logprobs": 0},
+        {"prompt_cache_options": {"mode": "implicit"}},
+        {"moderation": None},
+        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": None}},
+    ],
+    ids=repr,
+)
+async def test_what_asks_for_nothing_is_taken(suite, extra):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        assert (await client.post("/v1/chat/completions", json=body | extra)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("page", "body", "field", "message"),
+    [
+        ("/v1/completions", {"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens", "did you mean 'max_tokens'"),
+        ("/v1/completions", {"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "in [0.01, 10]"),
+        ("/v1/chat/completions", {"messages": ["x"]}, "messages[0]", "must be an object"),
+        ("/v1/chat/completions", {"messages": [], "stream": True, "stream_options": True}, "stream_options", "must be an object"),
+        ("/v1/completions", {"prompt": "x", "stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "no field"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "moderation": {"a": 1}},
+            "moderation",
+            "not supp",
+        ),
+        ("/tokenize", {"prompt": ["a", "b"]}, "prompt", "must be a text"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs", "no field"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_is_wrong_is_told_in_the_words_of_the_page(suite, page, body, field, message):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post(page, json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, field)
+    assert message in error["message"]
+    assert not error["message"].endswith("a list of such lists") or page != "/tokenize"

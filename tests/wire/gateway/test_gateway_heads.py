@@ -84,6 +84,13 @@ TOO_SLOW = (408, "invalid_request_error", "request_head_timeout")
 TOO_MANY = (429, "rate_limit_error", "overloaded")
 
 
+@pytest.mark.parametrize("sent", [b"GARBAGE\r\n\r\n", b"FOO / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: abc\r\n\r\n"])
+async def test_what_is_no_request_is_refused_in_the_shape_of_all_errors(suite_with, sent):
+    async with suite_with() as suite, Raw.to(suite) as raw:
+        await raw.flood(sent, 1)
+        assert await raw.refusal() == (400, "invalid_request_error", "invalid_request")
+
+
 @pytest.mark.parametrize("piece", [1, 700, 1 << 20])
 async def test_a_head_is_bounded_to_the_byte_however_it_comes(suite_with, piece):
     async with suite_with(max_head_bytes=MOST) as suite:

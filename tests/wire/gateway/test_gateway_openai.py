@@ -1,6 +1,7 @@
 """The HTTP door as the real `openai` package sees it."""
 
 import asyncio
+import json
 import socket
 
 import httpx
@@ -91,6 +92,51 @@ async def test_chat_logprobs_have_bytes_and_alternatives(suite, client):
     streamed = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert streamed == told
     await suite.rest()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_a_chat_tells_of_its_prompt_stands_once_beside_the_choices(suite, stream):
+    """As vLLM has it; a completion has it in the choice, whose prompt it is."""
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 2, "max_tokens": 2, "stream": stream}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/chat/completions", json=body | {"return_token_ids": True, "prompt_logprobs": 0})
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line and "[DONE]" not in line]
+    told = [json.loads(line) for line in lines]
+    ids = list(b"<user>x")
+    assert [one["prompt_token_ids"] for one in told if "prompt_token_ids" in one] == [ids]
+    assert told[0]["prompt_token_ids"] == ids
+    (scores,) = (one["prompt_logprobs"] for one in told if "prompt_logprobs" in one)
+    assert len(scores) == len(ids)
+    choices = [choice for one in told for choice in one["choices"]]
+    assert not any({"prompt_token_ids", "prompt_logprobs"} & set(choice) for choice in choices)
+    assert sum(len(choice.get("token_ids", ())) for choice in choices) == 4
+    await suite.rest()
+
+
+async def test_a_text_longer_than_the_context_is_counted(suite):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/tokenize", json={"prompt": "x" * 5000})
+        assert (reply.json()["count"], reply.json()["max_model_len"]) == (5000, 4096)
+        back = await client.post("/detokenize", json={"tokens": reply.json()["tokens"]})
+        assert back.json()["prompt"] == "x" * 5000
+        many = await client.post("/tokenize", json={"prompt": "x" * ((1 << 20) + 1)})
+        assert (many.status_code, many.json()["error"]["param"]) == (400, "prompt")
+
+
+async def test_pages_of_named_origins_alone_may_ask(suite_with):
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    async with suite_with(cors_origins=("https://chat.example",)) as suite, httpx.AsyncClient(base_url=suite.http) as client:
+        before = await client.options("/v1/completions", headers={"Origin": "https://chat.example", **asked})
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "authorization" in before.headers["access-control-allow-headers"]
+        reply = await client.post("/v1/completions", json={"prompt": "x"}, headers={"Origin": "https://chat.example"})
+        assert reply.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "X-Request-Id" in reply.headers["access-control-expose-headers"]
+        other = await client.get("/v1/models", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+    async with suite_with() as suite, httpx.AsyncClient(base_url=suite.http) as client:
+        assert (await client.options("/v1/completions", headers={"Origin": "https://chat.example", **asked})).status_code == 405
 
 
 async def test_echo_with_logprobs_covers_the_prompt(suite, client):

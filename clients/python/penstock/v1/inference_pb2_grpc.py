@@ -75,7 +75,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """Counts the tokens of a prompt or a conversation without running it.
+        """Counts the tokens of a prompt or a conversation without running it: a text may have more than the context holds, up to 1,048,576.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

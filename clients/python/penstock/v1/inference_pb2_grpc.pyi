@@ -41,7 +41,7 @@ class InferenceStub:
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers a conversation that is rendered by the model's own chat template."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensResponse]
-    """Counts the tokens of a prompt or a conversation without running it."""
+    """Counts the tokens of a prompt or a conversation without running it: a text may have more than the context holds, up to 1,048,576."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -56,7 +56,7 @@ class InferenceAsyncStub(InferenceStub):
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers a conversation that is rendered by the model's own chat template."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensResponse]  # type: ignore[assignment]
-    """Counts the tokens of a prompt or a conversation without running it."""
+    """Counts the tokens of a prompt or a conversation without running it: a text may have more than the context holds, up to 1,048,576."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Text generation. The gRPC deadline of a call is the deadline of the whole request, and cancelling a call stops the work at every
@@ -86,6 +86,6 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.CountTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CountTokensResponse, _abc.Awaitable[_inference_pb2.CountTokensResponse]]:
-        """Counts the tokens of a prompt or a conversation without running it."""
+        """Counts the tokens of a prompt or a conversation without running it: a text may have more than the context holds, up to 1,048,576."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -10,6 +10,7 @@ import grpc.aio
 from penstock.common.errors import InvalidRequest
 from penstock.gateway.admission import Admission, Call
 from penstock.gateway.auth import Keys
+from penstock.gateway.bounds import MAX_COUNTED_TOKENS
 from penstock.gateway.grpc_door.callers import caller_of
 from penstock.gateway.grpc_door.messages import (
     Response,
@@ -59,7 +60,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         generation = Generation(model=request.model, **given)
         validate_input(generation, model)
         with self._admission.counted():
-            ids, _ = await self._admission.encode(generation, model, caller.deadline, model.context_length)
+            ids, _ = await self._admission.encode(generation, model, caller.deadline, MAX_COUNTED_TOKENS)
         return inference_pb2.CountTokensResponse(
             count=len(ids), token_ids=ids if request.token_ids else (), context_length=model.context_length
         )

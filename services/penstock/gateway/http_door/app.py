@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from penstock.common.errors import InvalidRequest, PenstockError
+from penstock.gateway.bounds import MAX_COUNTED_TOKENS
 from penstock.gateway.catalog import Model
 from penstock.gateway.http_door import generations
 from penstock.gateway.http_door.access import AccessLog
@@ -28,7 +30,7 @@ __all__ = ["DRAINING", "http_app"]
 DRAINING = "draining"
 
 
-def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str]) -> ASGIApp:
+def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str], cors_origins: Sequence[str] = ()) -> ASGIApp:
     """The ASGI application. `not_ready` tells why the gateway can not serve now, or nothing."""
     pages = _Pages(door, registry, not_ready)
     app = Starlette(
@@ -45,7 +47,13 @@ def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], st
         ],
         exception_handlers={HTTPException: _no_such_page, PenstockError: _refused, Exception: _refused},  # type: ignore[dict-item]  # narrower
     )
-    return AccessLog(app)
+    return AccessLog(_open_to(cors_origins, app) if cors_origins else app)
+
+
+def _open_to(origins: Sequence[str], app: ASGIApp) -> ASGIApp:
+    """Let browsers have what pages of these origins ask for. A key stands in a header, and no cookie is ever looked at."""
+    told = ("Retry-After", "X-Request-Id")
+    return CORSMiddleware(app, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=told)
 
 
 class _Pages:
@@ -83,7 +91,7 @@ class _Pages:
         admission = self._door.admission
         model = admission.catalog.model(generation.model)
         validate_input(generation, model)
-        ids, _ = await admission.encode(generation, model, caller.deadline, model.context_length)
+        ids, _ = await admission.encode(generation, model, caller.deadline, MAX_COUNTED_TOKENS)
         return JSONResponse({"count": len(ids), "max_model_len": model.context_length, "tokens": list(ids)})
 
     async def detokenize(self, request: Request) -> Response:

@@ -149,8 +149,12 @@ class BoundedConnection(HttpToolsProtocol):
             self._arm(DISCARD_SECONDS)  # for the rest of a body that nobody reads
 
     def send_400_response(self, msg: str) -> None:
-        if self._refusal is None:  # what stopped the parser was no refusal
+        if self._refusal is not None:
+            return  # that is what stopped the parser
+        if self._place == "body":  # an application reads it, and would wait for the rest
             super().send_400_response(msg)
+        else:
+            self._refuse(HTTPStatus.BAD_REQUEST, "invalid_request", "this is no HTTP/1.1 request that can be read")
 
     def _arm(self, seconds: float) -> None:
         self._disarm()

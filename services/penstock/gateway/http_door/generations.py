@@ -37,7 +37,7 @@ def chat(body: ChatBody) -> list[Generation]:
     Raises:
         InvalidRequest: a part of a message is no text, or fields do not go together.
     """
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest.field("top_logprobs", "needs logprobs to be true")
     both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:

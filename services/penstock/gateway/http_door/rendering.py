@@ -65,7 +65,6 @@ class _Base:
             "system_fingerprint": f"fp_{call.model.first.model_fingerprint[:16]}" if call.model.first.model_fingerprint else None,
         }
         self._choices_per_prompt = call.plans[0].n
-        self._begun: set[int] = set()
 
     def last(self, closings: Sequence[Closing]) -> dict[str, Any]:
         return {
@@ -101,12 +100,6 @@ class _Base:
             ending["stop_reason"] = self._stop_reason(delta.finish)
         if plan.reporting.token_ids:
             ending["token_ids"] = delta.token_ids
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
-            if plan.reporting.token_ids:
-                ending["prompt_token_ids"] = list(plan.prompt_ids)
-        if delta.prompt_logprobs:
-            ending["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
         return ending
 
     def _stop_reason(self, finish: Finish) -> str | int | None:
@@ -123,6 +116,7 @@ class CompletionRendering(_Base):
 
     def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
         super().__init__(call, request_id, include_usage=include_usage)
+        self._begun: set[int] = set()
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -136,7 +130,18 @@ class CompletionRendering(_Base):
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         logprobs = self._told_logprobs(delta)
-        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, **self._ending(delta)}
+        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, **self._ending(delta), **self._of_prompt(delta)}
+
+    def _of_prompt(self, delta: Delta) -> dict[str, Any]:
+        """What was asked for of a choice's prompt, once; as in vLLM it stands in the choice, for prompts may be many."""
+        told: dict[str, Any] = {}
+        plan = self._call.plans[delta.index // self._choices_per_prompt]
+        if plan.reporting.token_ids and delta.index not in self._begun:
+            told["prompt_token_ids"] = list(plan.prompt_ids)
+        self._begun.add(delta.index)
+        if delta.prompt_logprobs:
+            told["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
+        return told
 
     def _told_logprobs(self, delta: Delta) -> dict[str, Any] | None:
         plan = self._call.plans[delta.index // self._choices_per_prompt]
@@ -151,20 +156,26 @@ class CompletionRendering(_Base):
 
 
 class ChatRendering(_Base):
-    """``chat.completion`` objects and their chunks."""
+    """``chat.completion`` objects and their chunks. As in vLLM, what was asked for of the prompt stands beside the choices."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
+    def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
+        super().__init__(call, request_id, include_usage=include_usage)
+        self._prompt_scored = False
+
     def opening(self) -> list[dict[str, Any]]:
         count = len(self._call.plans) * self._choices_per_prompt
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None}) for i in range(count)]
+        chunks = [self._chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None}) for i in range(count)]
+        chunks[0].update(self._prompt_ids())
+        return chunks
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
         text = delta.text
         content = {"content": text} if text or delta.token_ids or delta.logprobs else {}
-        return self._chunk({"index": delta.index, "delta": content, **self._rest(delta)})
+        return {**self._chunk({"index": delta.index, "delta": content, **self._rest(delta)}), **self._prompt_scores(delta)}
 
     def whole(self, deltas: Sequence[Delta], closings: Sequence[Closing]) -> dict[str, Any]:
         choices = [
@@ -175,7 +186,19 @@ class ChatRendering(_Base):
             }
             for delta in deltas
         ]
-        return self._whole(choices, closings)
+        scores = next(filter(None, map(self._prompt_scores, deltas)), {})
+        return {**self._whole(choices, closings), **self._prompt_ids(), **scores}
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        plan = self._call.plans[0]
+        return {"prompt_token_ids": list(plan.prompt_ids)} if plan.reporting.token_ids else {}
+
+    def _prompt_scores(self, delta: Delta) -> dict[str, Any]:
+        """Every choice has them; they are told once."""
+        if not delta.prompt_logprobs or self._prompt_scored:
+            return {}
+        self._prompt_scored = True
+        return {"prompt_logprobs": prompt_logprobs(delta.prompt_logprobs)}
 
     def _rest(self, delta: Delta) -> dict[str, Any]:
         wanted = self._call.plans[0].reporting.logprobs is not None

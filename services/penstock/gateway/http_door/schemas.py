@@ -41,9 +41,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class StreamOptions(_Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
@@ -103,10 +101,8 @@ class ChatBody(SharedBody):
     add_generation_prompt: bool | None = None
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(_Body):
     """``POST /tokenize``: a prompt or messages."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
     prompt: str | None = None
@@ -114,10 +110,8 @@ class TokenizeBody(BaseModel):
     add_generation_prompt: bool | None = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(_Body):
     """``POST /detokenize``."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
     tokens: Annotated[list[int], FailFast()]
@@ -131,6 +125,7 @@ _HARMLESS = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_options",
     "prompt_cache_retention",
     "parallel_tool_calls",
     "refusal",
@@ -148,8 +143,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "moderation": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "best_of": (1,),
     "suffix": ("",),
@@ -159,6 +155,9 @@ _EXPECTED = {
     "stop": "a text or a list of texts",
     "content": "a text or a list of text parts",
 }
+_EXPECTED_OF: Mapping[type[BaseModel], Mapping[str, str]] = {TokenizeBody: {"prompt": "a text"}}
+# What others call a field, where no name is like it.
+_MEANT = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens", "max_new_tokens": "max_tokens"}
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -195,14 +194,15 @@ def _no_object(why: str) -> InvalidRequest:
 
 def _violations(error: ValidationError, kind: type[BaseModel]) -> list[FieldViolation]:
     found: dict[str, str] = {}
+    expected = {**_EXPECTED, **_EXPECTED_OF.get(kind, {})}
     for violation in error.errors(include_url=False, include_context=False, include_input=False):
         location = violation["loc"]
         field = _path(location)
-        known = _EXPECTED.get(str(location[0]) if len(location) < 3 else str(location[2])) or _EXPECTED.get(str(location[0]))
+        known = expected.get(str(location[0]) if len(location) < 3 else str(location[2])) or expected.get(str(location[0]))
         if violation["type"] == "missing":
             found[field] = "is required"
-        elif violation["type"] == "extra_forbidden":
-            found[field] = _UNKNOWN if len(found) >= MAX_VIOLATIONS else _unknown(str(location[-1]), kind.model_fields)
+        elif violation["type"] == "model_type":
+            found[field] = "must be an object"
         else:
             found.setdefault(field, f"must be {known}" if known else violation["msg"])
     return [FieldViolation(field, text) for field, text in found.items()]
@@ -224,6 +224,8 @@ def _path(location: tuple[int | str, ...]) -> str:
 def _parts(body: BaseModel) -> Iterator[tuple[str, BaseModel]]:
     """What may have fields that are not known, with what stands before their names."""
     yield "", body
+    if isinstance(options := getattr(body, "stream_options", None), BaseModel):
+        yield "stream_options.", options
     for i, turn in enumerate(getattr(body, "messages", None) or ()):
         yield f"messages[{i}].", turn
 
@@ -250,5 +252,5 @@ _UNKNOWN = "is no field of this request; leave it out"
 
 
 def _unknown(name: str, fields: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name[:64], fields, n=1)
+    near = [_MEANT[name]] if _MEANT.get(name) in fields else difflib.get_close_matches(name[:64], fields, n=1)
     return f"is no field of this request; did you mean {near[0]!r}?" if near else _UNKNOWN
