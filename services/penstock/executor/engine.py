@@ -100,6 +100,7 @@ class Engine:
         self._stopping = False
         self._draining = False
         self._stepped = False
+        self._resting = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread.
@@ -153,13 +154,14 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs, waits, or is on its way in or out."""
+        """Whether nothing runs, waits, or is on its way in or out. While a step runs, for the thread that runs it alone."""
         return self.planner.empty and not (self._commands or self.handoff.moving or self._frames)
 
     def wait_until_idle(self) -> None:
         """Block the calling thread until the engine is idle, dead or closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self.idle or self._stopping or self.failure is not None)
+            # Within a step a sequence goes from one place to the next, and may for a moment be in none that `idle` looks at.
+            self._changed.wait_for(lambda: (self._resting and self.idle) or self._stopping or self.failure is not None)
 
     def progress(self, now: float) -> bool:
         """Whether the engine lives and its step, if one is running, has taken no longer than it may. `now` by `time.monotonic`."""
@@ -287,11 +289,13 @@ class Engine:
         Where the last step computed nothing, what is here waits for others: for a command, or its deadline.
         """
         with self._changed:
+            self._resting = True  # until a step begins: whoever holds the lock finds everything in its place
             if self.idle:
                 self._changed.notify_all()  # for `wait_until_idle`
             if not self._stepped or self.idle:
                 left = min(self.planner.deadlines.next - time.monotonic(), _LONGEST_WAIT)
                 self._changed.wait_for(lambda: self._stopping or self._commands or self.handoff.moving, max(0.0, left))
+            self._resting = False
             return not self._stopping
 
     def _die(self, reason: str) -> None:
