@@ -64,15 +64,16 @@ class Engine:
     Attributes:
         handoff: of sequences whose KV comes from another executor, or goes to one.
         failure: why it is dead; None while it lives.
+        on_death: told of that in the engine's thread. Set only before `start`.
     """
 
-    def __init__(self, model: GenerativeModel, config: EngineConfig, *, on_death: Callable[[str], None] = _ignore) -> None:
+    def __init__(self, model: GenerativeModel, config: EngineConfig) -> None:
         self.model = model
         self.block_size = model.kv.block_size
         self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
         self.meter = Meter()
         self.failure: str | None = None
-        self.on_death = on_death
+        self.on_death: Callable[[str], None] = _ignore
         self._config = config
         self._runner = ModelRunner(model, config, self.meter)
         copier = self._runner.prefix_copier() if config.prefix_cache else None
