@@ -190,10 +190,11 @@ class Engine:
     def _begin(self, sequence: Sequence) -> bool:
         """Let the sequence come between two steps, but tell of it at once: a long step may take longer than the other side waits.
 
-        Both under one lock: who is told may give the sequence up from another thread, and that has to come behind its beginning.
+        Both under one lock: who is told may give the sequence up from another thread, and that has to come behind its beginning;
+        and who drains and then finds the engine idle, under the same lock, may close it.
         """
         with self._changed:
-            if self._commands.over:
+            if self._commands.over or self._draining:
                 return False
             self.handoff.begun(sequence)
             return self._commands.give(lambda: self._sequences.add(sequence))

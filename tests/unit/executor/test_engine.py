@@ -360,6 +360,23 @@ def test_who_waits_for_an_idle_engine_waits_for_a_sequence_between_two_of_its_pl
         engine.close()
 
 
+def test_a_sequence_that_is_looked_at_before_a_drain_and_comes_behind_it_is_refused(monkeypatch):
+    bench, looks = Bench(), []
+
+    def looked_at(request, look=bench.engine._refusal):
+        looks.append(look(request))
+        if len(looks) == 1:
+            bench.engine.drain()
+            bench.engine.wait_until_idle()
+        return looks[-1]
+
+    monkeypatch.setattr(bench.engine, "_refusal", looked_at)
+    bench.submit(1, [2], 30)
+    assert looks == ["", "the executor is draining"]
+    assert bench.finished[1].reason is Finish.REFUSED
+    assert bench.engine.idle
+
+
 def test_a_batch_that_leaves_prompts_no_room_is_refused():
     with pytest.raises(ValueError, match="max_batch_tokens"):
         EngineConfig(vocabulary_size=1, context_length=1, max_batch_tokens=8, max_batch_size=8)
