@@ -16,10 +16,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from penstock.common import errors
-from penstock.common.channel import CLIENT_OPTIONS, MAX_PUBLIC_MESSAGE_BYTES, connect, leave, server_options
+from penstock.common.channel import CLIENT_OPTIONS, connect, leave, server_options
 from penstock.common.server import GrpcServer
 from penstock.executor.config import ExecutorConfig
+from penstock.gateway.config import GatewayConfig
+from penstock.gateway.server import GatewayServer
 from penstock.scheduler.config import SchedulerConfig
+from penstock.scheduler.server import SchedulerServer
 from penstock.v1 import models_pb2, models_pb2_grpc
 
 SERVICE = "penstock.v1.Models"
@@ -185,13 +188,35 @@ def test_every_channel_argument_is_one_that_grpc_knows():
         assert name in known, name
 
 
-def test_channel_arguments_are_what_was_meant():
-    client, server = dict(CLIENT_OPTIONS), dict(server_options(MAX_PUBLIC_MESSAGE_BYTES, public=True))
-    assert server["grpc.max_receive_message_length"] == MAX_PUBLIC_MESSAGE_BYTES
+@pytest.fixture
+def options_of(monkeypatch):
+    """The channel arguments with which a service starts its server."""
+    given, make = [], grpc.aio.server
+
+    def server(*, options, **others):
+        given.append(dict(options))
+        return make(options=options, **others)
+
+    async def started(service):
+        await service.start()
+        await service.close()
+        return given.pop()
+
+    monkeypatch.setattr(grpc.aio, "server", server)
+    return started
+
+
+async def test_channel_arguments_are_what_was_meant(options_of):
+    free, nobody = "127.0.0.1:0", "127.0.0.1:1"
+    client = dict(CLIENT_OPTIONS)
+    doors = GatewayConfig(http=free, grpc=free, scheduler=nobody, tokenizer=nobody, max_body_bytes=12_345)
+    server = await options_of(GatewayServer(doors))
+    within = await options_of(SchedulerServer(SchedulerConfig(listen=free)))
+    assert server["grpc.max_receive_message_length"] == 12_345
+    assert within["grpc.max_receive_message_length"] == client["grpc.max_send_message_length"]
     assert server["grpc.so_reuseport"] == 0
     # A server that is pinged more often than it allows answers with GOAWAY.
     assert client["grpc.keepalive_time_ms"] > server["grpc.http2.min_ping_interval_without_data_ms"]
-    within = dict(server_options())
     two_leases = 2000 * min(ExecutorConfig(model="builtin").handoff_lease_seconds, SchedulerConfig().lease_seconds)
     for end in (client, within):
         assert end["grpc.keepalive_time_ms"] + end["grpc.keepalive_timeout_ms"] < two_leases

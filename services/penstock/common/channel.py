@@ -10,8 +10,6 @@ import grpc.aio
 __all__ = [
     "CLIENT_OPTIONS",
     "MAX_MESSAGE_BYTES",
-    "MAX_PUBLIC_MESSAGE_BYTES",
-    "SERVER_OPTIONS",
     "connect",
     "leave",
     "server_options",
@@ -19,7 +17,6 @@ __all__ = [
 
 # A prompt of 128 Ki tokens as packed varints is well under 1 MiB; text and log-probabilities of all prompt tokens are larger.
 MAX_MESSAGE_BYTES = 64 << 20
-MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
 
 # Between services: a silent link is lost within two leases, of a handoff (3 s) and of an executor at the scheduler (2.5 s).
 _WITHIN = [("grpc.keepalive_time_ms", 2_500), ("grpc.keepalive_timeout_ms", 2_000), ("grpc.http2.max_pings_without_data", 0)]
@@ -52,9 +49,6 @@ def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES, *, public: bool =
         # Two processes on one port would share its connections, and one of them would be the wrong one.
         ("grpc.so_reuseport", 0),
     ]
-
-
-SERVER_OPTIONS = server_options()
 
 
 def connect(address: str) -> grpc.aio.Channel:

@@ -33,15 +33,14 @@ _FETCHED = [
 _NOT_FETCHED = ["*/*", "consolidated*.safetensors"]
 
 
-def resolve(model: str, *, progress: bool = True, revision: str | None = None) -> Path:
+def resolve(model: str, *, revision: str | None = None) -> Path:
     """The local folder that holds a model's files, fetched from the hub where need be.
 
-    A fetch that was cut short goes on where it stopped. The hub's own settings hold: ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``,
-    ``HF_HUB_OFFLINE``.
+    A fetch that was cut short goes on where it stopped, and shows a progress bar where stderr is a terminal. The hub's own settings
+    hold: ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``.
 
     Args:
         model: a folder, ``builtin``, or a hub id such as ``Qwen/Qwen3-0.6B``. A folder of that name wins over the other two.
-        progress: whether a fetch shows a progress bar where stderr is a terminal.
         revision: a branch, tag or commit of the hub's repository; None: its main branch.
 
     Raises:
@@ -58,15 +57,15 @@ def resolve(model: str, *, progress: bool = True, revision: str | None = None) -
         raise StartError(f"no folder {model or '(empty name)'}; give a model's folder, a Hugging Face hub id, or {BUILTIN!r}")
     if not _HUB_ID.fullmatch(model):
         raise StartError(f"{model!r} is neither a folder nor a Hugging Face hub id (OWNER/NAME), nor {BUILTIN!r}")
-    return _fetch(model, progress=progress, revision=revision)
+    return _fetch(model, revision)
 
 
-def _fetch(model: str, *, progress: bool, revision: str | None) -> Path:
+def _fetch(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined] # public, but not marked as exported
 
     try:
-        with contextlib.nullcontext() if progress and sys.stderr.isatty() else disable_progress_bars():
+        with contextlib.nullcontext() if sys.stderr.isatty() else disable_progress_bars():
             fetched = Path(snapshot_download(model, revision=revision, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # noqa: BLE001 - whatever the hub's client raises is told in one line
         _refuse(model, revision, error)

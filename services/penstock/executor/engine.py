@@ -64,15 +64,16 @@ class Engine:
     Attributes:
         handoff: of sequences whose KV comes from another executor, or goes to one.
         failure: why it is dead; None while it lives.
+        on_death: told of that in the engine's thread. Set only before `start`.
     """
 
-    def __init__(self, model: GenerativeModel, config: EngineConfig, *, on_death: Callable[[str], None] = _ignore) -> None:
+    def __init__(self, model: GenerativeModel, config: EngineConfig) -> None:
         self.model = model
         self.block_size = model.kv.block_size
         self.context_length = min(config.context_length, model.kv.blocks * model.kv.block_size)
         self.meter = Meter()
         self.failure: str | None = None
-        self.on_death = on_death
+        self.on_death: Callable[[str], None] = _ignore
         self._config = config
         self._runner = ModelRunner(model, config, self.meter)
         copier = self._runner.prefix_copier() if config.prefix_cache else None
@@ -100,6 +101,7 @@ class Engine:
         self._stopping = False
         self._draining = False
         self._stepped = False
+        self._resting = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread.
@@ -153,13 +155,14 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs, waits, or is on its way in or out."""
+        """Whether nothing runs, waits, or is on its way in or out. While a step runs, for the thread that runs it alone."""
         return self.planner.empty and not (self._commands or self.handoff.moving or self._frames)
 
     def wait_until_idle(self) -> None:
         """Block the calling thread until the engine is idle, dead or closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self.idle or self._stopping or self.failure is not None)
+            # Within a step a sequence goes from one place to the next, and may for a moment be in none that `idle` looks at.
+            self._changed.wait_for(lambda: (self._resting and self.idle) or self._stopping or self.failure is not None)
 
     def progress(self, now: float) -> bool:
         """Whether the engine lives and its step, if one is running, has taken no longer than it may. `now` by `time.monotonic`."""
@@ -187,10 +190,11 @@ class Engine:
     def _begin(self, sequence: Sequence) -> bool:
         """Let the sequence come between two steps, but tell of it at once: a long step may take longer than the other side waits.
 
-        Both under one lock: who is told may give the sequence up from another thread, and that has to come behind its beginning.
+        Both under one lock: who is told may give the sequence up from another thread, and that has to come behind its beginning;
+        and who drains and then finds the engine idle, under the same lock, may close it.
         """
         with self._changed:
-            if self._commands.over:
+            if self._commands.over or self._draining:
                 return False
             self.handoff.begun(sequence)
             return self._commands.give(lambda: self._sequences.add(sequence))
@@ -287,11 +291,13 @@ class Engine:
         Where the last step computed nothing, what is here waits for others: for a command, or its deadline.
         """
         with self._changed:
+            self._resting = True  # until a step begins: whoever holds the lock finds everything in its place
             if self.idle:
                 self._changed.notify_all()  # for `wait_until_idle`
             if not self._stepped or self.idle:
                 left = min(self.planner.deadlines.next - time.monotonic(), _LONGEST_WAIT)
                 self._changed.wait_for(lambda: self._stopping or self._commands or self.handoff.moving, max(0.0, left))
+            self._resting = False
             return not self._stopping
 
     def _die(self, reason: str) -> None:

@@ -111,7 +111,7 @@ def _create_here(prepared: Prepared, *, calibrate_anew: bool) -> Loaded:
     try:
         engine_config = _engine_config(prepared.config, spec, selection.capabilities, prepared.device)
         engine = Engine(model, engine_config)
-        fastest = _warm_up(engine)
+        fastest = _warm_up(engine, engine_config)
         identity = ModelIdentity(spec.fingerprint, selection.registration.name, selection.version)
         times = tune(engine, engine_config, prepared.config, identity, fastest, anew=calibrate_anew)
     except EngineDead as error:
@@ -180,6 +180,7 @@ def check(config: ExecutorConfig) -> None:
         "itl_target_ms": (config.itl_target_ms, 1),
         "stall_seconds": (config.stall_seconds, 0.1),
         "stall_seconds_per_prompt_token": (config.stall_seconds_per_prompt_token, 0),
+        "grace_seconds": (config.grace_seconds, 0),
     }
     for name, (value, at_least) in least.items():
         if value is not None and not at_least <= value < math.inf:  # nan is neither
@@ -214,15 +215,19 @@ def _most_tokens(config: ExecutorConfig) -> int:
     return max(_MOST_TOKENS, 2 * config.max_batch_size) if config.max_batch_tokens is None else config.max_batch_tokens
 
 
-def _warm_up(engine: Engine) -> float:
-    """Run one sequence, so that the first request finds kernels compiled; then forget it. Seconds of its fastest decoding step."""
+def _warm_up(engine: Engine, config: EngineConfig) -> float:
+    """Run one sequence, so that the first request finds kernels compiled; then forget it.
+
+    Returns:
+        Seconds of its fastest decoding step; infinite where it had room for none.
+    """
     frames: list[Frame] = []
     decoding: list[float] = []
     engine.meter.on_step = lambda facts: decoding.append(facts.seconds if facts.decodes else math.inf)
-    length = max(1, min(_WARM_UP_PROMPT, engine.context_length - _WARM_UP_TOKENS))
-    engine.submit(
-        SequenceRequest(sequence_id=0, prompt=[0] * length, max_tokens=_WARM_UP_TOKENS, salt=os.urandom(16)), frames.append
-    )
+    most = engine.context_length if config.chunked_prefill else min(engine.context_length, config.max_batch_tokens)
+    new = max(1, min(_WARM_UP_TOKENS, most - 1))
+    prompt = [0] * max(1, min(_WARM_UP_PROMPT, most - new))
+    engine.submit(SequenceRequest(sequence_id=0, prompt=prompt, max_tokens=new, salt=os.urandom(16)), frames.append)
     while not engine.idle:
         engine.step()
     last = frames[-1].finished[0]

@@ -147,7 +147,6 @@ def _finished(finished: Finished) -> pb.FinishedSequence:
         reason=_FINISHES[finished.reason],
         preemptions=finished.preemptions,
         message=finished.message,
-        decode_us=int(finished.decode * 1e6),
         handoff_failure=_HANDOFF_FAILURES[finished.handoff_failure],
     )
 
@@ -227,7 +226,6 @@ def describe(loaded: Loaded, executor_id: str, address: str, tokenizer: str) -> 
         backend_version=loaded.backend_version,
         device=loaded.model.device,
         dtype=loaded.model.dtype.value,
-        tasks=[task.value for task in loaded.capabilities.tasks],
         features=_features(loaded),
         kv_layout=loaded.model.kv.layout,
         kv_dtype=loaded.model.kv.dtype,
@@ -236,11 +234,9 @@ def describe(loaded: Loaded, executor_id: str, address: str, tokenizer: str) -> 
         kv_block_size=loaded.model.kv.block_size,
         kv_blocks=loaded.model.kv.blocks,
         max_batch_size=limits.max_batch_size,
-        max_batch_tokens=limits.max_batch_tokens,
         prefill_chunk=limits.prefill_chunk,
         calibration=None if loaded.times is None else _calibration(loaded.times),
         fields=[*_FIELDS, *prompt_fields],
-        prefix_cache=loaded.engine.blocks.caching,
         native_layout=loaded.model.kv.native_layout,
         kv_bytes_per_token=loaded.model.kv.canonical_bytes(1, loaded.model.kv.canonical_dtype),
         eos_token_ids=decoder.eos_token_ids,

@@ -98,6 +98,7 @@ class Registration:
 
     async def _report(self, stub: Any) -> None:
         """One stream, until it is lost or the executor is not healthy."""
+        self._left.clear()  # an engine that was stalled before may yet die
         call = stub.Register()
         listening = asyncio.create_task(self._listen(call))
         try:

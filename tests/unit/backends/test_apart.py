@@ -7,8 +7,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
+from fake_engine import fake_spec
 
+from penstock.backends.apart import model
 from penstock.backends.apart.frames import Ended, read_device_config, receive, send, write_device_config
 from penstock.backends.contract import Available, Broken, Capabilities, DeviceConfig, DType, Task, Unavailable, Unsupported
 from penstock.backends.reports import read_answer, write_answer
@@ -69,3 +72,12 @@ def test_what_is_no_frame_is_refused(raw):
         ours.close()
         with pytest.raises(ValueError, match=r"a head of|no frame|an array of"):
             receive(theirs)
+
+
+def test_a_process_that_can_not_be_begun_leaves_no_descriptor(monkeypatch):
+    monkeypatch.setattr(model, "_COMMAND", ("/there is no such interpreter",))
+    before = psutil.Process().num_fds()
+    with pytest.raises(FileNotFoundError) as raised:  # holds what its frames held
+        model.ModelApart("any", fake_spec(), DeviceConfig())
+    assert psutil.Process().num_fds() <= before
+    assert raised.value.filename == "/there is no such interpreter"

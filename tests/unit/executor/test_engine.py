@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -311,6 +312,69 @@ def test_an_engine_in_its_thread_answers_and_sleeps_until_there_is_work():
     late: list[Frame] = []
     bench.engine.submit(request_of(Bench(), 1), late.append)
     assert late[0].finished[0].reason is Finish.REFUSED
+
+
+@pytest.mark.parametrize("place", ["beginning", "coming"])
+def test_who_waits_for_an_idle_engine_waits_for_a_sequence_between_two_of_its_places(place, monkeypatch):
+    bench, inside, release, moved = Bench(), threading.Event(), threading.Event(), threading.Event()
+    engine, planner, asked = bench.engine, bench.engine.planner, []
+
+    def held(work, *given):
+        """The engine is held here, in its first step."""
+        inside.set()
+        assert release.wait(10)
+        return work(*given)
+
+    def wait_for(predicate, timeout=None, waits=engine._changed.wait_for):
+        if threading.current_thread() is threading.main_thread():
+            asked.append(predicate())
+            release.set()
+        return waits(predicate, timeout)
+
+    look = type(planner).empty.fget
+
+    def looked_at(planner):
+        """Told to another thread, which the engine overtakes: the sequence has come, and its command is done."""
+        empty = look(planner)
+        if threading.current_thread() is threading.main_thread() and not release.is_set():
+            release.set()
+            assert moved.wait(10)
+        return empty
+
+    if place == "beginning":  # it waits no longer, and does not run yet
+        monkeypatch.setattr(planner, "_begin", partial(held, planner._begin))
+    else:
+        monkeypatch.setattr(engine._runner, "watch", partial(held, engine._runner.watch))
+        monkeypatch.setattr(planner, "plan", lambda plan=planner.plan: (moved.set(), plan())[1])
+        monkeypatch.setattr(type(planner), "empty", property(looked_at))
+    monkeypatch.setattr(engine._changed, "wait_for", wait_for)
+    bench.submit(1, [2], 30)
+    engine.start()
+    try:
+        assert inside.wait(10)
+        engine.wait_until_idle()
+        assert asked == [False]
+        assert bench.tokens[1] == expected([2], 30)
+    finally:
+        release.set()
+        engine.close()
+
+
+def test_a_sequence_that_is_looked_at_before_a_drain_and_comes_behind_it_is_refused(monkeypatch):
+    bench, looks = Bench(), []
+
+    def looked_at(request, look=bench.engine._refusal):
+        looks.append(look(request))
+        if len(looks) == 1:
+            bench.engine.drain()
+            bench.engine.wait_until_idle()
+        return looks[-1]
+
+    monkeypatch.setattr(bench.engine, "_refusal", looked_at)
+    bench.submit(1, [2], 30)
+    assert looks == ["", "the executor is draining"]
+    assert bench.finished[1].reason is Finish.REFUSED
+    assert bench.engine.idle
 
 
 def test_a_batch_that_leaves_prompts_no_room_is_refused():

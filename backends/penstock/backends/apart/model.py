@@ -58,19 +58,28 @@ class ModelApart:
         # As large as the largest step's logits; what no step has written to takes no memory.
         size = max(1, config.max_batch_tokens) * spec.decoder.vocabulary_size * 4
         self._ours, theirs = socket.socketpair()
-        with theirs, _memory_file(size) as shared:
-            self._memory = mmap.mmap(shared.fileno(), size)
-            # Its other end ends with this process, however that dies, and the child with it.
-            life, self._life = os.pipe()
-            fds = (theirs.fileno(), shared.fileno(), life)
-            self._process = subprocess.Popen(  # noqa: S603  this interpreter and a module of this package
-                [*_COMMAND, "serve", name, *map(str, fds), str(spec.folder), spec.name, spec.fingerprint],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a backend prints is a log line, and never the executor's own
-                pass_fds=fds,
-            )
-            os.close(life)
+        with contextlib.ExitStack() as kept, theirs:
+            kept.enter_context(self._ours)
+            with _memory_file(size) as shared:
+                self._memory = kept.enter_context(mmap.mmap(shared.fileno(), size))
+                # Its other end ends with this process, however that dies, and the child with it.
+                life, self._life = os.pipe()
+                kept.callback(os.close, self._life)
+                try:
+                    self._process = self._spawn((theirs.fileno(), shared.fileno(), life))
+                finally:
+                    os.close(life)
+            kept.pop_all()  # from here on it is `close` that ends them
         self._began(config)
+
+    def _spawn(self, fds: tuple[int, int, int]) -> subprocess.Popen[bytes]:
+        spec = self._spec
+        return subprocess.Popen(  # noqa: S603  this interpreter and a module of this package
+            [*_COMMAND, "serve", self._name, *map(str, fds), str(spec.folder), spec.name, spec.fingerprint],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a backend prints is a log line, and never the executor's own
+            pass_fds=fds,
+        )
 
     def _began(self, config: DeviceConfig) -> None:
         try:

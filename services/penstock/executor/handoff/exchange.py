@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from penstock.backends.contract import KvSpec
 from penstock.common.channel import MAX_MESSAGE_BYTES
 from penstock.common.service import StartError
@@ -31,9 +33,11 @@ def settings_of(config: ExecutorConfig) -> Settings:
     if not 0.1 <= lease <= 3600:
         raise StartError(f"handoff_lease_seconds: must be from 0.1 to 3600, and is {lease:g}")
     if not 0 < push <= MAX_MESSAGE_BYTES // 2:
-        raise StartError(f"handoff_push_mib: must be more than 0 and at most {MAX_MESSAGE_BYTES // 2 // _MIB}")
-    if not push <= window:
-        raise StartError("handoff_window_mib: must be at least handoff_push_mib")
+        most = MAX_MESSAGE_BYTES // 2 // _MIB
+        raise StartError(f"handoff_push_mib: must be more than 0 and at most {most}, and is {config.handoff_push_mib:g}")
+    if not push <= window < math.inf:
+        least = f"at least handoff_push_mib, {config.handoff_push_mib:g}"
+        raise StartError(f"handoff_window_mib: must be a number of {least}, and is {config.handoff_window_mib:g}")
     return Settings(lease, int(push), int(window), tuple(map(Transport, config.handoff_transports)))
 
 

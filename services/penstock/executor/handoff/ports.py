@@ -1,11 +1,11 @@
 """Between the engine (`executor/engine_handoff.py`), which owns KV blocks, and the handoff, which owns tickets, leases and streams.
 
 A sequence with `SequenceRequest.handoff` set goes through both. Its handle is the same object in every call. Where it decodes:
-`reserved`, then any number of `import_kv`, then `begin_decode` or `fail`. Where it prefills: `begun`, then `computed` after every
-step of it and any number of `export_kv`, then `drawn`, and at last `handed_off` or `fail`. `ended` may come at any time behind the
-first of these, and nothing follows it: what is asked for the handle afterwards is answered with `SequenceEnded`. `begin_decode`,
-`handed_off` and `fail` take effect at the engine's next step, unless the sequence has ended by then: then `ended` comes in spite of
-them. Once one has taken effect, nothing more is told.
+`reserved`, then any number of `import_kv`, then `begin_decode`, `fail` or `leave`. Where it prefills: `begun`, then `computed`
+after every step of it and any number of `export_kv`, then `drawn`, and at last `handed_off` or `fail`. `ended` may come at any time
+behind the first of these, and nothing follows it: what is asked for the handle afterwards is answered with `SequenceEnded`.
+`begin_decode`, `handed_off`, `leave` and `fail` take effect at the engine's next step, unless the sequence has ended by then: then
+`ended` comes in spite of them. Once one has taken effect, nothing more is told.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class HandoffEvents(Protocol):
         """
 
     def ended(self, handle: Handle) -> None:
-        """The sequence ended by anything but the handoff's own `handed_off` or `fail`.
+        """The sequence ended by anything but the handoff's own `handed_off`, `leave` or `fail`.
 
         It finished with its first token, was aborted, was late, or failed with the backend.
         """

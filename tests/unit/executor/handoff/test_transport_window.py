@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from penstock.executor.handoff.transports.port import LinkClosed, PayloadTooLarge, SharedPayload
 from penstock.executor.handoff.transports.ranges import ALIGNMENT, Ranges
@@ -46,11 +46,6 @@ class RangesAgainstAMap(RuleBasedStateMachine):
             self.ranges.give(begin)
             self.paint(begin, None)
             del self.sizes[begin]
-
-    @invariant()
-    def what_is_taken_is_counted(self):
-        held = sum(o is not None for o in self.owner)
-        assert held <= self.ranges.taken <= min(held + ALIGNMENT * len(self.sizes), SIZE)
 
     def teardown(self):
         for begin in list(self.sizes):
@@ -94,7 +89,8 @@ def test_everyone_gets_room_in_turn_whoever_gives_up(asked):
             await asyncio.gather(*tasks, return_exceptions=True)
         assert served == sorted(served)
         assert set(served) >= {number for number, (_, cancelled) in enumerate(asked) if not cancelled}
-        assert window.taken_bytes == 0
+        async with asyncio.timeout(10):
+            assert await window.take(256) == 0
 
     asyncio.run(scene())
 
@@ -137,6 +133,8 @@ async def test_payload_released_twice_frees_nothing_of_the_next_one():
     second = SharedPayload(await window.take(256), 256)
     window.hold(second, 0)
     window.release(first)
-    assert window.taken_bytes == 256
+    third = asyncio.create_task(window.take(256))
+    await asyncio.sleep(0)
+    assert not third.done()
     window.release(second)
-    assert window.taken_bytes == 0
+    assert await third == 0

@@ -502,15 +502,12 @@ class FinishedSequence(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
-    DECODE_US_FIELD_NUMBER: _builtins.int
     HANDOFF_FAILURE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     reason: Global___SequenceFinish.ValueType
     preemptions: _builtins.int
     message: _builtins.str
     """For SEQUENCE_FINISH_REFUSED and SEQUENCE_FINISH_FAILED: one sentence for the log."""
-    decode_us: _builtins.int
-    """From the first token to the last."""
     handoff_failure: Global___HandoffFailure.ValueType
     """For SEQUENCE_FINISH_HANDOFF_FAILED."""
     def __init__(
@@ -520,12 +517,11 @@ class FinishedSequence(_message.Message):
         reason: Global___SequenceFinish.ValueType = ...,
         preemptions: _builtins.int = ...,
         message: _builtins.str = ...,
-        decode_us: _builtins.int = ...,
         handoff_failure: Global___HandoffFailure.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_us", b"decode_us", "handoff_failure", b"handoff_failure", "message", b"message", "preemptions", b"preemptions", "reason", b"reason", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff_failure", b"handoff_failure", "message", b"message", "preemptions", b"preemptions", "reason", b"reason", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

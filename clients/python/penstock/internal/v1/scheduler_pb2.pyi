@@ -434,13 +434,10 @@ class ExecutorDescription(_message.Message):
     KV_BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
-    MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     FIELDS_FIELD_NUMBER: _builtins.int
-    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DEFAULTS_FIELD_NUMBER: _builtins.int
     BACKEND_VERSION_FIELD_NUMBER: _builtins.int
-    TASKS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
@@ -464,8 +461,6 @@ class ExecutorDescription(_message.Message):
     kv_block_size: _builtins.int
     kv_blocks: _builtins.int
     max_batch_size: _builtins.int
-    max_batch_tokens: _builtins.int
-    prefix_cache: _builtins.bool
     backend_version: _builtins.str
     kv_layout: _builtins.str
     """How and in which type its KV cache lies."""
@@ -486,12 +481,8 @@ class ExecutorDescription(_message.Message):
     @_builtins.property
     def defaults(self) -> Global___GenerationDefaults: ...
     @_builtins.property
-    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the backend does with the model: "generate"."""
-
-    @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What it can do beyond that and is set up to do: "prefix_cache", "export_kv" and the like."""
+        """What it can do beyond generating and is set up to do: "prefix_cache", "export_kv" and the like."""
 
     @_builtins.property
     def calibration(self) -> Global___Calibration:
@@ -514,13 +505,10 @@ class ExecutorDescription(_message.Message):
         kv_block_size: _builtins.int = ...,
         kv_blocks: _builtins.int = ...,
         max_batch_size: _builtins.int = ...,
-        max_batch_tokens: _builtins.int = ...,
         fields: _abc.Iterable[_builtins.str] | None = ...,
-        prefix_cache: _builtins.bool = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         defaults: Global___GenerationDefaults | None = ...,
         backend_version: _builtins.str = ...,
-        tasks: _abc.Iterable[_builtins.str] | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         kv_layout: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
@@ -532,7 +520,7 @@ class ExecutorDescription(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "defaults", b"defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "max_batch_tokens", b"max_batch_tokens", "model", b"model", "model_fingerprint", b"model_fingerprint", "native_layout", b"native_layout", "prefill_chunk", b"prefill_chunk", "prefix_cache", b"prefix_cache", "role", b"role", "tasks", b"tasks", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "architecture", b"architecture", "backend", b"backend", "backend_version", b"backend_version", "calibration", b"calibration", "context_length", b"context_length", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor_id", b"executor_id", "features", b"features", "fields", b"fields", "kv_block_size", b"kv_block_size", "kv_blocks", b"kv_blocks", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "max_batch_size", b"max_batch_size", "model", b"model", "model_fingerprint", b"model_fingerprint", "native_layout", b"native_layout", "prefill_chunk", b"prefill_chunk", "role", b"role", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

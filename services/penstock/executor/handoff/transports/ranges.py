@@ -18,11 +18,6 @@ class Ranges:
         self._free = [(0, size)] if size else []  # (begin, end), rising, never adjacent
         self._taken: dict[int, int] = {}
 
-    @property
-    def taken(self) -> int:
-        """Bytes that are taken, each range counted up to its alignment."""
-        return sum(end - begin for begin, end in self._taken.items())
-
     def take(self, size: int) -> int | None:
         """The begin of a free range of `size` ≥ 1 bytes, taken from now on; None where there is none."""
         for index, (begin, end) in enumerate(self._free):

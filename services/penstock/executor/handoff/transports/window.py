@@ -25,11 +25,6 @@ class Window:
     def closed(self) -> bool:
         return self._closed
 
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes that are taken now."""
-        return self._ranges.taken
-
     async def take(self, size: int) -> int:
         """Wait for a range of `size` bytes: its begin.
 
