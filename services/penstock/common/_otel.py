@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -16,13 +17,14 @@ from penstock.common.tracing import TRACEPARENT_KEY, Attributes
 __all__ = ["OtelRecorder"]
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+_LAST_SPANS_SECONDS = 1.0
 
 
 class OtelRecorder:
     """Records into a provider of its own: another library's global one is left alone."""
 
     def __init__(self, service_name: str, endpoint: str | None, exporter: SpanExporter | None) -> None:
-        self._provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
+        self._provider = TracerProvider(resource=Resource.create({"service.name": service_name}), shutdown_on_exit=False)
         self._provider.add_span_processor(SimpleSpanProcessor(exporter) if exporter else _to_collector(endpoint))
         self._tracer = self._provider.get_tracer("penstock")
 
@@ -33,7 +35,10 @@ class OtelRecorder:
         return OtelSpan(self._tracer.start_span(name, above, attributes=attributes, start_time=at_ns))
 
     def shutdown(self) -> None:
-        self._provider.shutdown()
+        # It goes on to try a collector that is away for up to half a minute; who leaves does not wait for that.
+        sending = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(_LAST_SPANS_SECONDS)
 
 
 class OtelSpan:

@@ -18,10 +18,22 @@ __all__ = [
 # A prompt of 128 Ki tokens as packed varints is well under 1 MiB; text and log-probabilities of all prompt tokens are larger.
 MAX_MESSAGE_BYTES = 64 << 20
 
+
+def _keepalive(every_ms: int, answered_within_ms: int) -> list[tuple[str, int | str]]:
+    """A link on which nothing comes for so long is pinged, and lost if that is not answered."""
+    return [
+        ("grpc.keepalive_time_ms", every_ms),
+        ("grpc.keepalive_timeout_ms", answered_within_ms),
+        # What decides where gRPC has both, a minute by default.
+        ("grpc.http2.ping_timeout_ms", answered_within_ms),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
 # Between services: a silent link is lost within two leases, of a handoff (3 s) and of an executor at the scheduler (2.5 s).
-_WITHIN = [("grpc.keepalive_time_ms", 2_500), ("grpc.keepalive_timeout_ms", 2_000), ("grpc.http2.max_pings_without_data", 0)]
+_WITHIN = _keepalive(2_500, 2_000)
 # To clients, which may be far away, and asleep.
-_PUBLIC = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000), ("grpc.http2.max_pings_without_data", 0)]
+_PUBLIC = _keepalive(10_000, 5_000)
 
 CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     *_WITHIN,

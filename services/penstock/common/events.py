@@ -1,8 +1,8 @@
 """The event log: a line of JSON for everything that happens to a request, for whoever wants to know later.
 
 Each line has ``time`` (seconds of the monotonic clock, the same for all processes of a machine), ``pid`` and ``event``. The first
-of a process is ``opened``, with the time of the day. What could not be written because too much was waiting is counted by a line
-``dropped``.
+of a process is ``opened``, with the time of the day. What could not be written, because too much was waiting or the disk was full,
+is counted by a line ``dropped``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +51,10 @@ class EventLog:
             raise StartError(f"event_log: {path}: {error.strerror}") from error
         self._waiting: deque[_Event] = deque()
         self._most = most_waiting
-        self._dropped = self._dropped_told = 0
+        self._dropped = self._lost = self._dropped_told = 0  # by whoever tells; by the disk; of both
         self._pending = threading.Event()
         self._closing = False
+        self._failing = False
         self.tell("opened", {"service": service, "at": datetime.now(UTC).isoformat()})
         self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
         self._thread.start()
@@ -82,23 +83,30 @@ class EventLog:
                 if not self._closing:
                     time.sleep(_PAUSE_SECONDS)  # what comes meanwhile is one write
             self._write()
-        except OSError as error:
-            self._most = 0  # whoever tells goes on
-            logger().error("the event log can not be written", exc_info=error)
         finally:
             os.close(self._file)
 
     def _write(self) -> None:
-        lines = "".join(f"{line}\n" for line in self._lines())
-        data = memoryview(lines.encode())
-        while data:
-            data = data[os.write(self._file, data) :]
-
-    def _lines(self) -> Iterator[str]:
-        pid = os.getpid()
-        while self._waiting:
-            event = self._waiting.popleft()
-            yield json.dumps({"time": round(event.time, 6), "pid": pid, "event": event.event, **event.facts})
-        if dropped := self._dropped - self._dropped_told:
+        """All that waits. What the disk does not take is dropped, and who tells goes on."""
+        events = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        dropped = self._dropped + self._lost - self._dropped_told
+        lines = [_line(event) for event in events]
+        if dropped:
+            lines.insert(0, _line(_Event(time.monotonic(), "dropped", {"count": dropped})))
+        # Where writing failed, a line may be torn: the next one does not stand behind it.
+        data = memoryview(("\n" * self._failing + "".join(f"{line}\n" for line in lines)).encode())
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            self._lost += min(len(events), bytes(data).count(b"\n"))
+            if not self._failing:
+                logger().error("the event log can not be written: events are dropped until it can", why=error.strerror)
+            self._failing = True
+        else:
             self._dropped_told += dropped
-            yield json.dumps({"time": round(time.monotonic(), 6), "pid": pid, "event": "dropped", "count": dropped})
+            self._failing = False
+
+
+def _line(event: _Event) -> str:
+    return json.dumps({"time": round(event.time, 6), "pid": os.getpid(), "event": event.event, **event.facts})

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
+from penstock.common import tracing
 from penstock.common.logs import logger
 from penstock.common.service import Service, StartError
 
@@ -93,6 +94,7 @@ class _Run:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._service.close()
+            tracing.shutdown()
         return 128 + self._signals[1] if self._second.is_set() else status
 
     def _on_signal(self, signum: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -48,7 +49,9 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "auto", proces
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, *stamps, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line in one piece, also beside those of libraries
+        logger_factory=structlog.WriteLoggerFactory(
+            cast("TextIO", _Lenient(sys.stderr))
+        ),  # a line in one piece, also beside those of libraries
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.clear_contextvars()
@@ -61,6 +64,21 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "auto", proces
         )
         for handler in logging.getLogger().handlers:
             handler.setFormatter(formatter)
+
+
+class _Lenient:
+    """A stream whose failures stop nobody: a full disk costs lines, and not what they would have told of."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def logger() -> structlog.stdlib.BoundLogger:

@@ -104,7 +104,7 @@ class _State:
 def configure(service_name: str, endpoint: str | None = None, *, exporter: SpanExporter | None = None) -> bool:
     """Begin to record this process's spans, if there is where to send them; else leave all as it is.
 
-    What is recorded is sent in the background, and at exit.
+    What is recorded is sent in the background, and by `shutdown`.
 
     Args:
         service_name: the spans' ``service.name``.
@@ -133,7 +133,7 @@ def enabled() -> bool:
 
 
 def shutdown() -> None:
-    """Send what is recorded and stop recording. Idempotent."""
+    """Send what is recorded, for a second at most, and stop recording. Idempotent."""
     recorder, _State.recorder = _State.recorder, None
     if recorder is not None:
         recorder.shutdown()

@@ -112,14 +112,14 @@ class GatewayServer:
         config, clock = self._config, time.monotonic
         self.metrics = GatewayMetrics()
         self.catalog = Catalog(config.model_memory_seconds, clock)
+        if config.event_log is not None:
+            self._events = EventLog(Path(config.event_log), self.name)
+        history = None if self._events is None else History(self._events)
         scheduler, tokenizer, decoder = (connect(a) for a in (config.scheduler, config.tokenizer, config.tokenizer))
         self._channels = [scheduler, tokenizer, decoder]
         self.placement = SchedulerPlacement(scheduler, self.catalog, clock, self._on_catalog, self._lose_executor)
         # A channel of its own: a long prompt must not hold up everybody's tokens.
         self.decoding = TokenizerDecoding(decoder)
-        if config.event_log is not None:
-            self._events = EventLog(Path(config.event_log), self.name)
-        history = None if self._events is None else History(self._events)
         self.execution = ExecutorPool(clock, self.decoding.flush, None if history is None else history.token)
         self.tokenization = Tokenization(tokenizer, clock, self._changed.set)
         self.admission = Admission(

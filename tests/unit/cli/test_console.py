@@ -1,5 +1,6 @@
 """What is seen of a cluster: lines behind names for a person, and JSON alone for a machine."""
 
+import errno
 import io
 import json
 
@@ -52,3 +53,20 @@ def test_a_machine_reads_an_object_a_line_and_what_is_none_is_wrapped():
         {"event": 'Traceback (most recent call last): "é"', **printed},
         {"event": "failed", "why": "decode-1 died 5 times", "service": "up", "level": "error"},
     ]
+
+
+class FullDisk(io.StringIO):
+    full = True
+
+    def write(self, text):
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_full_disk_costs_lines_and_whoever_passes_them_on_goes_on():
+    console = Console(stream := FullDisk())
+    console.said("decode-1", "executor", "lost")
+    stream.full = False
+    console.said("decode-1", "executor", "told")
+    assert stream.getvalue() == "decode-1   | told\n"

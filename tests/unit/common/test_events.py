@@ -1,5 +1,6 @@
 """The event log: every event a line, in order, from whatever thread; never in the way of who tells."""
 
+import errno
 import json
 import os
 import threading
@@ -7,6 +8,7 @@ import time
 
 import pytest
 from structlog.testing import capture_logs
+from suite import wait_for
 
 from penstock.common.events import EventLog
 from penstock.common.service import StartError
@@ -62,10 +64,35 @@ def test_a_file_that_can_not_be_written_is_told_at_the_start(tmp_path):
         EventLog(tmp_path / "nowhere" / "events", "gateway")
 
 
-def test_a_disk_that_fills_up_stops_the_log_and_nothing_else():
+def test_a_full_disk_costs_events_and_is_written_again_when_there_is_room(tmp_path, monkeypatch):
+    full, tried = threading.Event(), threading.Event()
+
+    def write(file, data, write=os.write):
+        """A disk that takes half a line before it is full."""
+        if not full.is_set():
+            return write(file, data)
+        if not tried.is_set():
+            tried.set()
+            return write(file, data[:20])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", write)
     with capture_logs() as logs:
-        log = EventLog("/dev/full", "gateway")
-        log._thread.join()
+        log = EventLog(tmp_path / "events", "gateway")
+        assert wait_for((tmp_path / "events").read_text)
+        full.set()
         log.tell("token", {"request": 1})
+        assert wait_for(lambda: logs)
+        log.tell("token", {"request": 2})
+        assert wait_for(lambda: log._lost == 2)
+        full.clear()
+        log.tell("token", {"request": 3})
         log.close()
-    assert [line["event"] for line in logs] == ["the event log can not be written"]
+    assert [(line["event"], line["why"]) for line in logs] == [
+        ("the event log can not be written: events are dropped until it can", "No space left on device")
+    ]
+    opened, torn, dropped, last = (tmp_path / "events").read_text().splitlines()
+    assert json.loads(opened)["event"] == "opened"
+    assert len(torn) == 20
+    assert (json.loads(dropped)["event"], json.loads(dropped)["count"]) == ("dropped", 2)
+    assert json.loads(last)["request"] == 3

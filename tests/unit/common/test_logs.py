@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 
 def test_logs_leave_stdout_alone_where_nothing_was_set_up():
@@ -31,3 +32,15 @@ warnings.warn("old", DeprecationWarning, stacklevel=1)
     for line in (said, library, warned):
         assert (line["service"], line["process"]) == ("executor", "decode-1")
         assert line["timestamp"].endswith("Z")
+
+
+def test_a_log_that_can_not_be_written_stops_nobody():
+    program = """
+from penstock.common import logs
+logs.configure("gateway", "info", "json")
+logs.logger().info("said")
+print("went on")
+"""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, text=True, check=False)
+    assert done.stdout == "went on\n"

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 
 import grpc
 import grpc.aio
@@ -104,3 +105,19 @@ async def test_traceparent_travels_in_metadata_of_each_call_alone(spans):
     served, client, alone = spans()
     assert served.parent.span_id == client.context.span_id
     assert alone.parent is None
+
+
+def test_who_leaves_does_not_wait_for_a_collector_that_is_away():
+    """An exporter goes on to try it for up to half a minute."""
+    tried, answered = threading.Event(), threading.Event()
+
+    class Away(InMemorySpanExporter):
+        def shutdown(self):
+            tried.set()
+            answered.wait()
+
+    tracing.configure("gateway", exporter=Away())
+    tracing.shutdown()
+    assert tried.is_set()
+    assert not tracing.enabled()
+    answered.set()

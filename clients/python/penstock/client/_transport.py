@@ -31,6 +31,7 @@ def channel_options(retries: int) -> list[tuple[str, int | str]]:
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # which decides where gRPC has both
     ]
     if retries < 1:
         return [*options, ("grpc.enable_retries", 0)]

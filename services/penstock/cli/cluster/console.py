@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime
 from itertools import cycle
@@ -66,8 +67,10 @@ class Console:
         self._write(json.dumps({"event": event, **facts, "timestamp": now}))
 
     def _write(self, line: str) -> None:
-        self._stream.write(f"{line}\n")
-        self._stream.flush()
+        # A full disk costs lines. Were it to end who passes them on, every process would stand with its first full pipe.
+        with contextlib.suppress(OSError):
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
 
     def _prefix(self, name: str) -> str:
         if name not in self._prefixes:
