@@ -220,6 +220,12 @@ def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
         (lambda c: c.generate("\ud800"), "prompt", "text that UTF-8 can hold"),
         (lambda c: c.chat([{"role": "user", "content": 3}]), "conversation.messages[0].content", "text"),
         (lambda c: c.chat([{"role": "user", "text": "x"}]), "conversation.messages[0]", "with role, content"),
+        (lambda c: c.chat([{"role": "user", "content": None}]), "conversation.messages[0].content", "text, and is None"),
+        (lambda c: c.count_tokens([Message("tool", None)]), "conversation.messages[0].content", "text, and is None"),
+        (lambda c: c.generate(b"Count"), "prompt", "a text or a sequence of token ids, and is bytes: decode it"),
+        (lambda c: c.generate(memoryview(b"Count")), "prompt", "and is memoryview"),
+        (lambda c: c.count_tokens(b"hello"), "prompt", "and is bytes"),
+        (lambda c: c.count_tokens(bytearray(b"hello")), "prompt", "and is bytearray"),
         (lambda c: c.count_tokens([-1]), "prompt", "from 0 to 4294967295"),
         (lambda c: c.count_tokens(["x"]), "prompt", "a sequence of messages"),
         (lambda c: c.generate("x", request_id="a\nb"), "request_id", "must be printable ASCII"),
@@ -232,6 +238,12 @@ def test_a_value_that_no_field_can_hold_is_refused_before_anything_is_sent(fake,
     assert [violation.field for violation in refused.value.violations] == [field]
     assert "\n" not in str(refused.value)
     assert fake.calls == []
+
+
+def test_an_assistants_message_may_have_no_text(fake, connect):
+    fake.script = [CLOSING]
+    connect().chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]).result()
+    assert [m.content for m in fake.calls[0].request.conversation.messages] == ["hi", ""]
 
 
 @pytest.mark.parametrize("ask", [lambda c: c.generate("x"), lambda c: c.models(), lambda c: c.count_tokens("x")])
