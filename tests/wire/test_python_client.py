@@ -16,7 +16,9 @@ from penstock.cli.models import models
 from penstock.client import (
     AsyncClient,
     Calibration,
+    Cancelled,
     Client,
+    ClientClosed,
     DeadlineExceeded,
     FieldViolation,
     FinishReason,
@@ -263,6 +265,62 @@ def test_a_stream_is_read_once(fake, connect):
         with pytest.raises(StreamConsumed, match="read once"):
             read_again()
     assert len(fake.calls) == 1
+
+
+ASKS = [
+    lambda c: c.generate("x").text(),
+    lambda c: c.chat([Message("user", "x")]).text(),
+    lambda c: c.count_tokens("x"),
+    lambda c: c.models(),
+    lambda c: c.model("m"),
+]
+
+
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_closed_client_says_that_it_is_closed(fake, connect, ask, used):
+    client = connect()
+    if used:
+        client.models()
+    client.close()
+    with pytest.raises(ClientClosed, match="make a new one"):
+        ask(client)
+    assert fake.calls == []
+
+
+def test_a_stream_that_was_not_begun_says_that_its_client_is_closed(fake, connect):
+    client = connect()
+    stream = client.generate("x")
+    client.close()
+    with pytest.raises(ClientClosed):
+        stream.result()
+    assert fake.calls == []
+
+
+def test_closing_a_client_cancels_what_runs(fake):
+    fake.script = [{"text": "one"}, None]
+
+    async def closed_under(call, client):
+        task = asyncio.create_task(call)
+        await asyncio.to_thread(fake.begun.wait, 10)
+        await client.close()
+        with pytest.raises(Cancelled):
+            await task
+
+    async def main():
+        async with AsyncClient(fake.address) as client:
+            await closed_under(client.generate("x").result(), client)
+        fake.begun.clear()
+        async with AsyncClient(fake.address) as client:
+            await closed_under(client.count_tokens("x"), client)
+
+    asyncio.run(main())
+    with Client(fake.address) as client:
+        events = iter(client.generate("x"))
+        next(events)
+        client.close()
+        with pytest.raises(Cancelled):
+            next(events)
 
 
 def test_counts_tokens_and_tells_models(fake, connect):

@@ -12,9 +12,10 @@ import grpc
 
 from penstock.client.errors import InvalidRequest, retry_delay
 
-__all__ = ["TLS", "Attempts", "channel_options", "credentials", "metadata"]
+__all__ = ["TLS", "Attempts", "Metadata", "channel_options", "credentials", "metadata"]
 
 TLS = bool | bytes | grpc.ChannelCredentials
+Metadata = tuple[tuple[str, str], ...]
 
 _MAX_MESSAGE_BYTES = 64 << 20
 _MAX_DELAY_SECONDS = 30.0
@@ -58,7 +59,7 @@ def credentials(tls: TLS) -> grpc.ChannelCredentials | None:
     return grpc.ssl_channel_credentials() if tls else None
 
 
-def metadata(api_key: str | None, options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+def metadata(api_key: str | None, options: Mapping[str, object]) -> Metadata:
     """Metadata of a call.
 
     Raises:

@@ -12,7 +12,8 @@ PenstockError
 ├── Cancelled
 ├── Unavailable             no server answers at this address, or a service behind it is not there
 ├── InternalError           a defect of the server, or an answer that is none of Penstock's
-└── StreamConsumed          a stream was read a second time
+├── StreamConsumed          a stream was read a second time
+└── ClientClosed            a call of a client that is closed
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from penstock.common.errors import (
 
 __all__ = [
     "Cancelled",
+    "ClientClosed",
     "ContextOverflow",
     "DeadlineExceeded",
     "FieldViolation",
@@ -63,6 +65,13 @@ class StreamConsumed(PenstockError):
 
     def __init__(self) -> None:
         super().__init__("a stream can be read once, and this one has been: keep its events, or what result() returned")
+
+
+class ClientClosed(PenstockError):
+    """A call was begun after its client had been closed, which no call opens again."""
+
+    def __init__(self) -> None:
+        super().__init__("the client is closed; make a new one")
 
 
 def from_rpc(error: grpc.RpcError) -> PenstockError:
