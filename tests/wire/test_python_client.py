@@ -416,6 +416,28 @@ def test_raises_what_the_server_raised(fake, connect, raised, kind):
     assert len(fake.calls) == 2
 
 
+def test_an_error_tells_the_request_id(fake, connect):
+    fake.script = [{"text": "one"}, ZeroDivisionError("secret")]
+    with pytest.raises(errors.InternalError) as caught:
+        connect().generate("x", request_id="mine").result()
+    assert caught.value.request_id == "mine"
+    fake.script = [errors.Unavailable("later")]
+    with pytest.raises(Unavailable) as caught:
+        connect(retries=1).count_tokens("x")
+    assert len(caught.value.request_id) == 32, "the server drew one"
+
+
+def test_an_error_that_no_server_told_has_no_request_id(fake, connect):
+    with pytest.raises(Unavailable) as away:
+        connect("127.0.0.1:1", retries=0).models()
+    fake.script = [None]
+    with pytest.raises(DeadlineExceeded) as late:
+        connect().generate("x", timeout=0.2).result()
+    with pytest.raises(InvalidRequest) as wrong:
+        connect().generate("x", n=-1)
+    assert (away.value.request_id, late.value.request_id, wrong.value.request_id) == ("", "", "")
+
+
 @pytest.mark.parametrize("refusal", [errors.Unavailable("later"), errors.Overloaded("full", 0.01)])
 def test_tries_again_before_the_first_message(fake, connect, refusal):
     good = [{"text": "done"}, CLOSING]
