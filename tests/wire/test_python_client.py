@@ -482,6 +482,23 @@ def test_says_that_nobody_answers(connect):
         connect("127.0.0.1:1", retries=0).models()
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("target", ["http://127.0.0.1:8000", "https://host", "grpc://127.0.0.1:8001", "127.0.0.1:99999", "8001"])
+def test_what_is_no_address_is_refused_when_a_client_is_made(kind, target):
+    with pytest.raises(ValueError, match=f"^target: must be HOST:PORT of a gRPC door, .*, and is {target!r}$"):
+        kind(target)
+
+
+@pytest.mark.parametrize("scheme", ["dns:///", "dns:", "ipv4:", ""])
+def test_a_target_may_have_a_scheme_of_grpc(fake, connect, scheme):
+    assert connect(f"{scheme}{fake.address}").model("m").name == "m"
+
+
+def test_a_target_may_be_a_socket(connect, tmp_path):
+    with pytest.raises(Unavailable, match="No such file"):
+        connect(f"unix:{tmp_path}/nobody", retries=0).models()
+
+
 def test_takes_messages_larger_than_grpcs_own_limit(fake, connect):
     fake.script = [{"text": "x" * (5 << 20)}, CLOSING]
     assert len(connect().generate("x").text()) == 5 << 20

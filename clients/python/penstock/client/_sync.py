@@ -14,7 +14,7 @@ from penstock.client import _messages as read
 from penstock.client import _options as write
 from penstock.client._options import Message, Options, Prompt
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
-from penstock.client._transport import TLS, Attempts, Metadata, channel_options, credentials, metadata
+from penstock.client._transport import TLS, Attempts, Metadata, channel_options, checked_target, credentials, metadata
 from penstock.client.errors import ClientClosed, InternalError, StreamConsumed, from_rpc
 from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
@@ -111,21 +111,25 @@ class Client:
     Closed, it stays so: every further call is a `penstock.client.ClientClosed`.
 
     Args:
-        target: HOST:PORT, or any target that gRPC resolves.
+        target: HOST:PORT, or a target with a scheme that gRPC resolves, such as ``dns:///HOST:PORT`` or ``unix:PATH``.
         api_key: sent with every call.
         tls: True for TLS with the system's roots, bytes for roots of your own (PEM), or gRPC channel credentials.
         timeout: deadline of each call in seconds, unless it has its own; None: no deadline.
         retries: further attempts of a call that has not begun to answer, where the server is away or asks to come again.
+
+    Raises:
+        ValueError: `target` is no such address, http://HOST:PORT for one.
     """
 
     def __init__(
         self, target: str, *, api_key: str | None = None, tls: TLS = False, timeout: float | None = None, retries: int = 3
     ) -> None:
         secret, options = credentials(tls), channel_options(retries)
+        address = checked_target(target)
         self._channel = (
-            grpc.insecure_channel(target, options=options)
+            grpc.insecure_channel(address, options=options)
             if secret is None
-            else grpc.secure_channel(target, secret, options=options)
+            else grpc.secure_channel(address, secret, options=options)
         )
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._models = models_pb2_grpc.ModelsStub(self._channel)
