@@ -28,12 +28,14 @@ class FakeServer(pb_grpc.InferenceServicer, models_pb2_grpc.ModelsServicer):
     def __init__(self):
         self.script = []
         self.calls = []
+        self.begun = threading.Event()
         self.cancelled = threading.Event()
 
     async def _play(self, request, context, answer):
         self.calls.append(
             SimpleNamespace(request=request, metadata=dict(context.invocation_metadata()), left=context.time_remaining())
         )
+        self.begun.set()
         script = self.script.pop(0) if self.script and isinstance(self.script[0], list) else self.script
         try:
             for step in script:

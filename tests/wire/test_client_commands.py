@@ -7,6 +7,7 @@ import pytest
 from fake_server import CLOSING
 
 from penstock.cli.answers import Answering
+from penstock.cli.app import app
 from penstock.cli.chat import chat
 from penstock.cli.connection import Connection
 from penstock.cli.generate import generate
@@ -38,3 +39,20 @@ def test_a_deadline_names_its_flag_and_leaves_what_came(fake, capsys, as_json):
         assert "Deadline Exceeded" in answer["error"]
     else:
         assert told == "one two\n"
+
+
+@pytest.mark.parametrize(
+    ("piped", "asked"), [("Count\n", "Count"), ("Count\r\n", "Count"), ("Count", "Count"), ("a\n\nb \n\n", "a\n\nb \n")]
+)
+def test_a_piped_prompt_goes_without_the_newline_that_ends_it(fake, monkeypatch, piped, asked):
+    fake.script = [CLOSING]
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped, newline=""))
+    assert generate(connection=Connection(target=fake.address)) == 0
+    assert fake.calls[0].request.prompt.text == asked
+
+
+def test_help_shows_a_flag_of_one_value_as_that(capsys):
+    with pytest.raises(SystemExit):
+        app(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--stop STR A text that ends the answer; once for each." in told

@@ -126,6 +126,25 @@ async def test_a_defect_tells_its_client_nothing_of_itself(error):
         assert "1234" not in str(caught.value)
 
 
+FAILURES = [errors.InvalidRequest.field("n", "at most 8"), errors.Overloaded("full", 2.5), RuntimeError("a defect")]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+async def test_a_failed_call_tells_the_id_under_which_the_logs_have_it(error):
+    async with running() as (_, servicer, channel):
+        servicer.error = error
+        told = []
+        for metadata in ((("x-request-id", "mine"),), ()):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await models_pb2_grpc.ModelsStub(channel).GetModel(models_pb2.GetModelRequest(), metadata=metadata)
+            trailing = dict(caught.value.trailing_metadata())
+            assert rpc_status.from_call(caught.value) is not None
+            told.append(trailing["x-request-id"])
+        given, drawn = told
+        assert given == "mine"
+        assert len(drawn) == 32
+
+
 async def test_a_message_beyond_the_servers_bound_is_refused():
     async with running(max_receive_bytes=1000) as (_, _, channel):
         get = models_pb2_grpc.ModelsStub(channel).GetModel

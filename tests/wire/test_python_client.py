@@ -16,7 +16,9 @@ from penstock.cli.models import models
 from penstock.client import (
     AsyncClient,
     Calibration,
+    Cancelled,
     Client,
+    ClientClosed,
     DeadlineExceeded,
     FieldViolation,
     FinishReason,
@@ -220,6 +222,12 @@ def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
         (lambda c: c.generate("\ud800"), "prompt", "text that UTF-8 can hold"),
         (lambda c: c.chat([{"role": "user", "content": 3}]), "conversation.messages[0].content", "text"),
         (lambda c: c.chat([{"role": "user", "text": "x"}]), "conversation.messages[0]", "with role, content"),
+        (lambda c: c.chat([{"role": "user", "content": None}]), "conversation.messages[0].content", "text, and is None"),
+        (lambda c: c.count_tokens([Message("tool", None)]), "conversation.messages[0].content", "text, and is None"),
+        (lambda c: c.generate(b"Count"), "prompt", "a text or a sequence of token ids, and is bytes: decode it"),
+        (lambda c: c.generate(memoryview(b"Count")), "prompt", "and is memoryview"),
+        (lambda c: c.count_tokens(b"hello"), "prompt", "and is bytes"),
+        (lambda c: c.count_tokens(bytearray(b"hello")), "prompt", "and is bytearray"),
         (lambda c: c.count_tokens([-1]), "prompt", "from 0 to 4294967295"),
         (lambda c: c.count_tokens(["x"]), "prompt", "a sequence of messages"),
         (lambda c: c.generate("x", request_id="a\nb"), "request_id", "must be printable ASCII"),
@@ -232,6 +240,12 @@ def test_a_value_that_no_field_can_hold_is_refused_before_anything_is_sent(fake,
     assert [violation.field for violation in refused.value.violations] == [field]
     assert "\n" not in str(refused.value)
     assert fake.calls == []
+
+
+def test_an_assistants_message_may_have_no_text(fake, connect):
+    fake.script = [CLOSING]
+    connect().chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]).result()
+    assert [m.content for m in fake.calls[0].request.conversation.messages] == ["hi", ""]
 
 
 @pytest.mark.parametrize("ask", [lambda c: c.generate("x"), lambda c: c.models(), lambda c: c.count_tokens("x")])
@@ -251,6 +265,62 @@ def test_a_stream_is_read_once(fake, connect):
         with pytest.raises(StreamConsumed, match="read once"):
             read_again()
     assert len(fake.calls) == 1
+
+
+ASKS = [
+    lambda c: c.generate("x").text(),
+    lambda c: c.chat([Message("user", "x")]).text(),
+    lambda c: c.count_tokens("x"),
+    lambda c: c.models(),
+    lambda c: c.model("m"),
+]
+
+
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_closed_client_says_that_it_is_closed(fake, connect, ask, used):
+    client = connect()
+    if used:
+        client.models()
+    client.close()
+    with pytest.raises(ClientClosed, match="make a new one"):
+        ask(client)
+    assert fake.calls == []
+
+
+def test_a_stream_that_was_not_begun_says_that_its_client_is_closed(fake, connect):
+    client = connect()
+    stream = client.generate("x")
+    client.close()
+    with pytest.raises(ClientClosed):
+        stream.result()
+    assert fake.calls == []
+
+
+def test_closing_a_client_cancels_what_runs(fake):
+    fake.script = [{"text": "one"}, None]
+
+    async def closed_under(call, client):
+        task = asyncio.create_task(call)
+        await asyncio.to_thread(fake.begun.wait, 10)
+        await client.close()
+        with pytest.raises(Cancelled):
+            await task
+
+    async def main():
+        async with AsyncClient(fake.address) as client:
+            await closed_under(client.generate("x").result(), client)
+        fake.begun.clear()
+        async with AsyncClient(fake.address) as client:
+            await closed_under(client.count_tokens("x"), client)
+
+    asyncio.run(main())
+    with Client(fake.address) as client:
+        events = iter(client.generate("x"))
+        next(events)
+        client.close()
+        with pytest.raises(Cancelled):
+            next(events)
 
 
 def test_counts_tokens_and_tells_models(fake, connect):
@@ -346,6 +416,28 @@ def test_raises_what_the_server_raised(fake, connect, raised, kind):
     assert len(fake.calls) == 2
 
 
+def test_an_error_tells_the_request_id(fake, connect):
+    fake.script = [{"text": "one"}, ZeroDivisionError("secret")]
+    with pytest.raises(errors.InternalError) as caught:
+        connect().generate("x", request_id="mine").result()
+    assert caught.value.request_id == "mine"
+    fake.script = [errors.Unavailable("later")]
+    with pytest.raises(Unavailable) as caught:
+        connect(retries=1).count_tokens("x")
+    assert len(caught.value.request_id) == 32, "the server drew one"
+
+
+def test_an_error_that_no_server_told_has_no_request_id(fake, connect):
+    with pytest.raises(Unavailable) as away:
+        connect("127.0.0.1:1", retries=0).models()
+    fake.script = [None]
+    with pytest.raises(DeadlineExceeded) as late:
+        connect().generate("x", timeout=0.2).result()
+    with pytest.raises(InvalidRequest) as wrong:
+        connect().generate("x", n=-1)
+    assert (away.value.request_id, late.value.request_id, wrong.value.request_id) == ("", "", "")
+
+
 @pytest.mark.parametrize("refusal", [errors.Unavailable("later"), errors.Overloaded("full", 0.01)])
 def test_tries_again_before_the_first_message(fake, connect, refusal):
     good = [{"text": "done"}, CLOSING]
@@ -388,6 +480,23 @@ def test_does_not_wait_beyond_its_deadline_to_try_again(fake, connect):
 def test_says_that_nobody_answers(connect):
     with pytest.raises(Unavailable):
         connect("127.0.0.1:1", retries=0).models()
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("target", ["http://127.0.0.1:8000", "https://host", "grpc://127.0.0.1:8001", "127.0.0.1:99999", "8001"])
+def test_what_is_no_address_is_refused_when_a_client_is_made(kind, target):
+    with pytest.raises(ValueError, match=f"^target: must be HOST:PORT of a gRPC door, .*, and is {target!r}$"):
+        kind(target)
+
+
+@pytest.mark.parametrize("scheme", ["dns:///", "dns:", "ipv4:", ""])
+def test_a_target_may_have_a_scheme_of_grpc(fake, connect, scheme):
+    assert connect(f"{scheme}{fake.address}").model("m").name == "m"
+
+
+def test_a_target_may_be_a_socket(connect, tmp_path):
+    with pytest.raises(Unavailable, match="No such file"):
+        connect(f"unix:{tmp_path}/nobody", retries=0).models()
 
 
 def test_takes_messages_larger_than_grpcs_own_limit(fake, connect):

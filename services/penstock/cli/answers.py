@@ -6,7 +6,9 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Annotated, cast
+
+from cyclopts import Parameter
 
 from penstock.client import Closing, Finish, Options, PenstockError, Stream
 
@@ -25,7 +27,7 @@ class Answering:
         top_k: So many of the most likely tokens are drawn from.
         min_p: Tokens less likely than this share of the most likely one are not drawn.
         seed: The same seed gives the same answer.
-        stop: Texts that end the answer.
+        stop: A text that ends the answer; once for each.
     """
 
     model: str = ""
@@ -35,7 +37,7 @@ class Answering:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], Parameter(metavar="STR")] = ()
 
 
 def options(answering: Answering) -> Options:

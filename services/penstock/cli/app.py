@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, Group, Parameter, env_var_split
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, env_var_split
 
 from penstock.cli.grpc_threads import with_fewer_threads
 from penstock.cli.huge_pages import computes, start_again_with_huge_pages
@@ -90,7 +91,7 @@ def _run() -> int:
         sys.stdout.flush()
     except CycloptsError as error:
         wrong = wrong_setting(error)
-        return _refuse(str(error), 2) if wrong is None else _refuse(str(wrong), 1)
+        return _refuse(_misread(error, sys.argv[1:]), 2) if wrong is None else _refuse(str(wrong), 1)
     except (ConfigError, StartError) as error:
         return _refuse(str(error), 1)
     except KeyboardInterrupt:
@@ -104,6 +105,15 @@ def _run() -> int:
         _drop_output()
         return _refuse(f"can not write the output: {error.strerror}", 1)
     return status if isinstance(status, int) else 0
+
+
+def _misread(error: CycloptsError, arguments: Sequence[str]) -> str:
+    """What is wrong with the arguments. Behind -- nothing is an option, and cyclopts calls what looks like one unknown."""
+    behind = arguments[arguments.index("--") + 1 :] if "--" in arguments else ()
+    option = error.token.keyword if isinstance(error, UnknownOptionError) else None
+    if option is not None and option in {argument.partition("=")[0] for argument in behind}:
+        return f"{option}: stands behind --, where nothing is an option; put it before"
+    return str(error)
 
 
 def _drop_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from penstock.cli.answers import Answering, options, show, show_json
 from penstock.cli.connection import Connection, connected
 
 __all__ = ["generate"]
+
+_LAST_NEWLINE = re.compile(r"\r?\n\Z")
 
 
 def generate(
@@ -23,12 +26,12 @@ def generate(
     """Continue a prompt.
 
     Args:
-        prompt: The text to continue; stdin where absent.
+        prompt: The text to continue; where absent it is read from stdin, without the newline that ends it.
         answering: See its fields.
         connection: See its fields.
         whole: One JSON object at the end instead of text as it comes.
     """
-    text = sys.stdin.read() if prompt is None else prompt
+    text = _LAST_NEWLINE.sub("", sys.stdin.read()) if prompt is None else prompt
     with connected(connection) as client, client.generate(text, **options(answering)) as stream:
         if whole:
             show_json(stream)

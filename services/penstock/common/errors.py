@@ -69,7 +69,13 @@ class FieldViolation:
 
 
 class PenstockError(Exception):
-    """Base of all that a request can fail with."""
+    """Base of all that a request can fail with.
+
+    Attributes:
+        request_id: the id under which the server's logs have the call; empty where no server told one.
+    """
+
+    request_id: str = ""
 
 
 class InvalidRequest(PenstockError):

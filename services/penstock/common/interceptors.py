@@ -1,4 +1,7 @@
-"""Server interceptors: every RPC gets a request id, and exceptions become statuses by the table of `penstock.common.errors`."""
+"""Server interceptors: every RPC gets a request id, and exceptions become statuses by the table of `penstock.common.errors`.
+
+A status that an exception became bears the request id as trailing metadata, ``x-request-id``.
+"""
 
 from __future__ import annotations
 
@@ -123,4 +126,5 @@ async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], 
     _, status = status_of(error)
     if not isinstance(error, PenstockError):
         logger().error("rpc failed", method=method, exc_info=error)
-    await context.abort_with_status(rpc_status.to_status(status))
+    told = rpc_status.to_status(status)
+    await context.abort(told.code, told.details, (*told.trailing_metadata, *request_id_metadata()))

@@ -128,8 +128,8 @@ class Catalog:
         """A live or recently lost executor."""
         return self._executors.get(executor_id)
 
-    def model(self, name: str) -> Model:
-        """The model a client means; no name means the one model, where only one is served.
+    def model(self, name: str, field: str = "model") -> Model:
+        """The model a client means; no name means the one model, where only one is served. An error calls the name `field`.
 
         Raises:
             Unavailable: nothing is served, or there may be one of this name.
@@ -142,7 +142,7 @@ class Catalog:
         if not name:
             served = self.models() or self._models
             if len(served) > 1:
-                raise InvalidRequest.field("model", f"name one of {', '.join(sorted(served))}")
+                raise InvalidRequest.field(field, f"name one of {', '.join(sorted(served))}")
             return next(iter(served.values()))
         found = self._models.get(name)
         if found is None:

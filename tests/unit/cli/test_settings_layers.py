@@ -229,6 +229,20 @@ def test_a_refusal_is_one_line_on_stderr():
     assert done.stderr == f"penstock: {why}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--", "--foo", "--max-tokens", "3"], "--max-tokens: stands behind --, where nothing is an option; put it before"),
+        (["--", "--foo", "--max-tokens=3"], "--max-tokens: stands behind --, where nothing is an option; put it before"),
+        (["--max-tokns", "3", "--", "--foo"], "Unknown option: --max-tokns. Did you mean --max-tokens?"),
+    ],
+)
+def test_an_option_behind_the_end_of_options_is_told_as_that(arguments, why):
+    command = [sys.executable, "-m", "penstock.cli", "generate", "--target", "127.0.0.1:1", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"penstock: {why}\n")
+
+
 def test_help_imports_no_numpy():
     code = "import sys; from penstock.cli.app import app; app(['--help'], result_action='return_value'); sys.exit('numpy' in sys.modules or 'grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

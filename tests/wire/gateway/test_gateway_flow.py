@@ -51,6 +51,11 @@ async def test_models_tell_what_is_served(suite):
     assert [(speed.batch, speed.tokens_per_second) for speed in executor.calibration.decode] == [(1, 4), (8, 16)]
 
 
+async def test_no_name_means_the_one_model_that_is_served(suite):
+    found = await suite.models.GetModel(models_pb2.GetModelRequest())
+    assert found.model.name == "story"
+
+
 async def test_times_begin_when_a_request_arrives(suite):
     suite.tokenizer.encode_gate.clear()
     call = suite.inference.Generate(inference_pb2.GenerateRequest(prompt={"text": "x"}, stopping={"max_tokens": 4}))

@@ -30,6 +30,7 @@ from penstock.client._results import (
 from penstock.client._sync import Client, Stream
 from penstock.client.errors import (
     Cancelled,
+    ClientClosed,
     ContextOverflow,
     DeadlineExceeded,
     FieldViolation,
@@ -53,6 +54,7 @@ __all__ = [
     "Cancelled",
     "Choice",
     "Client",
+    "ClientClosed",
     "Closing",
     "ContextOverflow",
     "DeadlineExceeded",

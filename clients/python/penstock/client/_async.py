@@ -15,8 +15,8 @@ from penstock.client import _messages as read
 from penstock.client import _options as write
 from penstock.client._options import Message, Options, Prompt
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
-from penstock.client._transport import TLS, Attempts, channel_options, credentials, metadata
-from penstock.client.errors import InternalError, StreamConsumed, from_rpc
+from penstock.client._transport import TLS, Attempts, Metadata, channel_options, checked_target, credentials, metadata
+from penstock.client.errors import Cancelled, ClientClosed, InternalError, StreamConsumed, from_rpc
 from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -90,6 +90,7 @@ class AsyncStream:
                 if self._cancelled and not _being_cancelled():
                     raise StopAsyncIteration from None
                 self.close()
+                _raise_if_closed_under()
                 raise
             if answer is grpc.aio.EOF:
                 self._cancelled = True
@@ -128,25 +129,37 @@ def _being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+def _raise_if_closed_under() -> None:
+    """A closing channel cancels its calls as if somebody had cancelled the task, which is told apart here."""
+    if not _being_cancelled():
+        raise Cancelled("the client was closed while the call ran") from None
+
+
 class AsyncClient:
     """A client of one server, or of several behind one name.
 
+    Closed, it stays so: every further call is a `penstock.client.ClientClosed`.
+
     Args:
-        target: HOST:PORT, or any target that gRPC resolves.
+        target: HOST:PORT, or a target with a scheme that gRPC resolves, such as ``dns:///HOST:PORT`` or ``unix:PATH``.
         api_key: sent with every call.
         tls: True for TLS with the system's roots, bytes for roots of your own (PEM), or gRPC channel credentials.
         timeout: deadline of each call in seconds, unless it has its own; None: no deadline.
         retries: further attempts of a call that has not begun to answer, where the server is away or asks to come again.
+
+    Raises:
+        ValueError: `target` is no such address, http://HOST:PORT for one.
     """
 
     def __init__(
         self, target: str, *, api_key: str | None = None, tls: TLS = False, timeout: float | None = None, retries: int = 3
     ) -> None:
-        self._target = target
+        self._target = checked_target(target)
         self._api_key = api_key
         self._tls = tls
         self._timeout = timeout
         self._retries = retries
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -157,7 +170,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel all calls and close the connection. Idempotent."""
+        """Cancel all calls, which fail with `penstock.client.Cancelled`, and close the connection. Idempotent."""
+        self._closed = True
         if "_channel" in self.__dict__:
             await self._channel.close()
 
@@ -211,25 +225,40 @@ class AsyncClient:
             return grpc.aio.insecure_channel(self._target, options=options)
         return grpc.aio.secure_channel(self._target, secret, options=options)
 
+    def _open(self) -> grpc.aio.Channel:
+        if self._closed:  # a stub of a closed channel reads memory that grpc has freed
+            raise ClientClosed
+        return self._channel
+
     @cached_property
     def _inference(self) -> inference_pb2_grpc.InferenceAsyncStub:
-        return inference_pb2_grpc.InferenceStub(self._channel)
+        return inference_pb2_grpc.InferenceStub(self._open())
 
     @cached_property
     def _models(self) -> models_pb2_grpc.ModelsAsyncStub:
-        return models_pb2_grpc.ModelsStub(self._channel)
+        return models_pb2_grpc.ModelsStub(self._open())
 
     def _stream(self, method: Callable[..., Any], request: pb.GenerateRequest | pb.ChatRequest, options: Options) -> AsyncStream:
+        if self._closed:
+            raise ClientClosed
         sent = metadata(self._api_key, options)
         timeout = options.get("timeout", self._timeout)
-        return AsyncStream(lambda left: method(request, timeout=left, metadata=sent), Attempts(timeout, self._retries))
+        return AsyncStream(lambda left: self._begin(method, request, left, sent), Attempts(timeout, self._retries))
 
     async def _unary(self, method: Callable[..., Awaitable[T]], request: object, timeout: float | None) -> T:  # noqa: ASYNC109 - the same
         attempts = Attempts(self._timeout if timeout is None else timeout, self._retries)
         while True:
             try:
-                return await method(request, timeout=attempts.remaining(), metadata=metadata(self._api_key, {}))
+                return await self._begin(method, request, attempts.remaining(), metadata(self._api_key, {}))
             except grpc.RpcError as error:
                 if (delay := attempts.delay(error)) is None:
                     raise from_rpc(error) from None
                 await asyncio.sleep(delay)
+            except asyncio.CancelledError:
+                _raise_if_closed_under()
+                raise
+
+    def _begin(self, method: Callable[..., T], request: object, left: float | None, sent: Metadata) -> T:
+        if self._closed:
+            raise ClientClosed
+        return method(request, timeout=left, metadata=sent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from penstock.client._fields import filled, put
 from penstock.client.errors import InvalidRequest
@@ -59,6 +59,8 @@ class Options(TypedDict, total=False):
     request_id: str
 
 
+# Sequences of whole numbers as well, which nobody means as token ids.
+_BYTES = (bytes, bytearray, memoryview)
 _OF_THE_CALL = {"timeout", "request_id"}
 _OF_THE_REQUEST = {"model", "n", "priority", "cache_salt"}
 _GROUPS: dict[str, type[pb.Sampling | pb.Stopping | pb.Reporting]] = {
@@ -94,9 +96,8 @@ def chat_request(
 def count_request(prompt: Prompt | Sequence[Message | Mapping[str, str]], *, model: str, token_ids: bool) -> pb.CountTokensRequest:
     """The message of `count_tokens`: a sequence of ids is a prompt, one of messages a conversation. Raises likewise."""
     request = filled(pb.CountTokensRequest, {"model": model, "token_ids": token_ids})
-    if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt):
-        given = prompt if isinstance(prompt, str) else [one for one in prompt if isinstance(one, int)]
-        request.prompt.CopyFrom(prompt_message(given))
+    if isinstance(prompt, (str, *_BYTES)) or all(isinstance(one, int) for one in prompt):
+        request.prompt.CopyFrom(prompt_message(cast("Prompt", prompt)))  # the checker knows nothing of all()
         return request
     messages = [one for one in prompt if isinstance(one, (Message, Mapping))]
     if len(messages) < len(prompt):
@@ -108,6 +109,9 @@ def count_request(prompt: Prompt | Sequence[Message | Mapping[str, str]], *, mod
 def prompt_message(prompt: Prompt) -> pb.Prompt:
     """A prompt given as text or as token ids; raises as `generate_request`."""
     message = pb.Prompt()
+    if isinstance(prompt, _BYTES):
+        kind = type(prompt).__name__
+        raise InvalidRequest.field("prompt", f"must be a text or a sequence of token ids, and is {kind}: decode it, or give a list")
     if isinstance(prompt, str):
         put(message, "text", prompt, "prompt")
     else:
@@ -125,6 +129,8 @@ def conversation(messages: Sequence[Message | Mapping[str, str]], *, add_generat
             one = given if isinstance(given, Message) else Message(**given)
         except TypeError:
             raise InvalidRequest.field(path, "must be a Message, or a mapping with role, content and maybe name") from None
+        if one.content is None and one.role != "assistant":  # whose tool calls may stand in place of a text
+            raise InvalidRequest.field(f"{path}.content", "must be text, and is None")
         said.messages.append(filled(pb.Message, asdict(one), f"{path}."))
     return said
 

@@ -14,8 +14,8 @@ from penstock.client import _messages as read
 from penstock.client import _options as write
 from penstock.client._options import Message, Options, Prompt
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
-from penstock.client._transport import TLS, Attempts, channel_options, credentials, metadata
-from penstock.client.errors import InternalError, StreamConsumed, from_rpc
+from penstock.client._transport import TLS, Attempts, Metadata, channel_options, checked_target, credentials, metadata
+from penstock.client.errors import ClientClosed, InternalError, StreamConsumed, from_rpc
 from penstock.v1 import inference_pb2 as pb
 from penstock.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -108,28 +108,35 @@ class Stream:
 class Client:
     """A client of one server, or of several behind one name; threads may share it.
 
+    Closed, it stays so: every further call is a `penstock.client.ClientClosed`.
+
     Args:
-        target: HOST:PORT, or any target that gRPC resolves.
+        target: HOST:PORT, or a target with a scheme that gRPC resolves, such as ``dns:///HOST:PORT`` or ``unix:PATH``.
         api_key: sent with every call.
         tls: True for TLS with the system's roots, bytes for roots of your own (PEM), or gRPC channel credentials.
         timeout: deadline of each call in seconds, unless it has its own; None: no deadline.
         retries: further attempts of a call that has not begun to answer, where the server is away or asks to come again.
+
+    Raises:
+        ValueError: `target` is no such address, http://HOST:PORT for one.
     """
 
     def __init__(
         self, target: str, *, api_key: str | None = None, tls: TLS = False, timeout: float | None = None, retries: int = 3
     ) -> None:
         secret, options = credentials(tls), channel_options(retries)
+        address = checked_target(target)
         self._channel = (
-            grpc.insecure_channel(target, options=options)
+            grpc.insecure_channel(address, options=options)
             if secret is None
-            else grpc.secure_channel(target, secret, options=options)
+            else grpc.secure_channel(address, secret, options=options)
         )
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._models = models_pb2_grpc.ModelsStub(self._channel)
         self._api_key = api_key
         self._timeout = timeout
         self._retries = retries
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +145,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancel all calls and close the connection. Idempotent."""
+        """Cancel all calls, which fail with `penstock.client.Cancelled`, and close the connection. Idempotent."""
+        self._closed = True
         self._channel.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
@@ -182,16 +190,26 @@ class Client:
         return read.model_of(self._unary(self._models.GetModel, models_pb2.GetModelRequest(name=name), timeout).model)
 
     def _stream(self, method: Callable[..., Any], request: pb.GenerateRequest | pb.ChatRequest, options: Options) -> Stream:
+        if self._closed:
+            raise ClientClosed
         sent = metadata(self._api_key, options)
         timeout = options.get("timeout", self._timeout)
-        return Stream(lambda left: method(request, timeout=left, metadata=sent), Attempts(timeout, self._retries))
+        return Stream(lambda left: self._begin(method, request, left, sent), Attempts(timeout, self._retries))
 
     def _unary(self, method: Callable[..., T], request: object, timeout: float | None) -> T:
         attempts = Attempts(self._timeout if timeout is None else timeout, self._retries)
         while True:
             try:
-                return method(request, timeout=attempts.remaining(), metadata=metadata(self._api_key, {}))
+                return self._begin(method, request, attempts.remaining(), metadata(self._api_key, {}))
             except grpc.RpcError as error:
                 if (delay := attempts.delay(error)) is None:
                     raise from_rpc(error) from None
                 time.sleep(delay)
+
+    def _begin(self, method: Callable[..., T], request: object, left: float | None, sent: Metadata) -> T:
+        try:
+            return method(request, timeout=left, metadata=sent)
+        except ValueError:  # grpc's, of a closed channel
+            if not self._closed:
+                raise
+            raise ClientClosed from None

@@ -11,15 +11,34 @@ from collections.abc import Mapping
 import grpc
 
 from penstock.client.errors import InvalidRequest, retry_delay
+from penstock.common.addresses import host_and_port
 
-__all__ = ["TLS", "Attempts", "channel_options", "credentials", "metadata"]
+__all__ = ["TLS", "Attempts", "Metadata", "channel_options", "checked_target", "credentials", "metadata"]
 
 TLS = bool | bytes | grpc.ChannelCredentials
+Metadata = tuple[tuple[str, str], ...]
 
 _MAX_MESSAGE_BYTES = 64 << 20
 _MAX_DELAY_SECONDS = 30.0
+# https://github.com/grpc/grpc/blob/master/doc/naming.md, and what gRPC's core has beside them
+_SCHEMES = frozenset({"dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds", "google-c2p"})
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: ASCII-Value
 _UNFIT = re.compile(r"[^ -~]")
+
+
+def checked_target(target: str) -> str:
+    """The target, where gRPC can make something of it: it tells what it can not as a server that is away.
+
+    Raises:
+        ValueError: it is neither HOST:PORT nor has it one of gRPC's schemes; says so.
+    """
+    if target.partition(":")[0] not in _SCHEMES:
+        try:
+            host_and_port(target)
+        except ValueError:
+            right = "HOST:PORT of a gRPC door, or a target with a scheme of gRPC such as dns:///HOST:PORT"
+            raise ValueError(f"target: must be {right}, and is {target!r}") from None
+    return target
 
 
 def channel_options(retries: int) -> list[tuple[str, int | str]]:
@@ -59,7 +78,7 @@ def credentials(tls: TLS) -> grpc.ChannelCredentials | None:
     return grpc.ssl_channel_credentials() if tls else None
 
 
-def metadata(api_key: str | None, options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+def metadata(api_key: str | None, options: Mapping[str, object]) -> Metadata:
     """Metadata of a call.
 
     Raises:

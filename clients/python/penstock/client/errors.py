@@ -12,10 +12,16 @@ PenstockError
 ├── Cancelled
 ├── Unavailable             no server answers at this address, or a service behind it is not there
 ├── InternalError           a defect of the server, or an answer that is none of Penstock's
-└── StreamConsumed          a stream was read a second time
+├── StreamConsumed          a stream was read a second time
+└── ClientClosed            a call of a client that is closed
+
+Each has `request_id`, under which the services' logs have the call; empty where no server told one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
 
 import grpc
 from google.rpc import status_pb2
@@ -40,6 +46,7 @@ from penstock.common.errors import (
 
 __all__ = [
     "Cancelled",
+    "ClientClosed",
     "ContextOverflow",
     "DeadlineExceeded",
     "FieldViolation",
@@ -58,6 +65,9 @@ __all__ = [
 ]
 
 
+_REQUEST_ID_KEY = "x-request-id"
+
+
 class StreamConsumed(PenstockError):
     """A stream was read a second time. It is read once: keep what `result` returns."""
 
@@ -65,8 +75,15 @@ class StreamConsumed(PenstockError):
         super().__init__("a stream can be read once, and this one has been: keep its events, or what result() returned")
 
 
+class ClientClosed(PenstockError):
+    """A call was begun after its client had been closed, which no call opens again."""
+
+    def __init__(self) -> None:
+        super().__init__("the client is closed; make a new one")
+
+
 def from_rpc(error: grpc.RpcError) -> PenstockError:
-    """The exception that a failed call's status and its details tell."""
+    """The exception that a failed call's status, its details and its metadata tell."""
     try:
         status = rpc_status.from_call(error)
     except ValueError:
@@ -74,11 +91,16 @@ def from_rpc(error: grpc.RpcError) -> PenstockError:
         status = None
     if status is None:
         status = status_pb2.Status(code=error.code().value[0], message=error.details() or "")
-    return error_from_status(error.code(), status)
+    told = error_from_status(error.code(), status)
+    told.request_id = str(_trailing(error).get(_REQUEST_ID_KEY, ""))
+    return told
 
 
 def retry_delay(error: grpc.RpcError) -> float | None:
     """Seconds after which the server asks for the same call again; None where it does not."""
     read = from_rpc(error)
-    has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())  # type: ignore[misc, has-type]  # pairs, whatever the stubs say
-    return read.retry_after if isinstance(read, Overloaded) and has_details else None
+    return read.retry_after if isinstance(read, Overloaded) and "grpc-status-details-bin" in _trailing(error) else None
+
+
+def _trailing(error: grpc.RpcError) -> dict[str, str | bytes]:
+    return dict(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()))  # pairs, whatever the stubs say

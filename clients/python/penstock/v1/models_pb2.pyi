@@ -59,6 +59,7 @@ class GetModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Empty: the one model, where only one is served."""
     def __init__(
         self,
         *,

@@ -40,7 +40,7 @@ class ModelsServicer(models_pb2_grpc.ModelsServicer):
 
     async def GetModel(self, request: models_pb2.GetModelRequest, context: Context) -> models_pb2.GetModelResponse:
         self._authenticate(context)
-        model = self._catalog.live(request.name)
+        model = self._catalog.live(request.name or self._catalog.model("", "name").name)
         return models_pb2.GetModelResponse(model=_model(model, await self._states()))
 
     def _authenticate(self, context: Context) -> None:
