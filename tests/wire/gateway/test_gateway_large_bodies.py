@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from penstock.common.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest, status_of
+from penstock.gateway.bounds import MAX_COUNTED_TOKENS
 from penstock.gateway.grpc_door import messages as grpc_messages
 from penstock.gateway.http_door import schemas
 from penstock.v1 import inference_pb2
@@ -32,7 +33,8 @@ BODIES = {
     "unknown keys": (TEXT, {"prompt": "x"} | {f"temperatur{i}": 1 for i in range(MANY)}, "body"),
     "a long key": (TEXT, {"prompt": "x", "k" * 4_000_000: 1}, "k" * 64),
     "stream options": (TEXT, {"prompt": "x", "stream_options": {f"k{i}": 1 for i in range(MANY)}}, "stream_options"),
-    "tokens": ("/detokenize", {"tokens": [1.5] * MANY}, "tokens"),
+    "tokens": ("/detokenize", {"tokens": [1.5] * MANY}, "tokens[0]"),
+    "more tokens than are taken": ("/detokenize", {"tokens": [1] * (MAX_COUNTED_TOKENS + 1)}, "tokens"),
     "messages to count": ("/tokenize", {"messages": [{}] * MANY}, "messages"),
 }
 
