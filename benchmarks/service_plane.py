@@ -23,7 +23,7 @@ from penstock.cli.bench.timeline import Timeline
 from penstock.cli.huge_pages import start_again_with_huge_pages
 
 SCENARIOS = ("decode-b1", "decode-b8", "decode-b32")
-FIRST_TOKENS = 30
+FIRST_TOKENS = 120
 
 
 @dataclass
