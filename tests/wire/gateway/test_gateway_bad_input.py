@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import tracemalloc
 
 import grpc
@@ -304,7 +305,7 @@ async def test_what_asks_for_nothing_is_taken(suite, extra):
     ("page", "body", "field", "message"),
     [
         ("/v1/completions", {"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens", "did you mean 'max_tokens'"),
-        ("/v1/completions", {"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "in [0.01, 10]"),
+        ("/v1/completions", {"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", r"in \[0.01, 10\]"),
         ("/v1/chat/completions", {"messages": ["x"]}, "messages[0]", "must be an object"),
         ("/v1/chat/completions", {"messages": [], "stream": True, "stream_options": True}, "stream_options", "must be an object"),
         ("/v1/completions", {"prompt": "x", "stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "no field"),
@@ -314,7 +315,7 @@ async def test_what_asks_for_nothing_is_taken(suite, extra):
             "moderation",
             "not supp",
         ),
-        ("/tokenize", {"prompt": ["a", "b"]}, "prompt", "must be a text"),
+        ("/tokenize", {"prompt": ["a", "b"]}, "prompt", "must be a text$"),
         ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs", "no field"),
     ],
     ids=lambda value: str(value)[:40],
@@ -324,5 +325,4 @@ async def test_what_is_wrong_is_told_in_the_words_of_the_page(suite, page, body,
         reply = await client.post(page, json=body)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, field)
-    assert message in error["message"]
-    assert not error["message"].endswith("a list of such lists") or page != "/tokenize"
+    assert re.search(message, error["message"])
