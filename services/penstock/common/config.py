@@ -90,7 +90,7 @@ def read_file(path: Path, section: str, sections: Collection[str], known: Collec
         known: keys that the command has, as `spelled` tells them.
 
     Raises:
-        ConfigError: the file can not be read, is no mapping, or holds an unknown key.
+        ConfigError: the file can not be read, is no mapping, or holds an unknown key, or one twice.
     """
     values = _mapping(_load(path), str(path))
     found = [name for name in values if name in sections]
@@ -112,8 +112,20 @@ def read_file(path: Path, section: str, sections: Collection[str], known: Collec
 def _load(path: Path) -> object:
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """Takes no key twice, of which YAML's own loader keeps the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                name = spelled(str(key.value))
+                if name in seen:
+                    raise ConfigError(f"{path}: line {key.start_mark.line + 1}: {name} stands there twice; leave one of them out")
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Once)  # noqa: S506 - it is a safe loader
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -135,6 +135,7 @@ def test_a_wrong_value_names_its_key_and_its_file(file):
         ("executor: {dtype: f99}", "executor: dtype: must be one of auto, f32, bf16, int8, int4, and is f99"),
         ("executor: {kv_cache_gib: [1]}", "executor: kv_cache_gib: must be a number, and is [1]"),
         ("executor: {kv_cache_gib: {a: 1}}", "executor: kv_cache_gib: must be no mapping"),
+        ("executor: {max_batch_size: 3, max-batch-size: 5}", "line 1: max_batch_size stands there twice; leave one of them out"),
         ("executor: {max_batchsize: 1}", "executor: unknown setting max_batchsize; did you mean max_batch_size?"),
         ("prefix_cache: maybe", "prefix_cache: must be true or false, and is maybe"),
     ],
