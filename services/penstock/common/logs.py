@@ -49,9 +49,8 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "auto", proces
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, *stamps, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(
-            cast("TextIO", _Lenient(sys.stderr))
-        ),  # a line in one piece, also beside those of libraries
+        # It writes a line in one piece, also beside those of libraries.
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Lenient(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.clear_contextvars()
