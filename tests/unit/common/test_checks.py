@@ -15,6 +15,9 @@ from penstock.tokenizer.server import TokenizerServer
 IMPOSSIBLE = [
     (GatewayServer, GatewayConfig, {"max_live_requests": 0}, "more than 0"),
     (GatewayServer, GatewayConfig, {"max_attempts": 0}, "more than 0"),
+    (GatewayServer, GatewayConfig, {"max_head_bytes": 0}, "more than 0"),
+    (GatewayServer, GatewayConfig, {"head_seconds": 0}, "more than 0"),
+    (GatewayServer, GatewayConfig, {"max_http_connections": 0}, "more than 0"),
     (GatewayServer, GatewayConfig, {"grace_seconds": -5}, "0 or more"),
     (GatewayServer, GatewayConfig, {"slow_reader_seconds": math.nan}, "more than 0"),
     (TokenizerServer, TokenizerConfig, {"template_workers": 0}, "more than 0"),

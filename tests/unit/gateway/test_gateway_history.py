@@ -9,9 +9,12 @@ from scripted_ports import build
 from penstock.common.errors import Cancelled
 from penstock.common.events import EventLog
 from penstock.common.handoff import HandoffFailure
+from penstock.common.service import StartError
 from penstock.gateway.answer import Handoff
+from penstock.gateway.config import GatewayConfig
 from penstock.gateway.history import History
 from penstock.gateway.ports import Lease, Loss, PrefillLease, SequenceEnd, Text
+from penstock.gateway.server import GatewayServer
 
 APART = Lease("d0", "host:1", 9, 0.5, PrefillLease("p0", "host:2", 7))
 TOGETHER = Lease("d1", "host:3")
@@ -129,3 +132,10 @@ def test_a_request_that_fails_ends_with_its_error(run):
     run.request.cancel(Cancelled("the client is gone"))
     assert run.events()[-1]["outcome"] == "Cancelled"
     assert run.case.ports.at_rest()
+
+
+async def test_an_event_log_that_can_not_be_opened_is_all_that_is_told(tmp_path):
+    gateway = GatewayServer(GatewayConfig(http="127.0.0.1:0", grpc="127.0.0.1:0", event_log=str(tmp_path)))
+    with pytest.raises(StartError, match=r"event_log: .*: Is a directory"):
+        await gateway.start()
+    await gateway.close()

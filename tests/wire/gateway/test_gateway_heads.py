@@ -306,12 +306,6 @@ async def test_a_body_that_nobody_reads_has_to_end_some_time(suite, monkeypatch)
         assert await raw.ended()
 
 
-@pytest.mark.parametrize("setting", ["max_head_bytes", "head_seconds", "max_http_connections"])
-def test_a_bound_is_above_zero(setting):
-    with pytest.raises(connection.StartError, match=f"{setting}: must be above 0"):
-        connection.ConnectionBounds(**{"max_head_bytes": 1, "head_seconds": 1.0, "max_http_connections": 1} | {setting: 0})
-
-
 def test_uvicorn_still_has_what_the_bounds_stand_on():
     ours = {name for name, value in vars(connection.BoundedConnection).items() if callable(value) and not name.startswith("_")}
     assert ours <= set(vars(HttpToolsProtocol))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import ClassVar, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from penstock.common.logs import logger
-from penstock.common.service import StartError
 from penstock.gateway.http_door.body import DISCARD_SECONDS, DISCARDED_BYTES
 
 __all__ = ["BoundedConnection", "ConnectionBounds", "bounded"]
@@ -33,19 +32,11 @@ class ConnectionBounds:
         max_head_bytes: of a request line and its headers together.
         head_seconds: from a head's first byte to its last.
         max_http_connections: of all that are open at once.
-
-    Raises:
-        StartError: one is not above zero.
     """
 
     max_head_bytes: int
     head_seconds: float
     max_http_connections: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise StartError(f"{field.name}: must be above 0, and is {getattr(self, field.name)}")
 
 
 def bounded(bounds: ConnectionBounds) -> type[BoundedConnection]:
