@@ -39,12 +39,20 @@ def scratch_folder() -> Path:
     return large if "TMPDIR" not in os.environ and os.access(large, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def weight_arrays(backend: str, spec: ModelSpec, config: DeviceConfig, dtype: DType) -> MappedArrays:
-    """Where a backend's joined and rounded weights lie. Rounded ones are worth keeping for the next start, others are not."""
+def weight_arrays(backend: str, spec: ModelSpec, config: DeviceConfig, dtype: DType, form: str) -> MappedArrays:
+    """Where a backend's joined and rounded weights lie. Rounded ones are worth keeping for the next start, others are not.
+
+    Args:
+        backend: whose they are.
+        spec: the model.
+        config: tells where they may be kept.
+        dtype: the type that they are held in.
+        form: how the backend rounds and names them. What was kept in another, as by an earlier version, is not looked at.
+    """
     if config.weight_cache is None or not dtype.quantised:
         return MappedArrays(scratch_folder())
     folder = config.weight_cache / backend
-    return MappedArrays(folder, folder / f"{spec.fingerprint}-{dtype}.arrays")
+    return MappedArrays(folder, folder / f"{spec.fingerprint}-{dtype}-{form}.arrays")
 
 
 class MappedArrays:

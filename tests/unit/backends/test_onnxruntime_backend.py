@@ -22,6 +22,8 @@ from penstock.backends.conformance.driver import NONE, Driver, Piece
 from penstock.backends.contract import DeviceConfig, DType, Unavailable, Unsupported
 from penstock.backends.mapped_arrays import MappedArrays
 from penstock.backends.onnxruntime import REGISTRATION, registration
+from penstock.backends.onnxruntime import session as session_module
+from penstock.backends.onnxruntime import weights as weights_module
 from penstock.backends.onnxruntime.cache import LaneCache
 from penstock.backends.onnxruntime.graph import build
 from penstock.backends.onnxruntime.weights import WeightSource, quantize_blocks
@@ -90,6 +92,16 @@ def test_rounded_weights_are_kept_for_the_next_start(create, tmp_path):
     written = kept.stat().st_mtime_ns
     np.testing.assert_array_equal(Driver(create(DType.INT4, weight_cache=tmp_path / "kept")).prefill(ids)[1], first)
     assert kept.stat().st_mtime_ns == written
+
+
+def test_weights_that_an_earlier_version_has_kept_in_another_form_are_rounded_anew(create, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(weights_module, "_BLOCKS", {8: 16, 4: 16})
+        earlier.setattr(session_module, "FORM", "16")
+        create(DType.INT4, weight_cache=tmp_path)
+    model = create(DType.INT4, weight_cache=tmp_path)
+    np.testing.assert_array_equal(Driver(model).prefill([1, 2, 3])[1], Driver(create(DType.INT4)).prefill([1, 2, 3])[1])
+    assert len(list(tmp_path.rglob("*.arrays"))) == 2
 
 
 def test_a_device_that_it_has_not_is_refused(create):

@@ -18,7 +18,7 @@ from penstock.backends.contract import DeviceConfig, DType, ModelSpec
 from penstock.backends.mapped_arrays import weight_arrays
 from penstock.backends.onnxruntime.graph import EXTERNAL, build
 from penstock.backends.onnxruntime.providers import HOST, Target
-from penstock.backends.onnxruntime.weights import WeightSource
+from penstock.backends.onnxruntime.weights import FORM, WeightSource
 from penstock.backends.safetensors import Weights
 
 __all__ = ["compute_type", "decoder_session", "open_session", "options", "release_unused"]
@@ -59,7 +59,7 @@ def decoder_session(
     kept = "onnxruntime" if compute == _FLOAT32 else f"onnxruntime-{compute.name}"  # scales are of that type
     threads = config.threads or len(os.sched_getaffinity(0))
     context = min(config.max_context or spec.decoder.context_length, spec.decoder.context_length)
-    with Weights(spec) as tensors, weight_arrays(kept, spec, config, dtype) as memory:
+    with Weights(spec) as tensors, weight_arrays(kept, spec, config, dtype, FORM) as memory:
         source = WeightSource(tensors, dtype, threads, memory, compute)
         try:
             graph = build(spec.decoder, source, context)

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Groups", "Rows", "group_size", "quantize_groups", "quantize_rows"]
+__all__ = ["FORM", "Groups", "Rows", "group_size", "quantize_groups", "quantize_rows"]
 
 # Elements that one thread rounds at a time: their float32 copies stay within the caches' reach.
 _ELEMENTS = 1 << 17
 _TINY = np.finfo(np.float32).tiny
 _GROUP_SIZES = (128, 64, 32)
 _HIGHEST = 15  # of 4 bits without a sign
+
+FORM = f"rows-groups{_GROUP_SIZES[0]}"
+"""How weights are rounded; those that were kept in another form are of no use."""
 
 
 class Rows(NamedTuple):

@@ -15,6 +15,7 @@ from penstock.backends.contract import DeviceConfig, DType, ModelSpec
 from penstock.backends.mapped_arrays import weight_arrays
 from penstock.backends.openvino.graph import build
 from penstock.backends.openvino.properties import OPTIONAL, properties
+from penstock.backends.openvino.quantization import FORM
 from penstock.backends.openvino.weights import Constants
 from penstock.backends.safetensors import Weights
 
@@ -35,7 +36,7 @@ class Source:
         self._threads = config.threads or len(os.sched_getaffinity(0))
         with ExitStack() as opened:
             self._weights = opened.enter_context(Weights(spec))
-            self._arrays = opened.enter_context(weight_arrays("openvino", spec, config, dtype))
+            self._arrays = opened.enter_context(weight_arrays("openvino", spec, config, dtype, FORM))
             self._opened = opened.pop_all()
 
     @property
