@@ -109,6 +109,11 @@ def test_a_device_that_it_has_not_is_refused(create):
         create(device="cuda:0")
 
 
+def test_a_cache_in_a_type_that_it_has_not_is_refused(create):
+    with pytest.raises(StartError, match="no KV cache of int8"):
+        create(kv_cache_dtype=DType.INT8)
+
+
 def test_shorter_types_agree_with_float32(create):
     ids = np.random.default_rng(0).integers(0, 320, 40).tolist()
     exact = Driver(create()).prefill(ids)[1]

@@ -90,7 +90,7 @@ def decide(config: DeviceConfig, offered: Mapping[str, tuple[DType, ...]]) -> tu
         offered: types of weights by device, best device first.
 
     Raises:
-        StartError: there is no such device, or it has not that type.
+        StartError: there is no such device, or it has not that type; or the cache is asked for in a type of its own.
     """
     device = config.device or next(iter(offered))
     if device not in offered:
@@ -98,6 +98,8 @@ def decide(config: DeviceConfig, offered: Mapping[str, tuple[DType, ...]]) -> tu
     dtype = config.dtype or offered[device][0]
     if dtype not in offered[device]:
         raise StartError(f"backend onnxruntime has no {dtype}, but {', '.join(offered[device])}")
+    if config.kv_cache_dtype is not None:
+        raise StartError(f"backend onnxruntime has no KV cache of {config.kv_cache_dtype}: leave kv_cache_dtype away")
     return device, dtype
 
 
