@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from suite import Suite
 
-from penstock.client import Client, FinishReason, Message
+from penstock.client import Client, FinishReason, InvalidRequest, Message
 from penstock.common.sources import BUILTIN_FOLDER
 
 ANSWERS = json.loads((BUILTIN_FOLDER / "answers.json").read_text())
@@ -90,3 +90,30 @@ def test_prompts_as_lists_of_texts_and_of_ids(openai):
     by_ids = openai.completions.create(prompt=[c.prompt_token_ids for c in apart], **told).choices
     assert [c.text for c in by_ids] == [c.text for c in apart]
     assert openai.completions.create(prompt=apart[0].prompt_token_ids, **told).choices[0].text == apart[0].text
+
+
+@pytest.mark.parametrize("answer", CHATS, ids=names(CHATS))
+def test_an_answer_that_was_begun_is_gone_on_with(openai, client, answer):
+    half = max(answer["text"].find(" ", len(answer["text"]) // 2), 1)  # where a token ends, as in the answer itself
+    begun, rest = answer["text"][:half], answer["text"][half:]
+    messages = [*answer["messages"], {"role": "assistant", "content": begun}]
+    over_grpc = client.chat(messages, max_tokens=answer["max_tokens"], continue_final_message=True).result()
+    over_http = openai.chat.completions.create(
+        model="builtin",
+        messages=messages,
+        max_tokens=answer["max_tokens"],
+        # As vLLM asks for it; here the second may be left out.
+        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+    )
+    assert over_grpc.text == over_http.choices[0].message.content == rest
+
+
+def test_an_answer_is_not_begun_and_gone_on_with_at_once(openai, client):
+    messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
+    with pytest.raises(InvalidRequest, match=r"^conversation\.continue_final_message: can not stand with add_generation_prompt"):
+        client.chat(messages, continue_final_message=True, add_generation_prompt=True).result()
+    with pytest.raises(BadRequestError, match="continue_final_message: can not stand with add_generation_prompt") as caught:
+        openai.chat.completions.create(
+            model="builtin", messages=messages, extra_body={"continue_final_message": True, "add_generation_prompt": True}
+        )
+    assert caught.value.param == "continue_final_message"

@@ -55,12 +55,12 @@ def at(point, action):
 
 
 def test_undisturbed(trial):
-    trial.run(requests=8)
+    trial.run(requests=[8])
 
 
 @pytest.mark.parametrize("action", OF_MESSAGES, ids=name)
 def test_messages(trial, action):
-    trial.run(*(Fails(f"handoff.{message}.sent", action, nth, 0.5) for message, nth in USUAL.items()), requests=10)
+    trial.run(*(Fails(f"handoff.{message}.sent", action, nth, 0.5) for message, nth in USUAL.items()), requests=[10])
 
 
 @pytest.mark.parametrize("point", ["handoff.push.sent", "handoff.ack.sent", "gateway.arrived", "scheduler.prefilled"])
@@ -86,11 +86,11 @@ def test_each_message(trial, message, where, action):
 @pytest.mark.parametrize("message", ["renew", "renewed", "abort", "aborted", "refused"])
 def test_each_rarer_message(trial, message, where, action):
     if message in {"renew", "renewed"}:  # said by those that wait long for their turn
-        trial.run(Fails(f"handoff.{message}.{where}", action, 1, 0.5), requests=80)
+        trial.run(Fails(f"handoff.{message}.{where}", action, 1, 0.5), requests=[80, 160, 320])
     elif message == "refused":
         trial.run(Fails("handoff.push.sent", Action.CORRUPT), Fails(f"handoff.{message}.{where}", action, 1, 0.5))
     else:
-        trial.run(Fails(f"handoff.{message}.{where}", action, 1, 0.5), requests=2, leaving=16)
+        trial.run(Fails(f"handoff.{message}.{where}", action, 1, 0.5), requests=[2], leaving=16)
 
 
 @pytest.mark.matrix

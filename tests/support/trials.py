@@ -7,7 +7,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 
-from history import check
+from history import Answer, check
 from pools import BOUND, LEASE, Clients, Fails, Pools
 from prometheus_client.parser import text_string_to_metric_families
 from suite import wait_for
@@ -26,10 +26,10 @@ class Trial:
         """Wait until every service is there."""
         assert wait_for(lambda: self.pools.whole(*self._sizes), 60), self.pools.log[-20:]
 
-    def run(self, *faults: Fails, requests: int = 4, leaving: int = 0) -> None:
+    def run(self, *faults: Fails, requests: Sequence[int] = (4,), leaving: int = 0) -> None:
         """Every fault takes place, and each request is answered as it would have been, or told why not; all comes back.
 
-        `leaving`: requests beside them whose clients leave before they are answered.
+        `requests`: so many at once; behind the first, only while a fault has not taken place. `leaving`: requests beside them whose clients leave before they are answered.
         """
         pools = self.pools
         self.whole()
@@ -45,7 +45,11 @@ class Trial:
         ]
         for other in others:
             other.start()
-        answers = self.clients.ask_all(requests)
+        answers: list[Answer] = []
+        for count in requests:
+            answers += self.clients.ask_all(count)
+            if all(map(pools.fired, rules)):
+                break
         answered.set()
         for other in others:
             other.join()

@@ -186,7 +186,8 @@ def test_sends_every_option_in_its_field(fake, connect):
         timeout=20,
     ).result()
     client.chat([{"role": "user", "content": "hi", "name": "Ada"}], stop=["a", "b"], add_generation_prompt=False).result()
-    generate, chat = fake.calls
+    client.chat([{"role": "assistant", "content": "It is"}], continue_final_message=True).result()
+    generate, chat, going_on = fake.calls
     assert list(generate.request.prompt.token_ids.ids) == [1, 2]
     assert generate.request.sampling.HasField("temperature")
     assert not generate.request.sampling.HasField("top_p")
@@ -199,6 +200,9 @@ def test_sends_every_option_in_its_field(fake, connect):
     assert 30 < chat.left < 61
     assert chat.request.conversation.messages[0] == pb.Message(role="user", content="hi", name="Ada")
     assert not chat.request.conversation.add_generation_prompt
+    assert not chat.request.conversation.continue_final_message
+    assert going_on.request.conversation.continue_final_message
+    assert not going_on.request.conversation.HasField("add_generation_prompt")
     assert list(chat.request.stopping.stop) == ["a", "b"]
 
 

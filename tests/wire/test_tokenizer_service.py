@@ -88,6 +88,13 @@ async def test_encodes_a_conversation_by_the_chat_template(service):
     assert answer.token_ids[0] == service.tokenizer.token_to_id("<|user|>")
 
 
+async def test_encodes_a_conversation_that_ends_within_its_last_message(service):
+    turns = [pb.ChatMessage(role="user", content="the fox"), pb.ChatMessage(role="assistant", content="quick")]
+    chat = pb.EncodeRequest.Chat(messages=turns, continue_final_message=True)
+    answer = await service.stub.Encode(pb.EncodeRequest(model="m", chat=chat))
+    assert list(answer.token_ids) == service.tokenizer.encode("<|user|>the fox<|assistant|>quick").ids
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [

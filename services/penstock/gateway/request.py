@@ -81,13 +81,19 @@ class Generation:
     text: str | None = None
     token_ids: Sequence[int] | None = None
     messages: Sequence[Message] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     reporting: Reporting = field(default_factory=Reporting)
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the opening of an answer stands behind the messages."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,9 @@ __all__ = ["Tokenization"]
 
 # A tokenizer that is restarted is back well within this; a request waits that long for it.
 _PATIENCE_SECONDS = 15.0
-_PUBLIC_NAMES = {"text": "prompt", "token_ids": "prompt", "input": "prompt", "messages": "conversation.messages"}
+_PUBLIC_NAMES = {"text": "prompt", "token_ids": "prompt", "input": "prompt"} | {
+    field: f"conversation.{field}" for field in ("messages", "continue_final_message")
+}
 
 
 class Tokenization:
@@ -58,7 +60,11 @@ class Tokenization:
         request = tokenizer_pb2.EncodeRequest(model=model, add_special_tokens=True, max_tokens=most)
         if generation.messages is not None:
             turns = [tokenizer_pb2.ChatMessage(role=m.role, content=m.content, name=m.name) for m in generation.messages]
-            chat = tokenizer_pb2.EncodeRequest.Chat(messages=turns, add_generation_prompt=generation.add_generation_prompt)
+            chat = tokenizer_pb2.EncodeRequest.Chat(
+                messages=turns,
+                add_generation_prompt=generation.opens_answer,
+                continue_final_message=generation.continue_final_message,
+            )
             request.chat.CopyFrom(chat)
         else:
             request.text = generation.text or ""

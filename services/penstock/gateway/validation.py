@@ -108,6 +108,10 @@ def _input(generation: Generation, model: Model) -> Violations:
 
 def _conversation(generation: Generation) -> Violations:
     messages = generation.messages or ()
+    if generation.continue_final_message and generation.add_generation_prompt:
+        yield FieldViolation(
+            "conversation.continue_final_message", "can not stand with add_generation_prompt, which ends the last message"
+        )
     if not messages:
         yield FieldViolation("conversation.messages", "is empty; give at least one message")
     if len(messages) > MAX_MESSAGES:

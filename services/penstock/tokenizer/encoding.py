@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from penstock.common.errors import ContextOverflow, InvalidRequest, UnknownModel
+from penstock.tokenizer.continuation import cut, marked
 from penstock.tokenizer.detokenizers import Detokenizer, PrefixDetokenizer, TableDetokenizer
 from penstock.tokenizer.loading import Vocabulary
 from penstock.tokenizer.pieces import token_bytes
@@ -50,19 +51,34 @@ class Model:
             raise ContextOverflow.field(field, f"more than {len(head)} tokens; at most {max_tokens} fit")
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, max_tokens: int = 0
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        max_tokens: int = 0,
     ) -> list[int]:
         """The ids of a conversation, rendered by the chat template.
 
+        Args:
+            messages: their `role` and `content`, and `name` where a template uses one.
+            add_generation_prompt: the opening of an answer follows them.
+            continue_final_message: they end with the last one's text, with nothing that closes it.
+            max_tokens: 0 is no limit.
+
         Raises:
-            InvalidRequest: there is no template, or it refuses these messages.
+            InvalidRequest: there is no template, it refuses these messages, or the last one can not be gone on with.
             ContextOverflow: they are longer than `max_tokens`.
         """
         if self._templates is None:
             raise InvalidRequest.field("messages", f"model {self.name!r} has no chat template; send a prompt instead")
         if not messages:
             raise InvalidRequest.field("messages", "must hold at least one message")
-        text = await self._templates.render(messages, add_generation_prompt=add_generation_prompt)
+        if continue_final_message:
+            open_ended, mark = marked(messages)
+            text = cut(await self._templates.render(open_ended, add_generation_prompt=False), mark)
+        else:
+            text = await self._templates.render(messages, add_generation_prompt=add_generation_prompt)
         return await self.encode(text, add_special_tokens=False, max_tokens=max_tokens, field="messages")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

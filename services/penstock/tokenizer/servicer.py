@@ -78,6 +78,7 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
                 return await model.encode_chat(
                     [_message(m) for m in request.chat.messages],
                     add_generation_prompt=request.chat.add_generation_prompt,
+                    continue_final_message=request.chat.continue_final_message,
                     max_tokens=request.max_tokens,
                 )
             case _:

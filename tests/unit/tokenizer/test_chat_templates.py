@@ -8,6 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from penstock.common.errors import InvalidRequest
+from penstock.tokenizer.continuation import cut, marked
 from penstock.tokenizer.templates import TemplateError, TemplateLimits, Templates
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -84,6 +85,27 @@ async def test_renders_what_transformers_renders(source):
                     [messages], chat_template=source, add_generation_prompt=generation, **SPECIAL
                 )
                 assert await templates.render(messages, add_generation_prompt=generation) == expected
+
+
+# The last stands in what closes a message, or in what opens an answer.
+@pytest.mark.parametrize("said", ["It is", "It is ", "\n  Well:\n", "m", "end", "assistant"])
+@pytest.mark.parametrize("source", [CHATML, LLAMA_2, LLAMA_3, MISTRAL, QWEN], ids=["chatml", "llama2", "llama3", "mistral", "qwen"])
+async def test_a_conversation_ends_within_its_last_message_where_it_ends_in_transformers(source, said):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    (expected,), _ = render_jinja_template([messages], chat_template=source, continue_final_message=True, **SPECIAL)
+    open_ended, mark = marked(messages)
+    async with _templates(source) as templates:
+        assert cut(await templates.render(open_ended, add_generation_prompt=False), mark) == expected
+
+
+async def test_a_message_that_can_not_be_gone_on_with_is_refused():
+    for nothing in ("", " \n"):
+        with pytest.raises(InvalidRequest, match=r"^messages: the last one has no text"):
+            marked([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": nothing}])
+    open_ended, mark = marked([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is"}])
+    async with _templates("{{ messages[0].content }}") as templates:
+        with pytest.raises(InvalidRequest, match=r"^continue_final_message: .* leaves the end of the last message out"):
+            cut(await templates.render(open_ended, add_generation_prompt=False), mark)
 
 
 async def test_tells_why_a_template_refuses():

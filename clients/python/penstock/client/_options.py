@@ -84,11 +84,15 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
 
 
 def chat_request(
-    messages: Sequence[Message | Mapping[str, str]], options: Options, *, add_generation_prompt: bool | None
+    messages: Sequence[Message | Mapping[str, str]],
+    options: Options,
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
 ) -> pb.ChatRequest:
     """The message of `chat`; raises as `generate_request`."""
     request = filled(pb.ChatRequest, _of_the_request(options))
-    said = conversation(messages, add_generation_prompt=add_generation_prompt)
+    said = conversation(messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
     request.MergeFrom(pb.ChatRequest(conversation=said, **_groups(options)))
     return request
 
@@ -102,7 +106,7 @@ def count_request(prompt: Prompt | Sequence[Message | Mapping[str, str]], *, mod
     messages = [one for one in prompt if isinstance(one, (Message, Mapping))]
     if len(messages) < len(prompt):
         raise InvalidRequest.field("prompt", "must be a text, a sequence of token ids, or a sequence of messages")
-    request.conversation.CopyFrom(conversation(messages, add_generation_prompt=None))
+    request.conversation.CopyFrom(conversation(messages))
     return request
 
 
@@ -120,9 +124,15 @@ def prompt_message(prompt: Prompt) -> pb.Prompt:
     return message
 
 
-def conversation(messages: Sequence[Message | Mapping[str, str]], *, add_generation_prompt: bool | None) -> pb.Conversation:
+def conversation(
+    messages: Sequence[Message | Mapping[str, str]],
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+) -> pb.Conversation:
     """A conversation; a message may be a mapping with `role`, `content` and maybe `name`. Raises as `generate_request`."""
-    said = filled(pb.Conversation, {"add_generation_prompt": add_generation_prompt}, "conversation.")
+    how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    said = filled(pb.Conversation, how, "conversation.")
     for index, given in enumerate(messages):
         path = f"conversation.messages[{index}]"
         try:

@@ -158,10 +158,13 @@ class Client:
         messages: Sequence[Message | Mapping[str, str]],
         *,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
         **options: Unpack[Options],
     ) -> Stream:
-        """Answer a conversation."""
-        request = write.chat_request(messages, options, add_generation_prompt=add_generation_prompt)
+        """Answer a conversation, or go on with the text of its last message."""
+        request = write.chat_request(
+            messages, options, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
         return self._stream(self._inference.Chat, request, options)
 
     def count_tokens(

@@ -63,7 +63,8 @@ def conversation_input(conversation: inference_pb2.Conversation) -> dict[str, An
     at_most("conversation.messages", len(conversation.messages), MAX_MESSAGES, "messages")
     return {
         "messages": [Message(m.role, m.content, m.name) for m in conversation.messages],
-        "add_generation_prompt": conversation.add_generation_prompt if conversation.HasField("add_generation_prompt") else True,
+        "add_generation_prompt": conversation.add_generation_prompt if conversation.HasField("add_generation_prompt") else None,
+        "continue_final_message": conversation.continue_final_message,
     }
 
 

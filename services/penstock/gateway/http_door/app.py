@@ -86,7 +86,8 @@ class _Pages:
             model=body.model or "",
             text=body.prompt,
             messages=generations.messages(body.messages) if body.messages is not None else None,
-            add_generation_prompt=body.add_generation_prompt is not False,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message or False,
         )
         admission = self._door.admission
         model = admission.catalog.model(generation.model)

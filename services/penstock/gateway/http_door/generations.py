@@ -47,7 +47,8 @@ def chat(body: ChatBody) -> list[Generation]:
     return [
         Generation(
             messages=messages(body.messages),
-            add_generation_prompt=body.add_generation_prompt is not False,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message or False,
             **_shared(body, max_tokens, reporting),
         )
     ]

@@ -99,6 +99,7 @@ class ChatBody(SharedBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class TokenizeBody(_Body):
@@ -108,6 +109,7 @@ class TokenizeBody(_Body):
     prompt: str | None = None
     messages: list[ChatTurn] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class DetokenizeBody(_Body):

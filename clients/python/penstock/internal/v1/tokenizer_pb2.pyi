@@ -28,7 +28,10 @@ class EncodeRequest(_message.Message):
 
         MESSAGES_FIELD_NUMBER: _builtins.int
         ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+        CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
         add_generation_prompt: _builtins.bool
+        continue_final_message: _builtins.bool
+        """Ends with the last message's text, with nothing behind it that closes the message."""
         @_builtins.property
         def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
         def __init__(
@@ -36,10 +39,11 @@ class EncodeRequest(_message.Message):
             *,
             messages: _abc.Iterable[Global___ChatMessage] | None = ...,
             add_generation_prompt: _builtins.bool = ...,
+            continue_final_message: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["add_generation_prompt", b"add_generation_prompt", "messages", b"messages"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
