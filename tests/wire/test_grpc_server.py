@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from penstock.common import errors
-from penstock.common.channel import CLIENT_OPTIONS, connect, leave, server_options
+from penstock.common.channel import CLIENT_OPTIONS, connect, leave, server_options, why_ended
 from penstock.common.server import GrpcServer
 from penstock.executor.config import ExecutorConfig
 from penstock.gateway.config import GatewayConfig
@@ -61,6 +61,19 @@ async def test_health_is_watched_from_start_to_drain():
         assert (await watch.read()).status == Health.NOT_SERVING
         watch.cancel()
         await stopping
+
+
+async def test_a_write_to_a_stream_that_has_ended_is_told_as_its_end_and_not_as_a_defect_of_grpc():
+    async with running() as (_, _, channel):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        await watch.read()
+        watch._cython_call.set_internal_error("ExecuteBatchError")  # as grpc.aio does where a write fails
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await watch.read()
+        assert why_ended(failed.value) == "the other end closed the stream; its own log tells why"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="none"))
+        assert why_ended(refused.value).startswith("NOT_FOUND: ")
 
 
 @pytest.mark.parametrize("service", ["", SERVICE])

@@ -13,7 +13,10 @@ __all__ = [
     "connect",
     "leave",
     "server_options",
+    "why_ended",
 ]
+
+_FAILED_WRITE = "Internal error from Core"
 
 # A prompt of 128 Ki tokens as packed varints is well under 1 MiB; text and log-probabilities of all prompt tokens are larger.
 MAX_MESSAGE_BYTES = 64 << 20
@@ -66,6 +69,17 @@ def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES, *, public: bool =
 def connect(address: str) -> grpc.aio.Channel:
     """A channel to another service of the suite, HOST:PORT, on the mesh's trusted network."""
     return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+def why_ended(error: grpc.aio.AioRpcError) -> str:
+    """What became of a stream between services, for logs.
+
+    A write that comes upon a stream which the other end has just ended is told by grpc.aio as a failure of its core, whatever the
+    stream's own status.
+    """
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _FAILED_WRITE:
+        return "the other end closed the stream; its own log tells why"
+    return f"{error.code().name}: {error.details()}"
 
 
 def leave(call: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc.aio
 
-from penstock.common.channel import connect, leave
+from penstock.common.channel import connect, leave, why_ended
 from penstock.common.logs import logger
 from penstock.executor.engine import Engine
 from penstock.executor.handoff.exchange import Exchange
@@ -78,7 +78,7 @@ class Registration:
                     except grpc.aio.AioRpcError as error:
                         # One that never was there is waited for; one that refuses has a reason.
                         if self.registered.is_set() or error.code() is not grpc.StatusCode.UNAVAILABLE:
-                            self._tell_lost(f"{error.code().name}: {error.details()}")
+                            self._tell_lost(why_ended(error))
                     except asyncio.InvalidStateError:  # what a write raises on a stream that has ended meanwhile
                         if self.registered.is_set():
                             self._tell_lost("the stream ended")

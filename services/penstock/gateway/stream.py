@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import grpc
 import grpc.aio
 
-from penstock.common.channel import leave
+from penstock.common.channel import leave, why_ended
 from penstock.common.logs import logger
 
 __all__ = ["Peer", "Stream"]
@@ -92,7 +92,7 @@ class Stream(Generic[Sent, Received]):
                 heard = True
                 self._peer.received(message)
         except grpc.aio.AioRpcError as error:
-            return heard, f"{error.code().name}: {error.details()}"
+            return heard, why_ended(error)
         except Exception as error:  # noqa: BLE001 - a peer that breaks the protocol is lost, and no more
             logger().error("stream broke", peer=self._name, exc_info=error)
             return heard, type(error).__name__

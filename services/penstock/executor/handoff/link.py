@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from penstock.common import faults
-from penstock.common.channel import connect, leave
+from penstock.common.channel import connect, leave, why_ended
 from penstock.common.handoff import HandoffFailure
 from penstock.common.logs import logger
 from penstock.executor.handoff.framing import Request, open_stream
@@ -111,7 +111,7 @@ class Links:
                 elif error.reason is Refusal.UNREGISTERED:
                     failure = HandoffFailure.UNKNOWN_PEER
             except grpc.aio.AioRpcError as error:
-                why = f"{error.code().name}: {error.details()}"
+                why = why_ended(error)
             except (asyncio.InvalidStateError, TimeoutError):
                 why = "the other side ended the stream, or does not answer"
             except Exception as error:  # noqa: BLE001 - an executor that breaks the protocol is lost, and no more
