@@ -9,7 +9,7 @@ from hosts import Hosts
 from namespaces import why_not
 from pools import BOUND, PROMPTS, Clients, Fails
 from suite import wait_for
-from trials import settled, tally
+from trials import hands_over_again, settled, tally
 
 from penstock.common.faults import Action
 
@@ -33,23 +33,6 @@ def hosts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clients(hosts):
     return Clients(hosts.grpc, PROMPTS, 24)
-
-
-def hands_over_again(hosts, clients):
-    """Whether KV goes from one executor to the other, twice.
-
-    A pair that has just failed is left alone for a while, and then tried with one request; others are placed so again only when the
-    scheduler has heard how that went.
-    """
-    return all(hands_over(hosts, clients) for _ in range(2))
-
-
-def hands_over(hosts, clients):
-    since = len(hosts.events())
-    clients.ask(0)
-    assert wait_for(lambda: settled(hosts))
-    happened = {event["event"] for event in hosts.events()[since:]}
-    return "handed off" in happened and "fallback" not in happened
 
 
 @pytest.mark.parametrize(("one", "other"), LINKS)
