@@ -29,7 +29,8 @@ class Trial:
     def run(self, *faults: Fails, requests: Sequence[int] = (4,), leaving: int = 0) -> None:
         """Every fault takes place, and each request is answered as it would have been, or told why not; all comes back.
 
-        `requests`: so many at once; behind the first, only while a fault has not taken place. `leaving`: requests beside them whose clients leave before they are answered.
+        `requests`: so many at once; behind the first number, only while a fault has not taken place. `leaving`: requests beside
+        them whose clients leave before they are answered.
         """
         pools = self.pools
         self.whole()
