@@ -41,6 +41,12 @@ def test_a_deadline_names_its_flag_and_leaves_what_came(fake, capsys, as_json):
         assert told == "one two\n"
 
 
+def test_a_defect_of_the_server_is_told_with_what_its_logs_have_it_under(fake):
+    fake.script = [RuntimeError("oops")]
+    with pytest.raises(ConfigError, match=r"internal error.*; the services' logs have it under the request id [0-9a-f]{32}$"):
+        generate("x", connection=Connection(target=fake.address))
+
+
 @pytest.mark.parametrize(
     ("piped", "asked"), [("Count\n", "Count"), ("Count\r\n", "Count"), ("Count", "Count"), ("a\n\nb \n\n", "a\n\nb \n")]
 )
