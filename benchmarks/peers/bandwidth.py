@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from penstock.backends.architectures.spec import DecoderSpec
+from penstock.backends.onnxruntime.weights import BLOCKS
 from penstock.cli.bench.scenarios import Scenario
 
 __all__ = ["Probe", "bytes_read", "compiled_probe"]
@@ -18,8 +19,8 @@ _BYTES: Mapping[str, float] = {"int4": 0.5, "int8": 1, "bf16": _BF16, "f32": _F3
 # By backend, how rounded weights lie: values to a group of a row, and bytes of a group's scale, with a zero point where it has one.
 _GROUPS: Mapping[tuple[str, str], tuple[int, int]] = {
     ("openvino", "int4"): (128, _F32 + 1),
-    ("onnxruntime", "int4"): (64, _F32),
-    ("onnxruntime", "int8"): (128, _F32),
+    ("onnxruntime", "int4"): (BLOCKS[4], _F32),
+    ("onnxruntime", "int8"): (BLOCKS[8], _F32),
 }
 
 

@@ -96,7 +96,7 @@ def test_rounded_weights_are_kept_for_the_next_start(create, tmp_path):
 
 def test_weights_that_an_earlier_version_has_kept_in_another_form_are_rounded_anew(create, tmp_path, monkeypatch):
     with monkeypatch.context() as earlier:
-        earlier.setattr(weights_module, "_BLOCKS", {8: 16, 4: 16})
+        earlier.setattr(weights_module, "BLOCKS", {8: 16, 4: 16})
         earlier.setattr(session_module, "FORM", "16")
         create(DType.INT4, weight_cache=tmp_path)
     model = create(DType.INT4, weight_cache=tmp_path)

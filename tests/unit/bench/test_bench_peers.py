@@ -125,8 +125,8 @@ def test_a_step_reads_every_matrix_once_with_its_scales():
     cache = sum(range(16, 16 + 65)) * 28 * 2 * 8 * 128 * 2
     assert bytes_read(decoder, "openvino", "bf16", DECODE) == 65 * 2 * elements + cache
     assert bytes_read(decoder, "openvino", "int8", DECODE) == 65 * (elements + 4 * rows) + cache
-    assert bytes_read(decoder, "onnxruntime", "int8", DECODE) == 65 * (elements + elements // 32) + cache
-    assert bytes_read(decoder, "onnxruntime", "int4", DECODE) == 65 * (elements // 2 + elements // 16) + cache
+    assert bytes_read(decoder, "onnxruntime", "int8", DECODE) == 65 * (elements + elements // 64) + cache
+    assert bytes_read(decoder, "onnxruntime", "int4", DECODE) == 65 * (elements // 2 + elements // 32) + cache
     int4 = (bytes_read(decoder, "openvino", "int4", DECODE) - cache) / 65
     assert 0.5 * elements < int4 < elements
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from penstock.backends.contract import DType
 from penstock.backends.mapped_arrays import MappedArrays
 
-__all__ = ["BITS", "FORM", "Quantized", "WeightSource", "quantize_blocks"]
+__all__ = ["BITS", "BLOCKS", "FORM", "Quantized", "WeightSource", "quantize_blocks"]
 
 BITS: Mapping[DType, int] = {DType.INT8: 8, DType.INT4: 4}
 """Bits of a weight, of the types that are quantised."""
@@ -25,8 +25,9 @@ _FLOAT32 = np.dtype(np.float32)
 _LEAST_BLOCK = 16  # of MatMulNBits
 # A block's scale costs the kernels time beside its bytes: with 4 bits, 64 columns are an eighth slower than 128 for one sequence,
 # and a fifth for prompts. Beyond 128, which checkpoints of 4 bits mostly have, speed would be paid for in quality.
-_BLOCKS = {8: 256, 4: 128}
-FORM = "-".join(f"{bits}x{size}" for bits, size in _BLOCKS.items())
+BLOCKS: Mapping[int, int] = {8: 256, 4: 128}
+"""Columns that share a scale, by a weight's bits."""
+FORM = "-".join(f"{bits}x{size}" for bits, size in BLOCKS.items())
 """How weights are rounded; those that were kept in another form are of no use."""
 
 # Rows that one thread quantises at a time: their float32 copy stays within the caches' reach.
@@ -154,7 +155,7 @@ class WeightSource:
 
 def _block_size(columns: int, bits: int) -> int:
     """The longest block of the usual ones that a row divides into."""
-    size = _BLOCKS[bits]
+    size = BLOCKS[bits]
     while size > _LEAST_BLOCK and columns % size:
         size //= 2
     return size
