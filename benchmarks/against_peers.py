@@ -115,8 +115,9 @@ def main() -> None:
             try:
                 results.extend(hold(contest, decoder, options, probe))  # what came before an error stays
             except (ContestantError, StartError, RuntimeError) as error:
-                failed[f"{contest.peer} {contest.precision}, {contest.backend}"] = str(error)
-                told(f"{contest.peer} {contest.precision}: {error}")
+                name = f"{contest.peer} {contest.precision}, {contest.backend}"
+                failed[name] = str(error)
+                told(f"{name}: {error}")
     print(tables(results))
     for name, reason in failed.items():
         print(f"\n{name}: not measured: {reason}")

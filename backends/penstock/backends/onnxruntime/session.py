@@ -56,10 +56,10 @@ def decoder_session(
     The runtime lays out copies of the weights of its own, and looks at ours no more; so their pages are given back.
     """
     compute = compute_type(dtype, target)
-    kept = "onnxruntime" if compute == _FLOAT32 else f"onnxruntime-{compute.name}"  # scales are of that type
+    form = f"{FORM}-{compute.name}"  # scales are of that type
     threads = config.threads or len(os.sched_getaffinity(0))
     context = min(config.max_context or spec.decoder.context_length, spec.decoder.context_length)
-    with Weights(spec) as tensors, weight_arrays(kept, spec, config, dtype, FORM) as memory:
+    with Weights(spec) as tensors, weight_arrays("onnxruntime", spec, config, dtype, form) as memory:
         source = WeightSource(tensors, dtype, threads, memory, compute)
         try:
             graph = build(spec.decoder, source, context)
