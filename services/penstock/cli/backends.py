@@ -85,11 +85,11 @@ def read_spec(model: str, cache: Path | None) -> ModelSpec:
     """
     from penstock.backends.checkpoint import CheckpointError, read_model
     from penstock.common.service import StartError
-    from penstock.common.sources import resolve
+    from penstock.common.sources import default_name, resolve
 
     folder = resolve(model)
     try:
-        return read_model(folder, folder.resolve().name if Path(model).is_dir() else model, cache=cache)
+        return read_model(folder, default_name(model), cache=cache)
     except CheckpointError as error:
         raise StartError(str(error)) from error
 

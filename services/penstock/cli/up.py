@@ -26,7 +26,7 @@ from penstock.cli.interrupts import at_once
 from penstock.cli.layers import SERVICES
 from penstock.common import logs
 from penstock.common.config import ConfigError, sections_of
-from penstock.common.sources import resolve
+from penstock.common.sources import default_name, resolve
 
 __all__ = ["bring_up", "up"]
 
@@ -43,7 +43,7 @@ def up(
     lets running requests finish; a second one ends at once.
 
     Args:
-        model: A folder, a Hugging Face hub id such as Qwen/Qwen3-0.6B, or builtin.
+        model: A folder, a Hugging Face hub id such as Qwen/Qwen3-0.6B (with @REVISION for a branch, tag or commit), or builtin.
         config: See its help.
         settings: See its fields.
     """
@@ -54,7 +54,7 @@ def up(
     console = Console(sys.stderr, as_json=logs.are_json(settings.log_format))
     folder = resolve(model)
     plan = Plan(
-        served_name=settings.served_name or (folder.name if Path(model).expanduser().is_dir() else model),
+        served_name=settings.served_name or default_name(model),
         folder=folder,
         settings=settings,
         config=sections,

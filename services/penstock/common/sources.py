@@ -10,12 +10,12 @@ from typing import NoReturn
 
 from penstock.common.service import StartError
 
-__all__ = ["BUILTIN", "BUILTIN_FOLDER", "resolve"]
+__all__ = ["BUILTIN", "BUILTIN_FOLDER", "default_name", "resolve"]
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin_model"
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 # Names, so that neither code nor pickled weights are ever fetched.
 _FETCHED = [
@@ -33,15 +33,15 @@ _FETCHED = [
 _NOT_FETCHED = ["*/*", "consolidated*.safetensors"]
 
 
-def resolve(model: str, *, revision: str | None = None) -> Path:
+def resolve(model: str) -> Path:
     """The local folder that holds a model's files, fetched from the hub where need be.
 
     A fetch that was cut short goes on where it stopped, and shows a progress bar where stderr is a terminal. The hub's own settings
     hold: ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``.
 
     Args:
-        model: a folder, ``builtin``, or a hub id such as ``Qwen/Qwen3-0.6B``. A folder of that name wins over the other two.
-        revision: a branch, tag or commit of the hub's repository; None: its main branch.
+        model: a folder, ``builtin``, or a hub id such as ``Qwen/Qwen3-0.6B``, of which ``Qwen/Qwen3-0.6B@REVISION`` is one branch,
+            tag or commit (its main branch without). A folder of that name wins over the other two.
 
     Raises:
         StartError: there is no such model, or it can not be fetched; one line that says why and what to do.
@@ -55,9 +55,21 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
         return BUILTIN_FOLDER
     if not model or model[0] in "/.~" or model.endswith("/"):
         raise StartError(f"no folder {model or '(empty name)'}; give a model's folder, a Hugging Face hub id, or {BUILTIN!r}")
-    if not _HUB_ID.fullmatch(model):
-        raise StartError(f"{model!r} is neither a folder nor a Hugging Face hub id (OWNER/NAME), nor {BUILTIN!r}")
-    return _fetch(model, revision)
+    hub_id = _HUB_ID.fullmatch(model)
+    if hub_id is None:
+        raise StartError(
+            f"{model!r} is neither a folder nor a Hugging Face hub id (OWNER/NAME or OWNER/NAME@REVISION), nor {BUILTIN!r}"
+        )
+    return _fetch(hub_id["repository"], hub_id["revision"])
+
+
+def default_name(model: str) -> str:
+    """What clients call a model that was given no name: a folder's own, or the hub's id without its revision."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name
+    hub_id = _HUB_ID.fullmatch(model)
+    return hub_id["repository"] if hub_id else model
 
 
 def _fetch(model: str, revision: str | None) -> Path:

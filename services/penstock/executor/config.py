@@ -15,7 +15,7 @@ class ExecutorConfig:
     """The executor: runs one model on one backend.
 
     Attributes:
-        model: Folder of the checkpoint, builtin, or a Hugging Face id.
+        model: Folder of the checkpoint, builtin, or a Hugging Face id (with @REVISION for a branch, tag or commit).
         served_name: Name under which requests ask for the model; its own where absent.
         role: What it is to be given to do; it can do all of it, and takes another role while it runs.
         backend: Name of the backend; auto takes the fastest that can run the model.

@@ -16,7 +16,7 @@ from penstock.backends.speed import kept_speeds
 from penstock.backends.validation import fault_of_model
 from penstock.common.cache import found_cache
 from penstock.common.service import StartError
-from penstock.common.sources import resolve
+from penstock.common.sources import default_name, resolve
 from penstock.common.step_times import StepTimes
 from penstock.executor.config import ExecutorConfig
 from penstock.executor.engine import Engine, EngineConfig, EngineDead
@@ -75,7 +75,7 @@ def prepare(config: ExecutorConfig) -> Prepared:
     """
     check(config)
     folder = resolve(config.model)
-    name = config.served_name or (config.model if not Path(config.model).is_dir() else folder.resolve().name)
+    name = config.served_name or default_name(config.model)
     dtype, kv_dtype = _asked(config.dtype), _asked(config.kv_cache_dtype)
     try:
         cache = found_cache(config.cache_folder)

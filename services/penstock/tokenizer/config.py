@@ -14,7 +14,7 @@ class TokenizerConfig:
     """Settings of one tokenizer service.
 
     Attributes:
-        models: Models whose tokenizers are served, each as NAME=FOLDER; the folder holds tokenizer.json.
+        models: A model whose tokenizer is served, as NAME=FOLDER; the folder holds tokenizer.json. Given once for each model.
         listen: HOST:PORT of the gRPC server; port 0 takes a free one.
         metrics: HOST:PORT of the Prometheus endpoint; off where absent.
         otlp_endpoint: URL of an OpenTelemetry collector that speaks OTLP over gRPC.

@@ -85,7 +85,7 @@ def test_executors_can_not_share_one_metrics_port(file):
     path = file(f"executor: {{metrics: '{address}'}}\n")
     check(UpConfig(**FREE), path)
     for counts in ({"workers": 2}, {"prefill": 1, "decode": 1}):
-        with pytest.raises(ConfigError, match="executor: metrics: can not listen on"):
+        with pytest.raises(ConfigError, match=f"executor: metrics: 2 executors can not share {address}; 127.0.0.1:0 gives each"):
             check(UpConfig(**FREE, **counts), path)
 
 

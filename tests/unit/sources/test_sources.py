@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from penstock.common.service import StartError
-from penstock.common.sources import BUILTIN_FOLDER, resolve
+from penstock.common.sources import BUILTIN_FOLDER, default_name, resolve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_hub import COMMIT, FakeHub
@@ -29,18 +29,18 @@ import sys
 from penstock.common.service import StartError
 from penstock.common.sources import resolve
 try:
-    print(resolve(sys.argv[1], revision=sys.argv[2] or None))
+    print(resolve(sys.argv[1]))
 except StartError as error:
     print(error)
     sys.exit(3)
 """
 
 
-def resolve_apart(home: Path, endpoint: str, model: str = REPO, revision: str = "", **environment: str) -> tuple[bool, str, str]:
+def resolve_apart(home: Path, endpoint: str, model: str = REPO, **environment: str) -> tuple[bool, str, str]:
     """Whether it resolved, the folder or the refusal, and stderr."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, model, revision],
+        [sys.executable, "-c", SCRIPT, model],
         env={**clean, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment},
         cwd=home,
         capture_output=True,
@@ -68,7 +68,8 @@ def test_the_builtin_model_needs_no_hub():
 
 
 @pytest.mark.parametrize(
-    "model", ["", "/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c", "two words", "a--b/c", "model/"]
+    "model",
+    ["", "/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c", "two words", "a--b/c", "model/", "a/b@", "a@b@c", "@v1"],
 )
 def test_what_is_no_model_is_refused_in_one_line(model):
     with pytest.raises(StartError, match="folder") as refusal:
@@ -127,19 +128,19 @@ def test_a_token_opens_a_gated_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "model", "revision", "said"),
+    ("change", "model", "said"),
     [
-        ({}, "someone/other", "", "no such model on"),
-        ({}, REPO, "v9", "has no revision 'v9'"),
-        ({"refusal": (401, "")}, REPO, "", "HF_TOKEN"),
-        ({"refusal": (403, "")}, REPO, "", "can not be reached"),
-        ({"refusal": (500, "")}, REPO, "", "can not be reached"),
-        ({"files": {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}}, REPO, "", "holds no .safetensors weights"),
+        ({}, "someone/other", "no such model on"),
+        ({}, f"{REPO}@v9", "has no revision 'v9'"),
+        ({"refusal": (401, "")}, REPO, "HF_TOKEN"),
+        ({"refusal": (403, "")}, REPO, "can not be reached"),
+        ({"refusal": (500, "")}, REPO, "can not be reached"),
+        ({"files": {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}}, REPO, "holds no .safetensors weights"),
     ],
 )
-def test_each_way_to_fail_is_told_in_one_line(tmp_path, change, model, revision, said):
+def test_each_way_to_fail_is_told_in_one_line(tmp_path, change, model, said):
     with FakeHub(REPO, **{"files": FILES, **change}) as hub:
-        ok, refusal, _ = resolve_apart(tmp_path, hub.url, model, revision)
+        ok, refusal, _ = resolve_apart(tmp_path, hub.url, model)
     assert not ok
     assert said in refusal
     assert "\n" not in refusal
@@ -154,6 +155,15 @@ def test_no_hub_at_all_is_told_in_one_line(tmp_path):
 
 def test_a_commit_can_be_named(tmp_path):
     with FakeHub(REPO, FILES) as hub:
-        ok, folder, _ = resolve_apart(tmp_path, hub.url, REPO, COMMIT)
+        ok, folder, _ = resolve_apart(tmp_path, hub.url, f"{REPO}@{COMMIT}")
     assert ok
     assert Path(folder).name == COMMIT
+
+
+def test_a_model_without_a_name_is_called_by_its_folder_or_by_its_id_without_the_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    assert default_name(".") == tmp_path.name
+    assert default_name("weights/") == "weights"
+    assert default_name("builtin") == "builtin"
+    assert default_name(REPO) == default_name(f"{REPO}@v2") == REPO

@@ -67,7 +67,13 @@ def _metrics(own: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
         address = _parsed(service, config).metrics
         # Without a file the cluster itself says where the metrics of those behind the gateway are.
         if address is not None and (config or service == "gateway"):
-            yield from [(f"{service}: metrics", address)] * (sum(own.pools.values()) if service == "executor" else 1)
+            executors = sum(own.pools.values())
+            if service == "executor" and executors > 1 and not address.endswith(":0"):
+                free = address.rpartition(":")[0] + ":0"
+                raise ConfigError(
+                    f"executor: metrics: {executors} executors can not share {address}; {free} gives each a port of its own"
+                )
+            yield f"{service}: metrics", address
 
 
 def _parsed(service: str, config: Path | None) -> Any:
