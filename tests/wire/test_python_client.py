@@ -187,7 +187,8 @@ def test_sends_every_option_in_its_field(fake, connect):
     ).result()
     client.chat([{"role": "user", "content": "hi", "name": "Ada"}], stop=["a", "b"], add_generation_prompt=False).result()
     client.chat([{"role": "assistant", "content": "It is"}], continue_final_message=True).result()
-    generate, chat, going_on = fake.calls
+    client.chat([{"role": "user", "content": "hi"}], chat_template_kwargs={"enable_thinking": False, "budget": 5}).result()
+    generate, chat, going_on, with_kwargs = fake.calls
     assert list(generate.request.prompt.token_ids.ids) == [1, 2]
     assert generate.request.sampling.HasField("temperature")
     assert not generate.request.sampling.HasField("top_p")
@@ -204,6 +205,8 @@ def test_sends_every_option_in_its_field(fake, connect):
     assert going_on.request.conversation.continue_final_message
     assert not going_on.request.conversation.HasField("add_generation_prompt")
     assert list(chat.request.stopping.stop) == ["a", "b"]
+    assert not chat.request.conversation.HasField("chat_template_kwargs")
+    assert dict(with_kwargs.request.conversation.chat_template_kwargs) == {"enable_thinking": False, "budget": 5}
 
 
 def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
@@ -227,6 +230,11 @@ def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
         (lambda c: c.chat([{"role": "user", "content": 3}]), "conversation.messages[0].content", "text"),
         (lambda c: c.chat([{"role": "user", "text": "x"}]), "conversation.messages[0]", "with role, content"),
         (lambda c: c.chat([{"role": "user", "content": None}]), "conversation.messages[0].content", "text, and is None"),
+        (
+            lambda c: c.chat([], chat_template_kwargs={"a": object()}),
+            "conversation.chat_template_kwargs",
+            "a mapping from names to texts, numbers",
+        ),
         (lambda c: c.count_tokens([Message("tool", None)]), "conversation.messages[0].content", "text, and is None"),
         (lambda c: c.generate(b"Count"), "prompt", "a text or a sequence of token ids, and is bytes: decode it"),
         (lambda c: c.generate(memoryview(b"Count")), "prompt", "and is memoryview"),

@@ -24,6 +24,7 @@ from penstock.tokenizer.server import TokenizerServer
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if style is defined %}{{ style }}{% endif %}"
 )
 
 
@@ -95,6 +96,13 @@ async def test_encodes_a_conversation_that_ends_within_its_last_message(service)
     assert list(answer.token_ids) == service.tokenizer.encode("<|user|>the fox<|assistant|>quick").ids
 
 
+@pytest.mark.parametrize(("style", "text"), [("brief", "brief"), (5, "5"), (0.5, "0.5"), (False, "False"), (None, "None")])
+async def test_a_chat_template_reads_what_is_given_beside_the_conversation(service, style, text):
+    chat = pb.EncodeRequest.Chat(messages=[pb.ChatMessage(role="user", content="fox")], chat_template_kwargs={"style": style})
+    answer = await service.stub.Encode(pb.EncodeRequest(model="m", chat=chat))
+    assert list(answer.token_ids) == service.tokenizer.encode(f"<|user|>fox{text}").ids
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -106,6 +114,13 @@ async def test_encodes_a_conversation_that_ends_within_its_last_message(service)
             "messages",
         ),
         (pb.EncodeRequest(model="m", chat=pb.EncodeRequest.Chat()), "messages"),
+        (
+            pb.EncodeRequest(
+                model="m",
+                chat=pb.EncodeRequest.Chat(messages=[pb.ChatMessage(role="user")], chat_template_kwargs={"styl": 1}),
+            ),
+            "chat_template_kwargs",
+        ),
         (pb.EncodeRequest(model="bare", chat=pb.EncodeRequest.Chat(messages=[pb.ChatMessage(role="user")])), "messages"),
         (pb.EncodeRequest(model="m", text="the quick brown fox " * 200_000, max_tokens=100), "prompt"),
         (pb.EncodeRequest(model="m"), "input"),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from penstock.cli.cluster.checks import check
+from penstock.cli.cluster.checks import check, doors
 from penstock.cli.cluster.concurrently import concurrently
 from penstock.cli.cluster.console import Console
 from penstock.cli.cluster.executors import Executors
@@ -57,6 +57,7 @@ def up(
         served_name=settings.served_name or default_name(model),
         folder=folder,
         settings=settings,
+        doors=doors(settings, sections),
         config=sections,
         console=sys.stderr.isatty(),
     )
@@ -72,13 +73,13 @@ async def bring_up(plan: Plan, console: Console, group: Group) -> str:
     scheduler = (await group.start(plan.scheduler(), stage=0))["grpc"]
     executors = Executors(plan, group, console, scheduler)
 
-    async def doors() -> dict[str, str]:
+    async def open_doors() -> dict[str, str]:
         tokenizer = (await group.start(plan.tokenizer(), stage=1))["grpc"]
         await serving(tokenizer)
         return await group.start(plan.gateway(scheduler=scheduler, tokenizer=tokenizer), stage=3)
 
     async with told(console, "the model to load"):
-        gateway, _ = await concurrently(doors(), executors.start())
+        gateway, _ = await concurrently(open_doors(), executors.start())
     async with told(console, "the services to find each other"):
         await concurrently(serving(scheduler), serving(gateway["grpc"]))
         await listed(gateway["grpc"], plan.served_name)

@@ -49,7 +49,7 @@ def load_keys(path: str | None) -> Keys:
         tenants = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no YAML in UTF-8"
-        raise StartError(f"api_keys: can not read {path}: {why}") from error
+        raise StartError(f"api_keys: can not read {Path(path).absolute()}: {why}") from error
     if (
         not isinstance(tenants, dict)
         or not tenants

@@ -8,12 +8,23 @@ from typing import Any
 
 from penstock.common.errors import InvalidRequest
 
-__all__ = ["MAX_BIASES", "MAX_COUNTED_TOKENS", "MAX_MESSAGES", "MAX_STOPS", "MAX_STOP_IDS", "Bounds", "at_most", "check_body"]
+__all__ = [
+    "MAX_BIASES",
+    "MAX_COUNTED_TOKENS",
+    "MAX_MESSAGES",
+    "MAX_STOPS",
+    "MAX_STOP_IDS",
+    "MAX_TEMPLATE_KWARGS",
+    "Bounds",
+    "at_most",
+    "check_body",
+]
 
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096
+MAX_TEMPLATE_KWARGS = 32
 # Of a text that is only to be counted, which may be longer than any context.
 MAX_COUNTED_TOKENS = 1 << 20
 # Over all messages of a body.
@@ -54,6 +65,7 @@ def check_body(body: Mapping[str, Any], bounds: Bounds) -> None:
     ):
         _at_most(body, field, list, most, what)
     _at_most(body, "logit_bias", dict, MAX_BIASES, "token ids")
+    _at_most(body, "chat_template_kwargs", dict, MAX_TEMPLATE_KWARGS, "names")
     _at_most(body, "stream_options", dict, _MAX_FIELDS, "fields")
     _check_prompt(body.get("prompt"), bounds)
     _check_messages(body.get("messages"))

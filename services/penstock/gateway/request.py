@@ -83,6 +83,7 @@ class Generation:
     messages: Sequence[Message] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    chat_template_kwargs: Mapping[str, str | float | bool | None] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     reporting: Reporting = field(default_factory=Reporting)

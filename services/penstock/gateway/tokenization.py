@@ -22,7 +22,7 @@ __all__ = ["Tokenization"]
 # A tokenizer that is restarted is back well within this; a request waits that long for it.
 _PATIENCE_SECONDS = 15.0
 _PUBLIC_NAMES = {"text": "prompt", "token_ids": "prompt", "input": "prompt"} | {
-    field: f"conversation.{field}" for field in ("messages", "continue_final_message")
+    field: f"conversation.{field}" for field in ("messages", "continue_final_message", "chat_template_kwargs")
 }
 
 
@@ -65,6 +65,7 @@ class Tokenization:
                 add_generation_prompt=generation.opens_answer,
                 continue_final_message=generation.continue_final_message,
             )
+            chat.chat_template_kwargs.update(generation.chat_template_kwargs)
             request.chat.CopyFrom(chat)
         else:
             request.text = generation.text or ""

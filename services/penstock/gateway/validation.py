@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from penstock.common.errors import FieldViolation, InvalidRequest, UnsupportedField
@@ -17,6 +17,9 @@ __all__ = ["RequestLimits", "fields_in_use", "validate", "validate_input"]
 MAX_STOP_BYTES = 1024
 MAX_LOGPROBS = 20
 MAX_SALT_BYTES = 256
+_TEMPLATE_KWARGS = "conversation.chat_template_kwargs"
+# Whole numbers are the same in double precision up to here, which is how they go to the tokenizer.
+_LARGEST_TEMPLATE_NUMBER = 2**53
 # 0.01 in single precision. Less makes numbers of logits that are none.
 LEAST_REPETITION_PENALTY = ctypes.c_float(0.01).value
 
@@ -112,6 +115,7 @@ def _conversation(generation: Generation) -> Violations:
         yield FieldViolation(
             "conversation.continue_final_message", "can not stand with add_generation_prompt, which ends the last message"
         )
+    yield from _template_kwargs(generation.chat_template_kwargs)
     if not messages:
         yield FieldViolation("conversation.messages", "is empty; give at least one message")
     if len(messages) > MAX_MESSAGES:
@@ -122,6 +126,15 @@ def _conversation(generation: Generation) -> Violations:
             yield FieldViolation(f"conversation.messages[{i}].role", "is empty; give system, user, assistant or another role")
         for name in ("role", "content", "name"):
             yield from _unicode(f"conversation.messages[{i}].{name}", getattr(message, name))
+
+
+def _template_kwargs(given: Mapping[str, str | float | bool | None]) -> Violations:
+    for name, value in given.items():
+        yield from _unicode(_TEMPLATE_KWARGS, name)
+        if isinstance(value, str):
+            yield from _unicode(_TEMPLATE_KWARGS, value)
+        elif value is not None and not -_LARGEST_TEMPLATE_NUMBER <= value <= _LARGEST_TEMPLATE_NUMBER:
+            yield FieldViolation(_TEMPLATE_KWARGS, f"numbers within ±2^53; {name[:64]!a} is {str(value)[:24]}")
 
 
 def _sampling(sampling: Sampling, model: Model) -> Violations:

@@ -9,13 +9,13 @@ import datetime
 import json
 from typing import Any, NoReturn
 
-from jinja2 import Environment, Template, nodes
+from jinja2 import Environment, Template, meta, nodes
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["compile_template"]
+__all__ = ["compile_template", "variables_of"]
 
 
 def compile_template(source: str) -> Template:
@@ -24,11 +24,25 @@ def compile_template(source: str) -> Template:
     Raises:
         jinja2.TemplateError: its syntax is wrong.
     """
+    return _environment().from_string(source)
+
+
+def variables_of(source: str) -> set[str]:
+    """Names that a template reads and does not set itself, but for the functions that all templates have.
+
+    Raises:
+        jinja2.TemplateError: its syntax is wrong.
+    """
+    environment = _environment()
+    return meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys()
+
+
+def _environment() -> Environment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
 
 
 class _Generation(Extension):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from penstock.common.errors import ContextOverflow, InvalidRequest, UnknownModel
 from penstock.tokenizer.continuation import cut, marked
@@ -56,6 +58,7 @@ class Model:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         max_tokens: int = 0,
     ) -> list[int]:
         """The ids of a conversation, rendered by the chat template.
@@ -64,10 +67,12 @@ class Model:
             messages: their `role` and `content`, and `name` where a template uses one.
             add_generation_prompt: the opening of an answer follows them.
             continue_final_message: they end with the last one's text, with nothing that closes it.
+            chat_template_kwargs: what the template reads beside them.
             max_tokens: 0 is no limit.
 
         Raises:
-            InvalidRequest: there is no template, it refuses these messages, or the last one can not be gone on with.
+            InvalidRequest: there is no template, it refuses these messages, the last one can not be gone on with, or it does not
+                read what it is given beside them.
             ContextOverflow: they are longer than `max_tokens`.
         """
         if self._templates is None:
@@ -76,9 +81,14 @@ class Model:
             raise InvalidRequest.field("messages", "must hold at least one message")
         if continue_final_message:
             open_ended, mark = marked(messages)
-            text = cut(await self._templates.render(open_ended, add_generation_prompt=False), mark)
+            rendered = await self._templates.render(
+                open_ended, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
+            )
+            text = cut(rendered, mark)
         else:
-            text = await self._templates.render(messages, add_generation_prompt=add_generation_prompt)
+            text = await self._templates.render(
+                messages, add_generation_prompt=add_generation_prompt, chat_template_kwargs=chat_template_kwargs
+            )
         return await self.encode(text, add_special_tokens=False, max_tokens=max_tokens, field="messages")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
 
 from penstock.common import tracing
 from penstock.common.errors import InvalidRequest, PenstockError
@@ -79,6 +82,7 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
                     [_message(m) for m in request.chat.messages],
                     add_generation_prompt=request.chat.add_generation_prompt,
                     continue_final_message=request.chat.continue_final_message,
+                    chat_template_kwargs={k: _whole(v) for k, v in MessageToDict(request.chat.chat_template_kwargs).items()},
                     max_tokens=request.max_tokens,
                 )
             case _:
@@ -186,3 +190,8 @@ async def _read(source: AsyncIterator[pb.DecodeRequest], frames: asyncio.Queue[p
 def _message(message: pb.ChatMessage) -> dict[str, str]:
     turn = {"role": message.role, "content": message.content}
     return turn | {"name": message.name} if message.name else turn
+
+
+def _whole(value: Any) -> Any:
+    """A Struct's numbers are all floating-point; a template would write 5.0 for 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,8 +1,9 @@
 """The process that renders chat templates. A template is a program: only another process can be stopped, and bounded in memory.
 
 Frames on stdin and stdout: four bytes of length (big endian), one byte of kind, the content. The first frame in is the template
-and its limits as JSON; each later one holds a template's variables as JSON and is answered by one frame, of the kinds of `Kind`. A
-rendering that takes longer than its processor time ends the process, by the kernel's hand (SIGPROF), and so does the end of stdin.
+and its limits as JSON, and is answered by the names that the template reads, as a JSON list; each later one holds its variables as
+JSON and is answered by one frame, of the kinds of `Kind`. A rendering that takes longer than its processor time ends the process,
+by the kernel's hand (SIGPROF), and so does the end of stdin.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 from jinja2 import Template
 from jinja2.exceptions import TemplateError
 
-from penstock.tokenizer.chat_template import compile_template
+from penstock.tokenizer.chat_template import compile_template, variables_of
 
 __all__ = ["HEADER", "Kind", "main"]
 
@@ -50,11 +51,11 @@ def main() -> None:
     # Constant expressions are worked out here.
     signal.setitimer(signal.ITIMER_PROF, max(setup["seconds"], _COMPILE_SECONDS))
     try:
-        template = compile_template(setup["template"])
+        template, variables = compile_template(setup["template"]), variables_of(setup["template"])
     except Exception as error:  # noqa: BLE001 - whatever is wrong with the template is told
         _write(target, Kind.FAILED, f"{type(error).__name__}: {error}")
         return
-    _write(target, Kind.RENDERED, "")
+    _write(target, Kind.RENDERED, json.dumps(sorted(variables)))
     while (request := _read(source)) is not None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         kind, text = _render(template, request, setup["output_characters"])

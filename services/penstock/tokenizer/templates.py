@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from penstock.common.errors import InternalError, InvalidRequest
 from penstock.common.logs import logger
@@ -17,6 +19,7 @@ from penstock.tokenizer.template_worker import HEADER, Kind
 __all__ = ["TemplateError", "TemplateLimits", "Templates"]
 
 FIELD = "messages"
+_OF_THE_CONVERSATION = {"messages", "add_generation_prompt", "continue_final_message"}
 
 
 class TemplateError(Exception):
@@ -49,9 +52,14 @@ class _Died(Exception):
 
 
 class _Worker:
-    """One process; renders one conversation at a time."""
+    """One process; renders one conversation at a time.
+
+    Attributes:
+        variables: names that the template reads.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.variables: frozenset[str] = frozenset()
         self._process = process
 
     @classmethod
@@ -74,6 +82,7 @@ class _Worker:
         if kind is not Kind.RENDERED:
             await worker.kill()
             raise TemplateError(f"the chat template is wrong: {text.splitlines()[0] if text else kind.name}")
+        worker.variables = frozenset(json.loads(text))
         return worker
 
     async def ask(self, request: bytes, seconds: float) -> tuple[Kind, str]:
@@ -109,7 +118,9 @@ class Templates:
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], limits: TemplateLimits) -> None:
-        self._variables = dict(variables)
+        # `tools` and `documents` stand undefined-as-None, as transformers passes them.
+        self._variables = {**variables, "tools": None, "documents": None}
+        self._free: frozenset[str] = frozenset()
         self._limits = limits
         setup = {
             "template": source,
@@ -128,19 +139,32 @@ class Templates:
         Raises:
             TemplateError: it is no valid template.
         """
-        self._idle.append(await _Worker.start(self._setup))
+        worker = await _Worker.start(self._setup)
+        self._free = worker.variables - self._variables.keys() - _OF_THE_CONVERSATION
+        self._idle.append(worker)
 
-    async def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The conversation as the prompt that the model was trained on.
 
+        Args:
+            messages: see `penstock.tokenizer.encoding.Model.encode_chat`, for the others too.
+            add_generation_prompt: the opening of an answer follows them.
+            chat_template_kwargs: what the template reads beside the conversation, by its names.
+
         Raises:
-            InvalidRequest: the template refuses these messages, or takes too long or too much memory over them.
+            InvalidRequest: the template refuses these messages, or takes too long or too much memory over them; or it does not read
+                one of the names.
         """
-        # `tools` and `documents` stand undefined-as-None, as transformers passes them.
-        variables = self._variables | {"tools": None, "documents": None}
-        request = json.dumps(
-            variables | {"messages": messages, "add_generation_prompt": add_generation_prompt}, ensure_ascii=False
-        ).encode("utf-8", "surrogatepass")
+        self._check_names(chat_template_kwargs)
+        conversation = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables = {**chat_template_kwargs, **self._variables, **conversation}
+        request = json.dumps(variables, ensure_ascii=False).encode("utf-8", "surrogatepass")
         async with self._turn:
             try:
                 kind, text = await self._ask(request)
@@ -151,6 +175,14 @@ class Templates:
                 # The process may have died before it was asked; a new one tells.
                 kind, text = await self._ask_again(request)
         return self._answer(kind, text)
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        unknown = next((name for name in given if name not in self._free), None)
+        if unknown is not None:
+            names = f"it reads {', '.join(sorted(self._free))}" if self._free else "it reads nothing but the conversation"
+            raise InvalidRequest.field(
+                "chat_template_kwargs", f"{unknown[:64]!r} is nothing that the model's chat template reads of a request; {names}"
+            )
 
     async def _ask(self, request: bytes) -> tuple[Kind, str]:
         worker = self._idle.pop() if self._idle else await _Worker.start(self._setup)

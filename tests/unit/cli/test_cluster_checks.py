@@ -5,10 +5,11 @@ import socket
 import pytest
 from cyclopts import CycloptsError
 
-from penstock.cli.cluster.checks import check
+from penstock.cli.cluster.checks import check, doors
 from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.up import up
 from penstock.common.config import ConfigError
+from penstock.common.service import StartError
 
 FREE = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"}
 
@@ -87,6 +88,30 @@ def test_executors_can_not_share_one_metrics_port(file):
     for counts in ({"workers": 2}, {"prefill": 1, "decode": 1}):
         with pytest.raises(ConfigError, match=f"executor: metrics: 2 executors can not share {address}; 127.0.0.1:0 gives each"):
             check(UpConfig(**FREE, **counts), path)
+
+
+def test_the_gateways_doors_are_where_its_section_or_its_variables_put_them(file, monkeypatch):
+    path = file("gateway: {http: '127.0.0.1:9200'}\n")
+    assert doors(UpConfig(), None) == {"http": "127.0.0.1:8000", "grpc": "127.0.0.1:8001"}
+    assert doors(UpConfig(), path) == {"http": "127.0.0.1:9200", "grpc": "127.0.0.1:8001"}
+    monkeypatch.setenv("PENSTOCK_GRPC", "127.0.0.1:9301")
+    monkeypatch.setenv("PENSTOCK_GATEWAY_HTTP", "127.0.0.1:9300")
+    assert doors(UpConfig(), path) == {"http": "127.0.0.1:9300", "grpc": "127.0.0.1:9301"}
+    # What is said to the cluster goes before, be it the default.
+    assert doors(UpConfig(http="127.0.0.1:8000"), path) == {"http": "127.0.0.1:8000", "grpc": "127.0.0.1:9301"}
+
+
+def test_a_taken_port_is_called_by_the_setting_that_names_it(file):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"^gateway: http: can not listen on {address}"):
+            check(UpConfig(grpc="127.0.0.1:0"), file(f"gateway: {{http: '{address}'}}\n"))
+
+
+def test_keys_that_can_not_be_read_are_told_before_a_model_is_loaded(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StartError, match=f"^api_keys: can not read {tmp_path}/keys.yaml: No such file"):
+        check(UpConfig(**FREE), file("gateway: {api_keys: keys.yaml}\n"))
 
 
 @pytest.mark.parametrize("service", ["gateway", "tokenizer", "scheduler", "executor"])

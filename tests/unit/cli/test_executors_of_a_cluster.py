@@ -67,7 +67,7 @@ def roles_given(monkeypatch):
 @pytest.fixture
 async def cluster(roles_given):
     group = Group()
-    plan = Plan(served_name="m", folder=Path("/m"), settings=UpConfig(prefill=1, decode=1, threads=4))
+    plan = Plan(served_name="m", folder=Path("/m"), settings=UpConfig(prefill=1, decode=1, threads=4), doors={})
     running = Executors(plan, group, Console(sys.stderr), "scheduler:1")
     assert await running.start() == {"prefill-0": "prefill-0", "decode-0": "decode-0"}
     group.history.clear()

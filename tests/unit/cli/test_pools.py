@@ -20,7 +20,7 @@ POOLS = st.tuples(COUNTS, COUNTS, COUNTS).filter(any).map(lambda counts: dict(zi
 
 
 def command(planned, **settings):
-    plan = Plan(served_name="m", folder=Path("/models/m"), settings=UpConfig(**settings))
+    plan = Plan(served_name="m", folder=Path("/models/m"), settings=UpConfig(**settings), doors={})
     argv = plan.executor(planned, scheduler="127.0.0.1:1").argv
     return {flag: value for flag, value in pairwise((*argv, "")) if flag.startswith("--")}
 

@@ -87,6 +87,29 @@ async def test_renders_what_transformers_renders(source):
                 assert await templates.render(messages, add_generation_prompt=generation) == expected
 
 
+@pytest.mark.parametrize("given", [{"enable_thinking": False}, {"enable_thinking": True}, {"enable_thinking": None}])
+async def test_a_template_reads_what_is_given_beside_the_messages(given):
+    (expected,), _ = render_jinja_template([CONVERSATIONS[1]], chat_template=QWEN, add_generation_prompt=True, **given, **SPECIAL)
+    async with _templates(QWEN) as templates:
+        text = await templates.render(CONVERSATIONS[1], add_generation_prompt=True, chat_template_kwargs=given)
+        assert text == expected
+        assert text.endswith("</think>\n\n") == (given["enable_thinking"] is False)
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "add_generation_prompt", "tools", "bos_token", "ns", "range", ""])
+async def test_what_a_template_does_not_read_of_a_request_is_refused(name):
+    source = (
+        "{% set ns = range(3) %}{{ bos_token }}{{ messages }}{{ tools }}{{ ns }}{% if enable_thinking is defined %}hm{% endif %}"
+    )
+    async with _templates(source) as templates:
+        refusal = rf"^chat_template_kwargs: '{name}' is nothing that .* reads of a request; it reads enable_thinking$"
+        with pytest.raises(InvalidRequest, match=refusal):
+            await templates.render(CONVERSATIONS[0], add_generation_prompt=True, chat_template_kwargs={name: []})
+    async with _templates(CHATML) as templates:
+        with pytest.raises(InvalidRequest, match="it reads nothing but the conversation"):
+            await templates.render(CONVERSATIONS[0], add_generation_prompt=True, chat_template_kwargs={name: []})
+
+
 # The last stands in what closes a message, or in what opens an answer.
 @pytest.mark.parametrize("said", ["It is", "It is ", "\n  Well:\n", "m", "end", "assistant"])
 @pytest.mark.parametrize("source", [CHATML, LLAMA_2, LLAMA_3, MISTRAL, QWEN], ids=["chatml", "llama2", "llama3", "mistral", "qwen"])

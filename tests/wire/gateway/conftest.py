@@ -79,6 +79,7 @@ class FakeTokenizer(Served, tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.encoding.set()
         await self.encode_gate.wait()
         text = request.text or "".join(f"<{m.role}>{m.content}" for m in request.chat.messages)
+        text += "".join(f"[{name}={value}]" for name, value in sorted(request.chat.chat_template_kwargs.items()))
         if "loop forever" in text:
             raise InvalidRequest.field("messages", "take too long to render")
         ids = list(text.encode())

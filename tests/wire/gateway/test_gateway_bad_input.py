@@ -153,6 +153,19 @@ HTTP_ONLY = {
     "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
 }
 UNSUPPORTED = {"best_of", "suffix", "tools", "json", "best_of that is no number"}
+# vLLM's: some are spelt like a field that means something else.
+UNSUPPORTED_OF_VLLM = {
+    "truncate_prompt_tokens": 5,
+    "length_penalty": 0.5,
+    "allowed_token_ids": [1],
+    "add_special_tokens": False,
+    "return_tokens_as_token_ids": True,
+    "spaces_between_special_tokens": False,
+    "guided_json": {},
+    "use_beam_search": True,
+}
+HTTP_ONLY |= {name: ({name: value}, name) for name, value in UNSUPPORTED_OF_VLLM.items()}
+UNSUPPORTED |= UNSUPPORTED_OF_VLLM.keys()
 
 
 @pytest.mark.parametrize("case", HTTP_ONLY)
@@ -287,6 +300,7 @@ async def test_with_keys_only_their_bearers_come_in(suite_with, tmp_path):
     "extra",
     [
         {"reasoning_effort": "none"},
+        {"use_beam_search": False, "length_penalty": 1.0, "allowed_token_ids": [], "include_reasoning": True},
         {"verbosity": "medium"},
         {"logprobs": False, "top_logprobs": 0},
         {"prompt_cache_options": {"mode": "implicit"}},
@@ -316,7 +330,7 @@ async def test_what_asks_for_nothing_is_taken(suite, extra):
             "not supp",
         ),
         ("/tokenize", {"prompt": ["a", "b"]}, "prompt", "must be a text$"),
-        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs", "no field"),
+        ("/tokenize", {"prompt": "a", "return_token_str": True}, "return_token_str", "no field"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -326,3 +340,53 @@ async def test_what_is_wrong_is_told_in_the_words_of_the_page(suite, page, body,
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, field)
     assert re.search(message, error["message"])
+
+
+KWARGS = {"budget": 5, "style": "brief", "thinking": False}
+
+
+async def test_both_doors_hand_on_what_a_chat_template_is_to_read(suite):
+    turns = [{"role": "user", "content": "hi"}]
+    seen = "<user>hi[budget=5.0][style=brief][thinking=False]"
+    conversation = inference_pb2.Conversation(messages=[inference_pb2.Message(**turns[0])], chat_template_kwargs=KWARGS)
+    request = inference_pb2.CountTokensRequest(model="story", conversation=conversation, token_ids=True)
+    assert bytes((await suite.inference.CountTokens(request)).token_ids).decode() == seen
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/tokenize", json={"model": "story", "messages": turns, "chat_template_kwargs": KWARGS})
+        assert bytes(reply.json()["tokens"]).decode() == seen
+        body = {"model": "story", "messages": turns, "chat_template_kwargs": KWARGS, "max_tokens": 1}
+        reply = await client.post("/v1/chat/completions", json=body)
+        assert reply.json()["usage"]["prompt_tokens"] == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"style": [1]}, "texts, numbers, true, false and null"),
+        ({"style": {}}, "texts, numbers, true, false and null"),
+        ({"style": math.nan}, "numbers within"),
+        ({"style": -(2.0**53) - 2}, "numbers within"),
+        ({str(i): True for i in range(33)}, "at most 32 names; these are 33"),
+    ],
+)
+async def test_what_no_chat_template_can_read_is_refused_by_both_doors(suite, kwargs, message):
+    error = await refused_chat(suite, kwargs)
+    assert error["param"].partition(".")[0] == "chat_template_kwargs"
+    assert message in error["message"]
+    conversation = inference_pb2.Conversation(messages=[inference_pb2.Message(role="user")], chat_template_kwargs=kwargs)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await suite.inference.Chat(inference_pb2.ChatRequest(model="story", conversation=conversation)).read()
+    assert message in violations(failure.value)["conversation.chat_template_kwargs"]
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 10**400])
+async def test_whole_numbers_that_would_change_on_their_way_to_a_template_are_refused(suite, number):
+    assert "numbers within" in (await refused_chat(suite, {"budget": number}))["message"]
+
+
+async def refused_chat(suite, kwargs):
+    body = {"model": "story", "messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": kwargs}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/chat/completions", content=json.dumps(body))
+    assert reply.status_code == 400
+    return reply.json()["error"]

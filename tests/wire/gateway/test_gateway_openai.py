@@ -212,6 +212,35 @@ async def test_a_silent_stream_is_kept_alive_and_bears_the_clients_request_id(su
         await suite.rest()
 
 
+@pytest.mark.parametrize("page", ["completions", "chat/completions"])
+async def test_a_stream_that_is_not_silent_holds_nothing_but_events(suite, page):
+    body = {"model": "story", "stream": True, "max_tokens": 3, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    body.pop("messages" if page == "completions" else "prompt")
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        lines = (await client.post(f"/v1/{page}", json=body)).text.splitlines()
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(line.startswith("data: ") for line in lines if line)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("POST", "/chat/completions", 404, "there is no page /chat/completions; did you mean /v1/chat/completions?"),
+        ("GET", "/models", 404, "there is no page /models; did you mean /v1/models?"),
+        ("POST", "/v1/completion", 404, "there is no page /v1/completion; did you mean /v1/completions?"),
+        ("POST", "/v1/responses", 404, "there is no page /v1/responses; there are /v1/completions, /v1/chat/completions, "),
+        ("POST", "/v1/embeddings", 404, "there is no page /v1/embeddings; there are /v1/completions, "),
+        ("GET", "/", 404, "there is no page /; there are /v1/completions, "),
+        ("GET", "/v1/completions", 405, "/v1/completions does not take GET; it takes POST"),
+    ],
+)
+async def test_who_asks_for_no_page_is_told_which_there_are(suite, method, path, status, message):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.request(method, path)
+    assert reply.status_code == status
+    assert reply.json()["error"]["message"].startswith(message)
+
+
 async def test_tokenize_and_detokenize_are_each_others_inverse(suite):
     async with httpx.AsyncClient(base_url=suite.http) as client:
         told = (await client.post("/tokenize", json={"model": "story", "prompt": "Grüß"})).json()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
 
 from penstock.client.errors import InvalidRequest
 
@@ -50,6 +51,8 @@ def _right(field: FieldDescriptor) -> str:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
         return f"a mapping from {_TYPES[key.type]} to {_TYPES[value.type]}"
+    if field.message_type is Struct.DESCRIPTOR:
+        return "a mapping from names to texts, numbers, true, false and None"
     one = _TYPES.get(field.type, field.name)
     return f"a sequence, of which each is {one}" if field.is_repeated else one
 

@@ -10,9 +10,20 @@ from penstock.client._fields import filled, put
 from penstock.client.errors import InvalidRequest
 from penstock.v1 import inference_pb2 as pb
 
-__all__ = ["Message", "Options", "Prompt", "chat_request", "conversation", "count_request", "generate_request", "prompt_message"]
+__all__ = [
+    "Message",
+    "Options",
+    "Prompt",
+    "TemplateKwargs",
+    "chat_request",
+    "conversation",
+    "count_request",
+    "generate_request",
+    "prompt_message",
+]
 
 Prompt = str | Sequence[int]
+TemplateKwargs = Mapping[str, str | float | bool | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +100,16 @@ def chat_request(
     *,
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
+    chat_template_kwargs: TemplateKwargs | None,
 ) -> pb.ChatRequest:
     """The message of `chat`; raises as `generate_request`."""
     request = filled(pb.ChatRequest, _of_the_request(options))
-    said = conversation(messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+    said = conversation(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     request.MergeFrom(pb.ChatRequest(conversation=said, **_groups(options)))
     return request
 
@@ -129,10 +146,13 @@ def conversation(
     *,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> pb.Conversation:
     """A conversation; a message may be a mapping with `role`, `content` and maybe `name`. Raises as `generate_request`."""
     how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     said = filled(pb.Conversation, how, "conversation.")
+    if chat_template_kwargs:
+        put(said, "chat_template_kwargs", dict(chat_template_kwargs), "conversation.chat_template_kwargs")
     for index, given in enumerate(messages):
         path = f"conversation.messages[{index}]"
         try:

@@ -159,11 +159,19 @@ class Client:
         *,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
+        chat_template_kwargs: write.TemplateKwargs | None = None,
         **options: Unpack[Options],
     ) -> Stream:
-        """Answer a conversation, or go on with the text of its last message."""
+        """Answer a conversation, or go on with the text of its last message.
+
+        `chat_template_kwargs` is what the model's chat template reads beside the messages, such as ``{"enable_thinking": False}``.
+        """
         request = write.chat_request(
-            messages, options, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            messages,
+            options,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
         )
         return self._stream(self._inference.Chat, request, options)
 

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpenstock/v1/inference.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"L\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.penstock.v1.TokenIdsH\x00\x42\x06\n\x04kind\"6\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x94\x01\n\x0c\x43onversation\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.penstock.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\xb8\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x08 \x03(\x0b\x32$.penstock.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xaf\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x19\n\x11include_stop_text\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\x9a\x01\n\tReporting\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x01(\x08\x12\x0c\n\x04\x65\x63ho\x18\x04 \x01(\x08\x12\x16\n\x0especial_tokens\x18\x05 \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.penstock.v1.Prompt\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.penstock.v1.Sampling\x12\'\n\x08stopping\x18\x04 \x01(\x0b\x32\x15.penstock.v1.Stopping\x12)\n\treporting\x18\x05 \x01(\x0b\x32\x16.penstock.v1.Reporting\x12\t\n\x01n\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x12\n\ncache_salt\x18\x08 \x01(\t\"\xef\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.penstock.v1.Finish\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12%\n\x07\x63losing\x18\x07 \x01(\x0b\x32\x14.penstock.v1.Closing\"\xfb\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x19.penstock.v1.Conversation\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.penstock.v1.Sampling\x12\'\n\x08stopping\x18\x04 \x01(\x0b\x32\x15.penstock.v1.Stopping\x12)\n\treporting\x18\x05 \x01(\x0b\x32\x16.penstock.v1.Reporting\x12\t\n\x01n\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x12\n\ncache_salt\x18\x08 \x01(\t\"\xeb\x01\n\x0c\x43hatResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.penstock.v1.Finish\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12%\n\x07\x63losing\x18\x07 \x01(\x0b\x32\x14.penstock.v1.Closing\"\xcc\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12;\n\x0c\x61lternatives\x18\x05 \x03(\x0b\x32%.penstock.v1.TokenLogprob.Alternative\x1a?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\"t\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12\x11\n\tstop_text\x18\x02 \x01(\t\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x9a\x06\n\x07\x43losing\x12!\n\x05usage\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Usage\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12*\n\nplacements\x18\x04 \x03(\x0b\x32\x16.penstock.v1.Placement\x12-\n\nqueue_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0creplacements\x18\t \x01(\r\x12\x13\n\x0bpreemptions\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x1b\n\x13prefill_executor_id\x18\x0c \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_executor_id\x18\r \x01(\t\x12\x36\n\x10placement_reason\x18\x0e \x01(\x0e\x32\x1c.penstock.v1.PlacementReason\x12%\n\x07handoff\x18\x0f \x01(\x0b\x32\x14.penstock.v1.Handoff\x12\'\n\x08\x66\x61llback\x18\x10 \x01(\x0e\x32\x15.penstock.v1.Fallback\x12\x17\n\x0f\x66\x61llback_reason\x18\x11 \x01(\t\x12\x32\n\x0f\x66irst_step_time\x18\x12 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x65ncode_time\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x66irst_token_time\x18\x14 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x66irst_text_time\x18\x15 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x07Handoff\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x30\n\rtransfer_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65xposed_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0e\n\x06native\x18\x05 \x01(\x08\"A\n\tPlacement\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x99\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.penstock.v1.PromptH\x00\x12\x31\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x19.penstock.v1.ConversationH\x00\x12\x11\n\ttoken_ids\x18\x04 \x01(\x08\x42\x07\n\x05input\"O\n\x13\x43ountTokensResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r*\xd2\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x05\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x06*\xdf\x02\n\x0fPlacementReason\x12 \n\x1cPLACEMENT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17PLACEMENT_REASON_POLICY\x10\x01\x12\x19\n\x15PLACEMENT_REASON_COST\x10\x02\x12(\n$PLACEMENT_REASON_NO_PREFILL_EXECUTOR\x10\x03\x12\'\n#PLACEMENT_REASON_NO_DECODE_EXECUTOR\x10\x04\x12\x1e\n\x1aPLACEMENT_REASON_ONE_TOKEN\x10\x05\x12\x1b\n\x17PLACEMENT_REASON_CACHED\x10\x06\x12!\n\x1dPLACEMENT_REASON_INCOMPATIBLE\x10\x07\x12\x1d\n\x19PLACEMENT_REASON_REPLACED\x10\x08\x12 \n\x1cPLACEMENT_REASON_UNREACHABLE\x10\t*p\n\x08\x46\x61llback\x12\x18\n\x14\x46\x41LLBACK_UNSPECIFIED\x10\x00\x12\x11\n\rFALLBACK_NONE\x10\x01\x12 \n\x1c\x46\x41LLBACK_RECOMPUTE_ON_DECODE\x10\x02\x12\x15\n\x11\x46\x41LLBACK_REPLACED\x10\x03\x32\xe7\x01\n\tInference\x12I\n\x08Generate\x12\x1c.penstock.v1.GenerateRequest\x1a\x1d.penstock.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x18.penstock.v1.ChatRequest\x1a\x19.penstock.v1.ChatResponse0\x01\x12P\n\x0b\x43ountTokens\x12\x1f.penstock.v1.CountTokensRequest\x1a .penstock.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpenstock/v1/inference.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"L\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.penstock.v1.TokenIdsH\x00\x42\x06\n\x04kind\"6\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xcb\x01\n\x0c\x43onversation\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.penstock.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x35\n\x14\x63hat_template_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructB\x18\n\x16_add_generation_prompt\"\xb8\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x08 \x03(\x0b\x32$.penstock.v1.Sampling.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xaf\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x19\n\x11include_stop_text\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\x9a\x01\n\tReporting\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x03 \x01(\x08\x12\x0c\n\x04\x65\x63ho\x18\x04 \x01(\x08\x12\x16\n\x0especial_tokens\x18\x05 \x01(\x08\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xf3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.penstock.v1.Prompt\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.penstock.v1.Sampling\x12\'\n\x08stopping\x18\x04 \x01(\x0b\x32\x15.penstock.v1.Stopping\x12)\n\treporting\x18\x05 \x01(\x0b\x32\x16.penstock.v1.Reporting\x12\t\n\x01n\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x12\n\ncache_salt\x18\x08 \x01(\t\"\xef\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.penstock.v1.Finish\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12%\n\x07\x63losing\x18\x07 \x01(\x0b\x32\x14.penstock.v1.Closing\"\xfb\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x19.penstock.v1.Conversation\x12\'\n\x08sampling\x18\x03 \x01(\x0b\x32\x15.penstock.v1.Sampling\x12\'\n\x08stopping\x18\x04 \x01(\x0b\x32\x15.penstock.v1.Stopping\x12)\n\treporting\x18\x05 \x01(\x0b\x32\x16.penstock.v1.Reporting\x12\t\n\x01n\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x12\n\ncache_salt\x18\x08 \x01(\t\"\xeb\x01\n\x0c\x43hatResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.penstock.v1.Finish\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\x12%\n\x07\x63losing\x18\x07 \x01(\x0b\x32\x14.penstock.v1.Closing\"\xcc\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12;\n\x0c\x61lternatives\x18\x05 \x03(\x0b\x32%.penstock.v1.TokenLogprob.Alternative\x1a?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\"t\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12\x11\n\tstop_text\x18\x02 \x01(\t\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x9a\x06\n\x07\x43losing\x12!\n\x05usage\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Usage\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12*\n\nplacements\x18\x04 \x03(\x0b\x32\x16.penstock.v1.Placement\x12-\n\nqueue_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0creplacements\x18\t \x01(\r\x12\x13\n\x0bpreemptions\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x1b\n\x13prefill_executor_id\x18\x0c \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_executor_id\x18\r \x01(\t\x12\x36\n\x10placement_reason\x18\x0e \x01(\x0e\x32\x1c.penstock.v1.PlacementReason\x12%\n\x07handoff\x18\x0f \x01(\x0b\x32\x14.penstock.v1.Handoff\x12\'\n\x08\x66\x61llback\x18\x10 \x01(\x0e\x32\x15.penstock.v1.Fallback\x12\x17\n\x0f\x66\x61llback_reason\x18\x11 \x01(\t\x12\x32\n\x0f\x66irst_step_time\x18\x12 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x65ncode_time\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x66irst_token_time\x18\x14 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x66irst_text_time\x18\x15 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x07Handoff\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x30\n\rtransfer_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65xposed_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0e\n\x06native\x18\x05 \x01(\x08\"A\n\tPlacement\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x99\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.penstock.v1.PromptH\x00\x12\x31\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x19.penstock.v1.ConversationH\x00\x12\x11\n\ttoken_ids\x18\x04 \x01(\x08\x42\x07\n\x05input\"O\n\x13\x43ountTokensResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r*\xd2\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x05\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x06*\xdf\x02\n\x0fPlacementReason\x12 \n\x1cPLACEMENT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17PLACEMENT_REASON_POLICY\x10\x01\x12\x19\n\x15PLACEMENT_REASON_COST\x10\x02\x12(\n$PLACEMENT_REASON_NO_PREFILL_EXECUTOR\x10\x03\x12\'\n#PLACEMENT_REASON_NO_DECODE_EXECUTOR\x10\x04\x12\x1e\n\x1aPLACEMENT_REASON_ONE_TOKEN\x10\x05\x12\x1b\n\x17PLACEMENT_REASON_CACHED\x10\x06\x12!\n\x1dPLACEMENT_REASON_INCOMPATIBLE\x10\x07\x12\x1d\n\x19PLACEMENT_REASON_REPLACED\x10\x08\x12 \n\x1cPLACEMENT_REASON_UNREACHABLE\x10\t*p\n\x08\x46\x61llback\x12\x18\n\x14\x46\x41LLBACK_UNSPECIFIED\x10\x00\x12\x11\n\rFALLBACK_NONE\x10\x01\x12 \n\x1c\x46\x41LLBACK_RECOMPUTE_ON_DECODE\x10\x02\x12\x15\n\x11\x46\x41LLBACK_REPLACED\x10\x03\x32\xe7\x01\n\tInference\x12I\n\x08Generate\x12\x1c.penstock.v1.GenerateRequest\x1a\x1d.penstock.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x18.penstock.v1.ChatRequest\x1a\x19.penstock.v1.ChatResponse0\x01\x12P\n\x0b\x43ountTokens\x12\x1f.penstock.v1.CountTokensRequest\x1a .penstock.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,54 +35,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3817
-  _globals['_FINISHREASON']._serialized_end=4027
-  _globals['_PLACEMENTREASON']._serialized_start=4030
-  _globals['_PLACEMENTREASON']._serialized_end=4381
-  _globals['_FALLBACK']._serialized_start=4383
-  _globals['_FALLBACK']._serialized_end=4495
-  _globals['_TOKENIDS']._serialized_start=76
-  _globals['_TOKENIDS']._serialized_end=99
-  _globals['_PROMPT']._serialized_start=101
-  _globals['_PROMPT']._serialized_end=177
-  _globals['_MESSAGE']._serialized_start=179
-  _globals['_MESSAGE']._serialized_end=233
-  _globals['_CONVERSATION']._serialized_start=236
-  _globals['_CONVERSATION']._serialized_end=384
-  _globals['_SAMPLING']._serialized_start=387
-  _globals['_SAMPLING']._serialized_end=827
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=658
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=706
-  _globals['_STOPPING']._serialized_start=830
-  _globals['_STOPPING']._serialized_end=1005
-  _globals['_REPORTING']._serialized_start=1008
-  _globals['_REPORTING']._serialized_end=1162
-  _globals['_GENERATEREQUEST']._serialized_start=1165
-  _globals['_GENERATEREQUEST']._serialized_end=1408
-  _globals['_GENERATERESPONSE']._serialized_start=1411
-  _globals['_GENERATERESPONSE']._serialized_end=1650
-  _globals['_CHATREQUEST']._serialized_start=1653
-  _globals['_CHATREQUEST']._serialized_end=1904
-  _globals['_CHATRESPONSE']._serialized_start=1907
-  _globals['_CHATRESPONSE']._serialized_end=2142
-  _globals['_TOKENLOGPROB']._serialized_start=2145
-  _globals['_TOKENLOGPROB']._serialized_end=2349
-  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_start=2286
-  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_end=2349
-  _globals['_FINISH']._serialized_start=2351
-  _globals['_FINISH']._serialized_end=2467
-  _globals['_USAGE']._serialized_start=2469
-  _globals['_USAGE']._serialized_end=2549
-  _globals['_CLOSING']._serialized_start=2552
-  _globals['_CLOSING']._serialized_end=3346
-  _globals['_HANDOFF']._serialized_start=3349
-  _globals['_HANDOFF']._serialized_end=3510
-  _globals['_PLACEMENT']._serialized_start=3512
-  _globals['_PLACEMENT']._serialized_end=3577
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=3580
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=3733
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=3735
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=3814
-  _globals['_INFERENCE']._serialized_start=4498
-  _globals['_INFERENCE']._serialized_end=4729
+  _globals['_FINISHREASON']._serialized_start=3902
+  _globals['_FINISHREASON']._serialized_end=4112
+  _globals['_PLACEMENTREASON']._serialized_start=4115
+  _globals['_PLACEMENTREASON']._serialized_end=4466
+  _globals['_FALLBACK']._serialized_start=4468
+  _globals['_FALLBACK']._serialized_end=4580
+  _globals['_TOKENIDS']._serialized_start=106
+  _globals['_TOKENIDS']._serialized_end=129
+  _globals['_PROMPT']._serialized_start=131
+  _globals['_PROMPT']._serialized_end=207
+  _globals['_MESSAGE']._serialized_start=209
+  _globals['_MESSAGE']._serialized_end=263
+  _globals['_CONVERSATION']._serialized_start=266
+  _globals['_CONVERSATION']._serialized_end=469
+  _globals['_SAMPLING']._serialized_start=472
+  _globals['_SAMPLING']._serialized_end=912
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=743
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=791
+  _globals['_STOPPING']._serialized_start=915
+  _globals['_STOPPING']._serialized_end=1090
+  _globals['_REPORTING']._serialized_start=1093
+  _globals['_REPORTING']._serialized_end=1247
+  _globals['_GENERATEREQUEST']._serialized_start=1250
+  _globals['_GENERATEREQUEST']._serialized_end=1493
+  _globals['_GENERATERESPONSE']._serialized_start=1496
+  _globals['_GENERATERESPONSE']._serialized_end=1735
+  _globals['_CHATREQUEST']._serialized_start=1738
+  _globals['_CHATREQUEST']._serialized_end=1989
+  _globals['_CHATRESPONSE']._serialized_start=1992
+  _globals['_CHATRESPONSE']._serialized_end=2227
+  _globals['_TOKENLOGPROB']._serialized_start=2230
+  _globals['_TOKENLOGPROB']._serialized_end=2434
+  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_start=2371
+  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_end=2434
+  _globals['_FINISH']._serialized_start=2436
+  _globals['_FINISH']._serialized_end=2552
+  _globals['_USAGE']._serialized_start=2554
+  _globals['_USAGE']._serialized_end=2634
+  _globals['_CLOSING']._serialized_start=2637
+  _globals['_CLOSING']._serialized_end=3431
+  _globals['_HANDOFF']._serialized_start=3434
+  _globals['_HANDOFF']._serialized_end=3595
+  _globals['_PLACEMENT']._serialized_start=3597
+  _globals['_PLACEMENT']._serialized_end=3662
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=3665
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=3818
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=3820
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=3899
+  _globals['_INFERENCE']._serialized_start=4583
+  _globals['_INFERENCE']._serialized_end=4814
 # @@protoc_insertion_point(module_scope)

@@ -13,8 +13,9 @@ from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.layers import SERVICES
 from penstock.common.addresses import host_and_port
 from penstock.common.config import ConfigError
+from penstock.gateway.auth import load_keys
 
-__all__ = ["check"]
+__all__ = ["check", "doors"]
 
 _POSITIVE = ("kv_cache_gib", "max_batch_tokens", "max_batch_size")
 _NOT_NEGATIVE = ("max_restarts", "healthy_seconds", "grace_seconds")
@@ -29,15 +30,33 @@ def check(settings: UpConfig, config: Path | None) -> None:
 
     Raises:
         ConfigError: a setting is wrong; names it and what would be right.
+        StartError: the file of API keys can not be read.
         CycloptsError: a service would refuse a value in its section or its environment variables.
     """
     _check_own(settings)
+    load_keys(_parsed("gateway", config).api_keys)
     for setting in ("backend", "prefill_backend", "decode_backend"):
         _check_backend(setting, getattr(settings, setting))
     with contextlib.ExitStack() as held:
         # Held until all are bound, so that two that are the same are found.
-        for setting, address in (("--http", settings.http), ("--grpc", settings.grpc), *_metrics(settings, config)):
+        for setting, address in (*_doors(settings, config), *_metrics(settings, config)):
             held.enter_context(_bound(setting, address))
+
+
+def doors(settings: UpConfig, config: Path | None) -> dict[str, str]:
+    """Where the gateway is to listen, by the name of the door."""
+    return {setting.rpartition(" ")[2].lstrip("-"): address for setting, address in _doors(settings, config)}
+
+
+def _doors(settings: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
+    """By setting: what was said to the cluster, then what the gateway's own section and variables say."""
+    own, theirs = settings.own(("http", "grpc")), _parsed("gateway", config)
+    for door in ("http", "grpc"):
+        address = getattr(theirs, door)
+        if door in own or address == getattr(UpConfig, door):
+            yield f"--{door}", getattr(settings, door)
+        else:
+            yield f"gateway: {door}", address
 
 
 def _check_own(settings: UpConfig) -> None:

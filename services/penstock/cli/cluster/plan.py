@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.cli.cluster.child import Program
 from penstock.cli.cluster.pools import ExecutorPlan
 from penstock.cli.cluster.settings import UpConfig
-from penstock.common.config import ENVIRONMENT_PREFIX
 
 __all__ = ["Plan"]
 
@@ -26,6 +24,7 @@ class Plan:
         served_name: what clients call the model.
         folder: the model's files.
         settings: what the user asked for.
+        doors: where the gateway listens, by the name of the door.
         config: a file with sections for services, which they read themselves; or None.
         console: whether logs are for a person, where the format is left to the terminal.
     """
@@ -33,6 +32,7 @@ class Plan:
     served_name: str
     folder: Path
     settings: UpConfig
+    doors: Mapping[str, str]
     config: Path | None = None
     console: bool = False
 
@@ -47,7 +47,7 @@ class Plan:
 
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
-        listen = {"http": ("--http", self.settings.http), "grpc": ("--grpc", self.settings.grpc)}
+        listen = {name: (f"--{name}", address) for name, address in self.doors.items()}
         flags = ["--scheduler", scheduler, "--tokenizer", tokenizer, *self._given(("event_log",))]
         return self._program("gateway", "gateway", flags, listen)
 
@@ -86,13 +86,8 @@ class Plan:
         return Program(name=name, service=service, argv=argv, listen=listen)
 
     def _given(self, keys: Sequence[str]) -> list[str]:
-        """Flags for what was given; the rest is left to the service's own section, environment and defaults.
-
-        So is what a variable for all commands says: a service reads it too, and what is said to it alone goes before.
-        """
-        given = {key: getattr(self.settings, key) for key in keys if key in self.settings.given}
-        own = {key: value for key, value in given.items() if os.environ.get(f"{ENVIRONMENT_PREFIX}{key.upper()}") != str(value)}
-        return [word for key, value in own.items() for word in _flag(key.replace("_", "-"), value)]
+        """Flags for what was said to the cluster itself."""
+        return [word for key, value in self.settings.own(keys).items() for word in _flag(key.replace("_", "-"), value)]
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 from penstock.cli.cluster.pools import Role, pools
+from penstock.common.config import ENVIRONMENT_PREFIX
 from penstock.common.logs import LogFormat, LogLevel
 
 __all__ = ["UpConfig"]
@@ -86,6 +89,14 @@ class UpConfig:
         self = super().__new__(cls)
         object.__setattr__(self, "given", frozenset(given))
         return self
+
+    def own(self, keys: Iterable[str]) -> dict[str, object]:
+        """Of these settings, those that were said to the cluster itself; the rest is for a service's own section and environment.
+
+        So is what a variable for all commands says: a service reads it too, and what is said to it alone goes before.
+        """
+        given = {key: getattr(self, key) for key in keys if key in self.given}
+        return {key: value for key, value in given.items() if os.environ.get(f"{ENVIRONMENT_PREFIX}{key.upper()}") != str(value)}
 
     @property
     def pools(self) -> dict[Role, int]:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import ListValue, Struct
 
 from penstock.common.errors import InvalidRequest
 from penstock.common.placement import PlacementReason
 from penstock.gateway.admission import Call
 from penstock.gateway.answer import Closing, Delta, Fallback, Finish, FinishReason, Handoff, Logprob
-from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS, Bounds, at_most
+from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS, MAX_TEMPLATE_KWARGS, Bounds, at_most
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.request import Generation, Message, Reporting, Sampling, Stopping
 from penstock.v1 import inference_pb2
@@ -65,7 +66,16 @@ def conversation_input(conversation: inference_pb2.Conversation) -> dict[str, An
         "messages": [Message(m.role, m.content, m.name) for m in conversation.messages],
         "add_generation_prompt": conversation.add_generation_prompt if conversation.HasField("add_generation_prompt") else None,
         "continue_final_message": conversation.continue_final_message,
+        "chat_template_kwargs": _scalars(conversation.chat_template_kwargs),
     }
+
+
+def _scalars(given: Struct) -> dict[str, str | float | bool | None]:
+    at_most("conversation.chat_template_kwargs", len(given), MAX_TEMPLATE_KWARGS, "names")
+    scalars = {name: value for name, value in given.items() if not isinstance(value, Struct | ListValue)}
+    if len(scalars) < len(given):
+        raise InvalidRequest.field("conversation.chat_template_kwargs", "takes texts, numbers, true, false and null")
+    return scalars
 
 
 def _shared(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -28,6 +30,7 @@ from penstock.gateway.validation import validate_input
 __all__ = ["DRAINING", "http_app"]
 
 DRAINING = "draining"
+_SHOWN_CHARACTERS = 128
 
 
 def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], str], cors_origins: Sequence[str] = ()) -> ASGIApp:
@@ -88,6 +91,7 @@ class _Pages:
             messages=generations.messages(body.messages) if body.messages is not None else None,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message or False,
+            chat_template_kwargs=body.chat_template_kwargs or {},
         )
         admission = self._door.admission
         model = admission.catalog.model(generation.model)
@@ -138,9 +142,18 @@ def _model(model: Model) -> dict[str, object]:
     }
 
 
-async def _no_such_page(_request: Request, error: HTTPException) -> Response:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    body = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": code}}
+async def _no_such_page(request: Request, error: HTTPException) -> Response:
+    path, pages = request.url.path, [route.path for route in request.app.routes]
+    code, message = "invalid_request", str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        near = difflib.get_close_matches(path, [page for page in pages if "{" not in page], n=1, cutoff=0.75)
+        meant = next((page for page in pages if page == f"/v1{path}"), near[0] if near else None)
+        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(pages)}"
+        code, message = "not_found", f"there is no page {path[:_SHOWN_CHARACTERS]}; {hint}"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        code, message = "method_not_allowed", f"{path} does not take {request.method}; it takes {allowed}"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 

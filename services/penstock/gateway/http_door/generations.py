@@ -49,6 +49,7 @@ def chat(body: ChatBody) -> list[Generation]:
             messages=messages(body.messages),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message or False,
+            chat_template_kwargs=body.chat_template_kwargs or {},
             **_shared(body, max_tokens, reporting),
         )
     ]

@@ -100,6 +100,7 @@ class ChatBody(SharedBody):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
 
 
 class TokenizeBody(_Body):
@@ -110,6 +111,7 @@ class TokenizeBody(_Body):
     messages: list[ChatTurn] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
 
 
 class DetokenizeBody(_Body):
@@ -119,7 +121,7 @@ class DetokenizeBody(_Body):
     tokens: Annotated[list[int], FailFast()]
 
 
-# Fields of OpenAI's that change nothing here.
+# Fields of OpenAI's and vLLM's that change nothing here.
 _HARMLESS = {
     "user",
     "store",
@@ -132,8 +134,9 @@ _HARMLESS = {
     "parallel_tool_calls",
     "refusal",
     "annotations",
+    "include_reasoning",
 }
-# Fields of OpenAI's that are not supported, with the values under which they ask for nothing.
+# Fields of OpenAI's and vLLM's that are not supported, with the values under which they ask for nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -151,11 +154,36 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "best_of": (1,),
     "suffix": ("",),
+    "add_special_tokens": (),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "chat_template": (),
+    "continuous_usage_stats": (False,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": (),
+    "prompt_embeds": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "return_token_strs": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
 }
 _EXPECTED = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "a text or a list of texts",
     "content": "a text or a list of text parts",
+    "chat_template_kwargs": "an object of texts, numbers, true, false and null",
 }
 _EXPECTED_OF: Mapping[type[BaseModel], Mapping[str, str]] = {TokenizeBody: {"prompt": "a text"}}
 # What others call a field, where no name is like it.

@@ -79,7 +79,9 @@ async def stream(
     await queue.wait(keepalive_seconds)
     deltas = queue.take_now() if queue.pending else ()
     await send({"type": "http.response.start", "status": 200, "headers": list(headers)})
-    await _send(send, b"".join(_event(chunk) for chunk in rendering.opening()) or _KEEPALIVE)
+    opening = b"".join(_event(chunk) for chunk in rendering.opening())
+    if opening or not deltas:
+        await _send(send, opening or _KEEPALIVE)
     try:
         while True:
             if deltas:

@@ -22,39 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$penstock/internal/v1/tokenizer.proto\x12\x14penstock.internal.v1\"\x9d\x02\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x38\n\x04\x63hat\x18\x03 \x01(\x0b\x32(.penstock.internal.v1.EncodeRequest.ChatH\x00\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x1az\n\x04\x43hat\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.penstock.internal.v1.ChatMessage\x12\x1d\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x42\x07\n\x05input\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"8\n\x0e\x45ncodeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"b\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\x08\"G\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\xc4\x01\n\rDecodeRequest\x12\x14\n\x0c\x64\x65\x63oding_ids\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x03(\x04\x12\x30\n\x04open\x18\x04 \x03(\x0b\x32\".penstock.internal.v1.OpenDecoding\x12\x0e\n\x06\x63losed\x18\x05 \x03(\x04\x12\x36\n\x08\x64\x65scribe\x18\x06 \x03(\x0b\x32$.penstock.internal.v1.DescribeTokens\"\xa2\x01\n\x0cOpenDecoding\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x19\n\x11include_stop_text\x18\x04 \x01(\x08\x12\x1b\n\x13skip_special_tokens\x18\x05 \x01(\x08\x12\x14\n\x0creplayed_ids\x18\x06 \x03(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\"8\n\x0e\x44\x65scribeTokens\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"|\n\x0e\x44\x65\x63odeResponse\x12\x30\n\x05texts\x18\x01 \x03(\x0b\x32!.penstock.internal.v1.DecodedText\x12\x38\n\tdescribed\x18\x02 \x03(\x0b\x32%.penstock.internal.v1.DescribedTokens\"\x8b\x01\n\x0b\x44\x65\x63odedText\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0b\x62yte_offset\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x17\n\nstop_index\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04last\x18\x06 \x01(\x08\x42\r\n\x0b_stop_index\"6\n\x0f\x44\x65scribedTokens\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x32\xa1\x02\n\x10TokenizerService\x12S\n\x06\x45ncode\x12#.penstock.internal.v1.EncodeRequest\x1a$.penstock.internal.v1.EncodeResponse\x12_\n\nDetokenize\x12\'.penstock.internal.v1.DetokenizeRequest\x1a(.penstock.internal.v1.DetokenizeResponse\x12W\n\x06\x44\x65\x63ode\x12#.penstock.internal.v1.DecodeRequest\x1a$.penstock.internal.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$penstock/internal/v1/tokenizer.proto\x12\x14penstock.internal.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xd5\x02\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x38\n\x04\x63hat\x18\x03 \x01(\x0b\x32(.penstock.internal.v1.EncodeRequest.ChatH\x00\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x1a\xb1\x01\n\x04\x43hat\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.penstock.internal.v1.ChatMessage\x12\x1d\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x35\n\x14\x63hat_template_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructB\x07\n\x05input\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"8\n\x0e\x45ncodeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"b\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\x12\x0e\n\x06tokens\x18\x04 \x01(\x08\"G\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\xc4\x01\n\rDecodeRequest\x12\x14\n\x0c\x64\x65\x63oding_ids\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x03(\x04\x12\x30\n\x04open\x18\x04 \x03(\x0b\x32\".penstock.internal.v1.OpenDecoding\x12\x0e\n\x06\x63losed\x18\x05 \x03(\x04\x12\x36\n\x08\x64\x65scribe\x18\x06 \x03(\x0b\x32$.penstock.internal.v1.DescribeTokens\"\xa2\x01\n\x0cOpenDecoding\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x19\n\x11include_stop_text\x18\x04 \x01(\x08\x12\x1b\n\x13skip_special_tokens\x18\x05 \x01(\x08\x12\x14\n\x0creplayed_ids\x18\x06 \x03(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\"8\n\x0e\x44\x65scribeTokens\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"|\n\x0e\x44\x65\x63odeResponse\x12\x30\n\x05texts\x18\x01 \x03(\x0b\x32!.penstock.internal.v1.DecodedText\x12\x38\n\tdescribed\x18\x02 \x03(\x0b\x32%.penstock.internal.v1.DescribedTokens\"\x8b\x01\n\x0b\x44\x65\x63odedText\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0b\x62yte_offset\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x17\n\nstop_index\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04last\x18\x06 \x01(\x08\x42\r\n\x0b_stop_index\"6\n\x0f\x44\x65scribedTokens\x12\x13\n\x0b\x64\x65\x63oding_id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x32\xa1\x02\n\x10TokenizerService\x12S\n\x06\x45ncode\x12#.penstock.internal.v1.EncodeRequest\x1a$.penstock.internal.v1.EncodeResponse\x12_\n\nDetokenize\x12\'.penstock.internal.v1.DetokenizeRequest\x1a(.penstock.internal.v1.DetokenizeResponse\x12W\n\x06\x44\x65\x63ode\x12#.penstock.internal.v1.DecodeRequest\x1a$.penstock.internal.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.internal.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=63
-  _globals['_ENCODEREQUEST']._serialized_end=348
-  _globals['_ENCODEREQUEST_CHAT']._serialized_start=217
-  _globals['_ENCODEREQUEST_CHAT']._serialized_end=339
-  _globals['_CHATMESSAGE']._serialized_start=350
-  _globals['_CHATMESSAGE']._serialized_end=408
-  _globals['_ENCODERESPONSE']._serialized_start=410
-  _globals['_ENCODERESPONSE']._serialized_end=466
-  _globals['_DETOKENIZEREQUEST']._serialized_start=468
-  _globals['_DETOKENIZEREQUEST']._serialized_end=566
-  _globals['_DETOKENIZERESPONSE']._serialized_start=568
-  _globals['_DETOKENIZERESPONSE']._serialized_end=639
-  _globals['_DECODEREQUEST']._serialized_start=642
-  _globals['_DECODEREQUEST']._serialized_end=838
-  _globals['_OPENDECODING']._serialized_start=841
-  _globals['_OPENDECODING']._serialized_end=1003
-  _globals['_DESCRIBETOKENS']._serialized_start=1005
-  _globals['_DESCRIBETOKENS']._serialized_end=1061
-  _globals['_DECODERESPONSE']._serialized_start=1063
-  _globals['_DECODERESPONSE']._serialized_end=1187
-  _globals['_DECODEDTEXT']._serialized_start=1190
-  _globals['_DECODEDTEXT']._serialized_end=1329
-  _globals['_DESCRIBEDTOKENS']._serialized_start=1331
-  _globals['_DESCRIBEDTOKENS']._serialized_end=1385
-  _globals['_TOKENIZERSERVICE']._serialized_start=1388
-  _globals['_TOKENIZERSERVICE']._serialized_end=1677
+  _globals['_ENCODEREQUEST']._serialized_start=93
+  _globals['_ENCODEREQUEST']._serialized_end=434
+  _globals['_ENCODEREQUEST_CHAT']._serialized_start=248
+  _globals['_ENCODEREQUEST_CHAT']._serialized_end=425
+  _globals['_CHATMESSAGE']._serialized_start=436
+  _globals['_CHATMESSAGE']._serialized_end=494
+  _globals['_ENCODERESPONSE']._serialized_start=496
+  _globals['_ENCODERESPONSE']._serialized_end=552
+  _globals['_DETOKENIZEREQUEST']._serialized_start=554
+  _globals['_DETOKENIZEREQUEST']._serialized_end=652
+  _globals['_DETOKENIZERESPONSE']._serialized_start=654
+  _globals['_DETOKENIZERESPONSE']._serialized_end=725
+  _globals['_DECODEREQUEST']._serialized_start=728
+  _globals['_DECODEREQUEST']._serialized_end=924
+  _globals['_OPENDECODING']._serialized_start=927
+  _globals['_OPENDECODING']._serialized_end=1089
+  _globals['_DESCRIBETOKENS']._serialized_start=1091
+  _globals['_DESCRIBETOKENS']._serialized_end=1147
+  _globals['_DECODERESPONSE']._serialized_start=1149
+  _globals['_DECODERESPONSE']._serialized_end=1273
+  _globals['_DECODEDTEXT']._serialized_start=1276
+  _globals['_DECODEDTEXT']._serialized_end=1415
+  _globals['_DESCRIBEDTOKENS']._serialized_start=1417
+  _globals['_DESCRIBEDTOKENS']._serialized_end=1471
+  _globals['_TOKENIZERSERVICE']._serialized_start=1474
+  _globals['_TOKENIZERSERVICE']._serialized_end=1763
 # @@protoc_insertion_point(module_scope)

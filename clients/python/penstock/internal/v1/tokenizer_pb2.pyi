@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -29,21 +30,27 @@ class EncodeRequest(_message.Message):
         MESSAGES_FIELD_NUMBER: _builtins.int
         ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
         CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+        CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
         add_generation_prompt: _builtins.bool
         continue_final_message: _builtins.bool
         """Ends with the last message's text, with nothing behind it that closes the message."""
         @_builtins.property
         def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+        @_builtins.property
+        def chat_template_kwargs(self) -> _struct_pb2.Struct:
+            """By the names that the template reads; a name that it does not read is refused (INVALID_ARGUMENT)."""
+
         def __init__(
             self,
             *,
             messages: _abc.Iterable[Global___ChatMessage] | None = ...,
             add_generation_prompt: _builtins.bool = ...,
             continue_final_message: _builtins.bool = ...,
+            chat_template_kwargs: _struct_pb2.Struct | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "messages", b"messages"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
