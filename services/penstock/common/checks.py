@@ -26,6 +26,6 @@ def check_numbers(settings: Any, *, may_be_zero: Collection[str]) -> None:
         value = getattr(settings, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in may_be_zero):
+        if not 0 <= value < math.inf or (value == 0 and field.name not in may_be_zero):
             least = "0 or more" if field.name in may_be_zero else "more than 0"
             raise StartError(f"{field.name} is {value}: it must be a number, {least}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ __all__ = ["RequestLimits", "fields_in_use", "validate", "validate_input"]
 MAX_STOP_BYTES = 1024
 MAX_LOGPROBS = 20
 MAX_SALT_BYTES = 256
+_MOST_TOKENS = 2**31 - 1
 _TEMPLATE_KWARGS = "conversation.chat_template_kwargs"
 # Whole numbers are the same in double precision up to here, which is how they go to the tokenizer.
 _LARGEST_TEMPLATE_NUMBER = 2**53
@@ -158,10 +158,10 @@ def _stopping(stopping: Stopping, reporting: Reporting, model: Model) -> Violati
     tells_prompt = reporting.echo or reporting.prompt_logprobs is not None
     if stopping.max_tokens == 0 and not tells_prompt:
         yield FieldViolation("stopping.max_tokens", "at least 1, or 0 together with echo or prompt_logprobs")
-    yield from _range("stopping.max_tokens", stopping.max_tokens, 0, 2**31 - 1)
-    yield from _range("stopping.min_tokens", stopping.min_tokens, 0, 2**31 - 1)
+    yield from _range("stopping.max_tokens", stopping.max_tokens, 0, _MOST_TOKENS)
+    yield from _range("stopping.min_tokens", stopping.min_tokens, 0, _MOST_TOKENS)
     if stopping.min_tokens and stopping.max_tokens is not None and stopping.min_tokens > stopping.max_tokens:
-        yield FieldViolation("stopping.min_tokens", f"at most max_tokens, which is {stopping.max_tokens}")
+        yield FieldViolation("stopping.min_tokens", f"at most max_tokens, which is {str(stopping.max_tokens)[:24]}")
     if len(stopping.stop) > MAX_STOPS:
         yield FieldViolation("stopping.stop", f"at most {MAX_STOPS} texts; these are {len(stopping.stop)}")
         return
@@ -186,8 +186,8 @@ def _rest(generation: Generation, limits: RequestLimits) -> Violations:
     yield from _unicode("cache_salt", generation.cache_salt)
     if len(generation.cache_salt.encode(errors="replace")) > MAX_SALT_BYTES:
         yield FieldViolation("cache_salt", f"at most {MAX_SALT_BYTES} bytes")
-    asked = (generation.stopping.max_tokens or 0) * generation.n
-    if asked > limits.max_tokens:
+    n, each = generation.n, generation.stopping.max_tokens or 0
+    if 1 <= n <= limits.max_choices and each <= _MOST_TOKENS and (asked := n * each) > limits.max_tokens:
         yield FieldViolation("stopping.max_tokens", f"n * max_tokens is {asked}; at most {limits.max_tokens} here")
 
 
@@ -200,7 +200,7 @@ def _range(field: str, value: float | None, low: float, high: float, *, above: b
     """`above`: the low end itself is out."""
     if value is None:
         return
-    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+    if not low <= value <= high or (above and value == low):  # no number that is none is within
         yield FieldViolation(field, f"in {'(' if above else '['}{low:.6g}, {high}]; this is {str(value)[:24]}")
 
 

@@ -79,6 +79,24 @@ TABLE = {
 }
 
 
+INTEGERS = ("top_k", "seed", "n", "max_tokens", "min_tokens", "prompt_logprobs", "priority", "logprobs")
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**4200], ids=["large", "small", "larger"])
+@pytest.mark.parametrize("fields", [*((name,) for name in INTEGERS), ("n", "max_tokens"), ("min_tokens", "max_tokens")])
+async def test_whole_numbers_of_any_size_are_refused_by_name(suite, fields, number):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        for page, prompt in (
+            ("completions", {"prompt": "x"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            body = {"model": "story", **prompt, **dict.fromkeys(fields, number)}
+            reply = await client.post(f"/v1/{page}", json=body)
+            assert reply.status_code == 400
+            assert reply.json()["error"]["param"] in fields
+            assert len(reply.text) < 1000
+
+
 async def grpc_failure(suite, request):
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await suite.inference.Generate(request).read()

@@ -63,7 +63,7 @@ def _check_own(settings: UpConfig) -> None:
     executors = sum(settings.pools.values())
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(settings, name)
-        if value is not None and (value < 0 or not math.isfinite(value) or (value == 0 and name in _POSITIVE)):
+        if value is not None and (not 0 <= value < math.inf or (value == 0 and name in _POSITIVE)):
             least = "above 0" if name in _POSITIVE else "0 or more"
             raise ConfigError(f"--{name.replace('_', '-')}: must be {least}, and is {value}")
     if settings.threads is not None and settings.threads < executors:
