@@ -59,6 +59,7 @@ class TokenizerDecoding:
                 skip_special_tokens=not plan.reporting.special_tokens,
                 replayed_ids=choice.decodable_ids,
                 min_tokens=plan.min_tokens,
+                preceding_ids=plan.preceding_ids,
             )
         )
 

@@ -14,6 +14,8 @@ from penstock.gateway.validation import RequestLimits, fields_in_use
 __all__ = ["plan"]
 
 _LEAST_TEMPERATURE = 0.01
+# Enough for a decoder that reads tokens by their neighbours.
+_PRECEDING_IDS = 16
 
 
 def plan(
@@ -57,6 +59,7 @@ def plan(
         block_hashes=wire_form(block_hashes(ids, model.first.kv_block_size, salt)),
         salt=salt,
         echo=echo,
+        preceding_ids=ids[-_PRECEDING_IDS:] if generation.messages is None or generation.continue_final_message else (),
         prompt_only=stopping.max_tokens == 0,
     )
 

@@ -23,13 +23,23 @@ def marked(messages: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[str, str
     return [*before, {**last, "content": f"{last['content']}{mark} "}], mark
 
 
-def cut(text: str, mark: str) -> str:
+def cut(text: str, mark: str, said: str) -> str:
     """What a template made of such a conversation, up to the mark. Space before it goes where the template trims messages.
 
+    Args:
+        text: what it made.
+        mark: what stands behind the last text.
+        said: that text.
+
     Raises:
-        InvalidRequest: the template leaves the message out.
+        InvalidRequest: the template leaves the message out, or does not keep it as it is.
     """
     before, found, behind = text.rpartition(mark)
     if not found:
         raise InvalidRequest.field("continue_final_message", "the model's chat template leaves the end of the last message out")
+    if not before.rstrip().endswith(said.strip()):
+        raise InvalidRequest.field(
+            "continue_final_message",
+            "the model's chat template does not keep the last message as it is; leave out what it takes away, such as reasoning",
+        )
     return before if behind.startswith(" ") else before.rstrip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from codecs import utf_8_decode
+from collections.abc import Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -14,6 +15,9 @@ __all__ = ["Detokenizer", "PrefixDetokenizer", "TableDetokenizer"]
 
 class Detokenizer(Protocol):
     """Text of a growing sequence of ids. Ids that the tokenizer does not know add nothing."""
+
+    def follow(self, ids: Sequence[int]) -> None:
+        """Before the first id: the text goes on with that of these."""
 
     def feed(self, token_id: int) -> str:
         """The text that is certain now that this id has come."""
@@ -35,6 +39,11 @@ class TableDetokenizer:
         self._held = b""
         self._first = pieces.first_text is not None
         self._strip = pieces.strip[1]
+
+    def follow(self, ids: Sequence[int]) -> None:
+        for token_id in ids:
+            self.feed(token_id)
+        self._held = b""  # of the other text, whatever comes
 
     def feed(self, token_id: int) -> str:
         try:
@@ -103,6 +112,10 @@ class PrefixDetokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+    def follow(self, ids: Sequence[int]) -> None:
+        self._ids, self._read = list(ids), len(ids)
+        self._told = self._decode(self._ids)
 
     def feed(self, token_id: int) -> str:
         self._ids.append(token_id)

@@ -84,7 +84,7 @@ class Model:
             rendered = await self._templates.render(
                 open_ended, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
             )
-            text = cut(rendered, mark)
+            text = cut(rendered, mark, messages[-1]["content"])
         else:
             text = await self._templates.render(
                 messages, add_generation_prompt=add_generation_prompt, chat_template_kwargs=chat_template_kwargs

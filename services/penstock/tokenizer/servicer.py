@@ -148,6 +148,7 @@ class _DecodeStream:
             self._texts.append(pb.DecodedText(decoding_id=opening.decoding_id, last=True))
             return
         detokenizer = model.detokenizer(skip_special_tokens=opening.skip_special_tokens)
+        detokenizer.follow(list(opening.preceding_ids))
         decoding = Decoding(
             opening.decoding_id,
             detokenizer,

@@ -118,7 +118,7 @@ async def test_a_conversation_ends_within_its_last_message_where_it_ends_in_tran
     (expected,), _ = render_jinja_template([messages], chat_template=source, continue_final_message=True, **SPECIAL)
     open_ended, mark = marked(messages)
     async with _templates(source) as templates:
-        assert cut(await templates.render(open_ended, add_generation_prompt=False), mark) == expected
+        assert cut(await templates.render(open_ended, add_generation_prompt=False), mark, said) == expected
 
 
 async def test_a_message_that_can_not_be_gone_on_with_is_refused():
@@ -128,7 +128,18 @@ async def test_a_message_that_can_not_be_gone_on_with_is_refused():
     open_ended, mark = marked([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is"}])
     async with _templates("{{ messages[0].content }}") as templates:
         with pytest.raises(InvalidRequest, match=r"^continue_final_message: .* leaves the end of the last message out"):
-            cut(await templates.render(open_ended, add_generation_prompt=False), mark)
+            cut(await templates.render(open_ended, add_generation_prompt=False), mark, "It is")
+
+
+@pytest.mark.parametrize("said", ["<think>hm</think>", "<think>hm</think>\n\nIt is"])
+async def test_a_message_of_which_the_template_takes_away_is_refused_as_in_transformers(said):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    with pytest.raises(ValueError, match="does not appear in the chat"):
+        render_jinja_template([messages], chat_template=QWEN, continue_final_message=True, **SPECIAL)
+    open_ended, mark = marked(messages)
+    async with _templates(QWEN) as templates:
+        with pytest.raises(InvalidRequest, match=r"^continue_final_message: .* does not keep the last message as it is"):
+            cut(await templates.render(open_ended, add_generation_prompt=False), mark, said)
 
 
 async def test_tells_why_a_template_refuses():

@@ -1,7 +1,7 @@
 """Whatever the ids, whatever the frames: the streamed text is the text of decoding all ids at once."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from penstock.tokenizer.decoding import Decoding, Decodings
@@ -94,6 +94,30 @@ CUTS = st.lists(st.integers(0, 40), max_size=6)
 @settings(max_examples=150, deadline=None)
 def test_streams_any_text_to_what_decoding_it_at_once_gives(kinds, decode, kind, text, cuts, skip):
     decode(kind, kinds[kind]().encode(text, add_special_tokens=False).ids, cuts, skip=skip)
+
+
+@pytest.mark.parametrize("kind", STREAMABLE)
+@given(text=TEXTS, cut=st.integers(0, 40), skip=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_what_goes_on_with_a_prompt_reads_as_in_one_text_with_it(kinds, kind, text, cut, skip):
+    tokenizer = kinds[kind]()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    prompt, whole = tokenizer.decode(ids[:cut], skip_special_tokens=skip), tokenizer.decode(ids, skip_special_tokens=skip)
+    # Else the prompt ends within a character, or its last token reads by the next.
+    assume(whole.startswith(prompt) and not prompt.endswith("\ufffd"))
+    detokenizer = _detokenizer(tokenizer, skip=skip)
+    detokenizer.follow(ids[:cut][-16:])
+    assert prompt + "".join(map(detokenizer.feed, ids[cut:])) + detokenizer.finish() == whole
+
+
+@pytest.mark.parametrize(("kind", "begun"), [("llama", "the"), ("metaspace", "the"), ("gemma", " the"), ("byte_level", " the")])
+def test_only_what_begins_a_text_loses_its_space(kinds, kind, begun):
+    tokenizer = kinds[kind]()
+    ids = tokenizer.encode(" the" if kind == "byte_level" else "the", add_special_tokens=False).ids
+    alone, behind = _detokenizer(tokenizer, skip=True), _detokenizer(tokenizer, skip=True)
+    behind.follow(tokenizer.encode("fox", add_special_tokens=False).ids)
+    assert "".join(map(alone.feed, ids)) == begun
+    assert "".join(map(behind.feed, ids)) == " the"
 
 
 @pytest.mark.parametrize("kind", TABLES)

@@ -74,6 +74,7 @@ class FakeTokenizer(Served, tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.encode_gate.set()
         self.encoding = asyncio.Event()
         self.open = {}
+        self.openings = []
 
     async def Encode(self, request, context):
         self.encoding.set()
@@ -95,6 +96,7 @@ class FakeTokenizer(Served, tokenizer_pb2_grpc.TokenizerServiceServicer):
         try:
             async for request in requests:
                 texts, described = [], []
+                self.openings += request.open
                 for opening in request.open:
                     mine[opening.decoding_id] = self.open[opening.decoding_id] = _Decoding(opening)
                     for token in opening.replayed_ids:

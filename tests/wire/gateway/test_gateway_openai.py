@@ -277,3 +277,20 @@ async def test_small_writes_do_not_wait_for_acknowledgements(suite, monkeypatch)
         await client.get("/health")
     assert found
     assert all(found)
+
+
+@pytest.mark.parametrize(
+    ("page", "body", "preceding"),
+    [
+        ("completions", {"prompt": "once upon a time there"}, "upon a time there"[-16:]),
+        ("completions", {"prompt": [104, 105]}, "hi"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, ""),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "continue_final_message": True}, "<user>hi"),
+    ],
+)
+async def test_an_answer_that_goes_on_with_a_text_is_decoded_behind_it(suite, page, body, preceding):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post(f"/v1/{page}", json={"model": "story", "max_tokens": 2, **body})
+    assert reply.status_code == 200
+    (opening,) = suite.tokenizer.openings
+    assert bytes(opening.preceding_ids).decode() == preceding

@@ -251,6 +251,7 @@ class OpenDecoding(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     REPLAYED_IDS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    PRECEDING_IDS_FIELD_NUMBER: _builtins.int
     decoding_id: _builtins.int
     model: _builtins.str
     include_stop_text: _builtins.bool
@@ -263,6 +264,12 @@ class OpenDecoding(_message.Message):
     def replayed_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Output ids that were decoded before on a stream that was lost. Their text is told again, from byte offset 0."""
 
+    @_builtins.property
+    def preceding_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The prompt's last ids, where the output goes on with its text; none where it begins a text of its own. What stands first in a
+        text reads differently with some tokenizers: without its space.
+        """
+
     def __init__(
         self,
         *,
@@ -273,10 +280,11 @@ class OpenDecoding(_message.Message):
         skip_special_tokens: _builtins.bool = ...,
         replayed_ids: _abc.Iterable[_builtins.int] | None = ...,
         min_tokens: _builtins.int = ...,
+        preceding_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoding_id", b"decoding_id", "include_stop_text", b"include_stop_text", "min_tokens", b"min_tokens", "model", b"model", "replayed_ids", b"replayed_ids", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoding_id", b"decoding_id", "include_stop_text", b"include_stop_text", "min_tokens", b"min_tokens", "model", b"model", "preceding_ids", b"preceding_ids", "replayed_ids", b"replayed_ids", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
