@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import sys
 from pathlib import Path
@@ -111,7 +112,8 @@ def _refuse(model: str, revision: str | None, error: Exception) -> NoReturn:
             reason = f"can not write {model} to {constants.HF_HUB_CACHE}: {error.strerror}"
         case _:
             reason = f"can not fetch {model} from {constants.ENDPOINT}: {_first_line(error)}"
-    raise StartError(reason) from error
+    meant = f"; did you mean {BUILTIN!r}?" if difflib.get_close_matches(model, [BUILTIN]) else ""
+    raise StartError(reason + meant) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -158,7 +158,8 @@ def _stopping(stopping: Stopping, reporting: Reporting, model: Model) -> Violati
     tells_prompt = reporting.echo or reporting.prompt_logprobs is not None
     if stopping.max_tokens == 0 and not tells_prompt:
         yield FieldViolation("stopping.max_tokens", "at least 1, or 0 together with echo or prompt_logprobs")
-    yield from _range("stopping.max_tokens", stopping.max_tokens, 0, _MOST_TOKENS)
+    else:
+        yield from _range("stopping.max_tokens", stopping.max_tokens, 0 if tells_prompt else 1, _MOST_TOKENS)
     yield from _range("stopping.min_tokens", stopping.min_tokens, 0, _MOST_TOKENS)
     if stopping.min_tokens and stopping.max_tokens is not None and stopping.min_tokens > stopping.max_tokens:
         yield FieldViolation("stopping.min_tokens", f"at most max_tokens, which is {str(stopping.max_tokens)[:24]}")

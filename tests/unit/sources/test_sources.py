@@ -153,6 +153,12 @@ def test_no_hub_at_all_is_told_in_one_line(tmp_path):
     assert "\n" not in refusal
 
 
+def test_a_misspelt_builtin_is_told_as_one(tmp_path):
+    ok, refusal, _ = resolve_apart(tmp_path, "http://127.0.0.1:9", "bultin")
+    assert not ok
+    assert refusal.endswith("; did you mean 'builtin'?")
+
+
 def test_a_commit_can_be_named(tmp_path):
     with FakeHub(REPO, FILES) as hub:
         ok, folder, _ = resolve_apart(tmp_path, hub.url, f"{REPO}@{COMMIT}")
