@@ -117,3 +117,14 @@ def test_an_answer_is_not_begun_and_gone_on_with_at_once(openai, client):
             model="builtin", messages=messages, extra_body={"continue_final_message": True, "add_generation_prompt": True}
         )
     assert caught.value.param == "continue_final_message"
+
+
+def test_a_conversation_is_counted_as_it_would_be_rendered(client):
+    messages = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
+    opened, closed, continued = (
+        client.count_tokens(messages, **rendering).count
+        for rendering in ({}, {"add_generation_prompt": False}, {"continue_final_message": True})
+    )
+    assert opened > closed > continued
+    with pytest.raises(InvalidRequest, match=r"^conversation\.chat_template_kwargs: 'enable_thinking' is nothing that"):
+        client.count_tokens(messages, chat_template_kwargs={"enable_thinking": False})

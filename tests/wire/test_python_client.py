@@ -238,6 +238,7 @@ def test_refuses_a_misspelt_option_before_anything_is_sent(fake, connect):
         (lambda c: c.count_tokens([Message("tool", None)]), "conversation.messages[0].content", "text, and is None"),
         (lambda c: c.generate(b"Count"), "prompt", "a text or a sequence of token ids, and is bytes: decode it"),
         (lambda c: c.generate(memoryview(b"Count")), "prompt", "and is memoryview"),
+        (lambda c: c.count_tokens("x", chat_template_kwargs={}), "chat_template_kwargs", "is for a conversation"),
         (lambda c: c.count_tokens(b"hello"), "prompt", "and is bytes"),
         (lambda c: c.count_tokens(bytearray(b"hello")), "prompt", "and is bytearray"),
         (lambda c: c.count_tokens([-1]), "prompt", "from 0 to 4294967295"),

@@ -7,7 +7,7 @@ with Client("127.0.0.1:8001") as client:
 """
 
 from penstock.client._async import AsyncClient, AsyncStream
-from penstock.client._options import Message, Options
+from penstock.client._options import ChatOptions, Message, Options, Rendering
 from penstock.client._results import (
     Alternative,
     Calibration,
@@ -52,6 +52,7 @@ __all__ = [
     "AsyncStream",
     "Calibration",
     "Cancelled",
+    "ChatOptions",
     "Choice",
     "Client",
     "ClientClosed",
@@ -74,6 +75,7 @@ __all__ = [
     "PenstockError",
     "Placement",
     "PlacementReason",
+    "Rendering",
     "RequestTooLarge",
     "Result",
     "Stream",

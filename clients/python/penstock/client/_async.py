@@ -13,7 +13,7 @@ import grpc.aio
 
 from penstock.client import _messages as read
 from penstock.client import _options as write
-from penstock.client._options import Message, Options, Prompt
+from penstock.client._options import ChatOptions, Message, Options, Prompt, Rendering
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
 from penstock.client._transport import TLS, Attempts, Metadata, channel_options, checked_target, credentials, metadata
 from penstock.client.errors import Cancelled, ClientClosed, InternalError, StreamConsumed, from_rpc
@@ -180,27 +180,12 @@ class AsyncClient:
         request = write.generate_request(prompt, options)
         return self._stream(self._inference.Generate, request, options)
 
-    def chat(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        *,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | None = None,
-        chat_template_kwargs: write.TemplateKwargs | None = None,
-        **options: Unpack[Options],
-    ) -> AsyncStream:
+    def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Unpack[ChatOptions]) -> AsyncStream:
         """Answer a conversation, or go on with the text of its last message.
 
         `chat_template_kwargs` is what the model's chat template reads beside the messages, such as ``{"enable_thinking": False}``.
         """
-        request = write.chat_request(
-            messages,
-            options,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        return self._stream(self._inference.Chat, request, options)
+        return self._stream(self._inference.Chat, write.chat_request(messages, options), options)
 
     async def count_tokens(
         self,
@@ -209,9 +194,10 @@ class AsyncClient:
         model: str = "",
         token_ids: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109 - gRPC enforces it, on the server too
+        **rendering: Unpack[Rendering],
     ) -> TokenCount:
         """Tokens of a prompt or a conversation, which is not run; with the ids if `token_ids`."""
-        request = write.count_request(prompt, model=model, token_ids=token_ids)
+        request = write.count_request(prompt, rendering, model=model, token_ids=token_ids)
         return read.token_count_of(await self._unary(self._inference.CountTokens, request, timeout))
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:  # noqa: ASYNC109 - the same

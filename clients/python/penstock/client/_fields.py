@@ -41,7 +41,7 @@ def filled(kind: type[M], values: Mapping[str, Any], path: str = "") -> M:
 def put(message: Message, name: str, value: object, path: str) -> None:
     """Set one field, which an error calls `path`; raises as `filled`."""
     try:
-        message.MergeFrom(type(message)(**{name: value}))
+        message.MergeFrom(type(message)(**{name: dict(value) if isinstance(value, Mapping) else value}))
     except (TypeError, ValueError) as error:
         right = _right(cast("FieldDescriptor", message.DESCRIPTOR.fields_by_name[name]))  # the two kinds of it have one face
         raise InvalidRequest.field(path, f"must be {right}, and is {_shown(value)}") from error

@@ -11,10 +11,11 @@ from penstock.client.errors import InvalidRequest
 from penstock.v1 import inference_pb2 as pb
 
 __all__ = [
+    "ChatOptions",
     "Message",
     "Options",
     "Prompt",
-    "TemplateKwargs",
+    "Rendering",
     "chat_request",
     "conversation",
     "count_request",
@@ -23,7 +24,6 @@ __all__ = [
 ]
 
 Prompt = str | Sequence[int]
-TemplateKwargs = Mapping[str, str | float | bool | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,18 @@ class Options(TypedDict, total=False):
     request_id: str
 
 
+class Rendering(TypedDict, total=False):
+    """How a conversation becomes a prompt: the fields of `Conversation` beside its messages."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template_kwargs: Mapping[str, str | float | bool | None] | None
+
+
+class ChatOptions(Options, Rendering, total=False):
+    """Options of `chat`."""
+
+
 # Sequences of whole numbers as well, which nobody means as token ids.
 _BYTES = (bytes, bytearray, memoryview)
 _OF_THE_CALL = {"timeout", "request_id"}
@@ -94,36 +106,29 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     return request
 
 
-def chat_request(
-    messages: Sequence[Message | Mapping[str, str]],
-    options: Options,
-    *,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-    chat_template_kwargs: TemplateKwargs | None,
-) -> pb.ChatRequest:
+def chat_request(messages: Sequence[Message | Mapping[str, str]], options: ChatOptions) -> pb.ChatRequest:
     """The message of `chat`; raises as `generate_request`."""
-    request = filled(pb.ChatRequest, _of_the_request(options))
-    said = conversation(
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        chat_template_kwargs=chat_template_kwargs,
-    )
-    request.MergeFrom(pb.ChatRequest(conversation=said, **_groups(options)))
+    rendering = {name: value for name, value in options.items() if name in Rendering.__annotations__}
+    others = cast("Options", {name: value for name, value in options.items() if name not in rendering})
+    request = filled(pb.ChatRequest, _of_the_request(others))
+    request.MergeFrom(pb.ChatRequest(conversation=conversation(messages, rendering), **_groups(others)))
     return request
 
 
-def count_request(prompt: Prompt | Sequence[Message | Mapping[str, str]], *, model: str, token_ids: bool) -> pb.CountTokensRequest:
+def count_request(
+    prompt: Prompt | Sequence[Message | Mapping[str, str]], rendering: Rendering, *, model: str, token_ids: bool
+) -> pb.CountTokensRequest:
     """The message of `count_tokens`: a sequence of ids is a prompt, one of messages a conversation. Raises likewise."""
     request = filled(pb.CountTokensRequest, {"model": model, "token_ids": token_ids})
     if isinstance(prompt, (str, *_BYTES)) or all(isinstance(one, int) for one in prompt):
+        if rendering:
+            raise InvalidRequest.field(next(iter(rendering)), "is for a conversation; this is a prompt")
         request.prompt.CopyFrom(prompt_message(cast("Prompt", prompt)))  # the checker knows nothing of all()
         return request
     messages = [one for one in prompt if isinstance(one, (Message, Mapping))]
     if len(messages) < len(prompt):
         raise InvalidRequest.field("prompt", "must be a text, a sequence of token ids, or a sequence of messages")
-    request.conversation.CopyFrom(conversation(messages))
+    request.conversation.CopyFrom(conversation(messages, rendering))
     return request
 
 
@@ -141,18 +146,9 @@ def prompt_message(prompt: Prompt) -> pb.Prompt:
     return message
 
 
-def conversation(
-    messages: Sequence[Message | Mapping[str, str]],
-    *,
-    add_generation_prompt: bool | None = None,
-    continue_final_message: bool | None = None,
-    chat_template_kwargs: TemplateKwargs | None = None,
-) -> pb.Conversation:
+def conversation(messages: Sequence[Message | Mapping[str, str]], rendering: Mapping[str, Any]) -> pb.Conversation:
     """A conversation; a message may be a mapping with `role`, `content` and maybe `name`. Raises as `generate_request`."""
-    how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-    said = filled(pb.Conversation, how, "conversation.")
-    if chat_template_kwargs:
-        put(said, "chat_template_kwargs", dict(chat_template_kwargs), "conversation.chat_template_kwargs")
+    said = filled(pb.Conversation, rendering, "conversation.")
     for index, given in enumerate(messages):
         path = f"conversation.messages[{index}]"
         try:

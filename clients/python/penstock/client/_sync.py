@@ -12,7 +12,7 @@ import grpc
 
 from penstock.client import _messages as read
 from penstock.client import _options as write
-from penstock.client._options import Message, Options, Prompt
+from penstock.client._options import ChatOptions, Message, Options, Prompt, Rendering
 from penstock.client._results import Closing, Event, Model, Result, TokenCount, collect
 from penstock.client._transport import TLS, Attempts, Metadata, channel_options, checked_target, credentials, metadata
 from penstock.client.errors import ClientClosed, InternalError, StreamConsumed, from_rpc
@@ -153,27 +153,12 @@ class Client:
         """Continue a prompt, given as text or as token ids."""
         return self._stream(self._inference.Generate, write.generate_request(prompt, options), options)
 
-    def chat(
-        self,
-        messages: Sequence[Message | Mapping[str, str]],
-        *,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | None = None,
-        chat_template_kwargs: write.TemplateKwargs | None = None,
-        **options: Unpack[Options],
-    ) -> Stream:
+    def chat(self, messages: Sequence[Message | Mapping[str, str]], **options: Unpack[ChatOptions]) -> Stream:
         """Answer a conversation, or go on with the text of its last message.
 
         `chat_template_kwargs` is what the model's chat template reads beside the messages, such as ``{"enable_thinking": False}``.
         """
-        request = write.chat_request(
-            messages,
-            options,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        return self._stream(self._inference.Chat, request, options)
+        return self._stream(self._inference.Chat, write.chat_request(messages, options), options)
 
     def count_tokens(
         self,
@@ -182,9 +167,10 @@ class Client:
         model: str = "",
         token_ids: bool = False,
         timeout: float | None = None,
+        **rendering: Unpack[Rendering],
     ) -> TokenCount:
         """Tokens of a prompt or a conversation, which is not run; with the ids if `token_ids`."""
-        request = write.count_request(prompt, model=model, token_ids=token_ids)
+        request = write.count_request(prompt, rendering, model=model, token_ids=token_ids)
         return read.token_count_of(self._unary(self._inference.CountTokens, request, timeout))
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
