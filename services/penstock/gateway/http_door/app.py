@@ -143,13 +143,13 @@ def _model(model: Model) -> dict[str, object]:
 
 
 async def _no_such_page(request: Request, error: HTTPException) -> Response:
-    path, pages = request.url.path, [route.path for route in request.app.routes]
+    path, pages = request.url.path[:_SHOWN_CHARACTERS], [route.path for route in request.app.routes]
     code, message = "invalid_request", str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
         near = difflib.get_close_matches(path, [page for page in pages if "{" not in page], n=1, cutoff=0.75)
         meant = next((page for page in pages if page == f"/v1{path}"), near[0] if near else None)
         hint = f"did you mean {meant}?" if meant else f"there are {', '.join(pages)}"
-        code, message = "not_found", f"there is no page {path[:_SHOWN_CHARACTERS]}; {hint}"
+        code, message = "not_found", f"there is no page {path}; {hint}"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "")
         code, message = "method_not_allowed", f"{path} does not take {request.method}; it takes {allowed}"
