@@ -198,9 +198,8 @@ def test_greedy_exact_lengths_and_a_salt_of_its_own_are_asked_for_over_http(http
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_no_suite_is_told_in_one_line(scheme, monkeypatch):
-    monkeypatch.setattr("penstock.cli.bench.grpc_target._LOOKUP_SECONDS", 0.5)
-    with pytest.raises(StartError, match="--target"):
+def test_no_suite_is_told_in_one_line(scheme):
+    with pytest.raises(StartError, match=r"^--target: .*127\.0\.0\.1:9.*(Connection refused|Connect call failed)"):
         connect(scheme, "127.0.0.1:9")
 
 

@@ -2,16 +2,20 @@
 
 import io
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from fake_server import CLOSING
 
 from penstock.cli.answers import Answering
 from penstock.cli.app import app
+from penstock.cli.bench.grpc_target import GrpcTarget
 from penstock.cli.chat import chat
 from penstock.cli.connection import Connection
 from penstock.cli.generate import generate
 from penstock.common.config import ConfigError
+from penstock.common.service import StartError
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -45,6 +49,26 @@ def test_a_defect_of_the_server_is_told_with_what_its_logs_have_it_under(fake):
     fake.script = [RuntimeError("oops")]
     with pytest.raises(ConfigError, match=r"internal error.*; the services' logs have it under the request id [0-9a-f]{32}$"):
         generate("x", connection=Connection(target=fake.address))
+
+
+def test_an_http_door_in_place_of_the_grpc_one_is_told_as_that():
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        target = f"127.0.0.1:{server.server_address[1]}"
+        try:
+            with pytest.raises(ConfigError, match=f"^{target}: what answers there is no gRPC door, perhaps the HTTP one; give the"):
+                generate("x", connection=Connection(target=target, timeout=30))
+            with pytest.raises(StartError, match="what answers there is no gRPC door"):
+                GrpcTarget(target, model=None, prefix_cache=True, timeout=30)
+        finally:
+            server.shutdown()
+
+
+def test_nobody_at_the_address_is_told_with_what_to_do():
+    with pytest.raises(
+        ConfigError, match=r"^127\.0\.0\.1:9: .*Connection refused.*is a model served there\? \(penstock up MODEL\)"
+    ):
+        generate("x", connection=Connection(target="127.0.0.1:9", timeout=30))
 
 
 @pytest.mark.parametrize(

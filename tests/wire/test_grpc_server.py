@@ -70,7 +70,7 @@ async def test_a_write_to_a_stream_that_has_ended_is_told_as_its_end_and_not_as_
         watch._cython_call.set_internal_error("ExecuteBatchError")  # as grpc.aio does where a write fails
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await watch.read()
-        assert why_ended(failed.value) == "the other end closed the stream; its own log tells why"
+        assert why_ended(failed.value) == "the stream ended while it was written to: the other end closed it, or is gone"
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="none"))
         assert why_ended(refused.value).startswith("NOT_FOUND: ")

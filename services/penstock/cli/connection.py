@@ -10,7 +10,7 @@ from penstock.client import Client, DeadlineExceeded, InternalError, PenstockErr
 from penstock.common.addresses import host_and_port
 from penstock.common.config import ConfigError
 
-__all__ = ["Connection", "connected"]
+__all__ = ["Connection", "connected", "no_answer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def connected(connection: Connection) -> Iterator[Client]:
         try:
             yield client
         except Unavailable as error:
-            raise ConfigError(f"{connection.address}: {error}; is a model served there? (penstock up MODEL)") from None
+            raise ConfigError(f"{connection.address}: {no_answer(str(error))}") from None
         except DeadlineExceeded:
             seconds = connection.timeout
             raise ConfigError(f"--timeout {seconds:g}: the answer was not whole within {seconds:g} s and is broken off") from None
@@ -60,3 +60,10 @@ def connected(connection: Connection) -> Iterator[Client]:
             raise ConfigError(f"{error}{where}") from None
         except PenstockError as error:
             raise ConfigError(str(error)) from None
+
+
+def no_answer(why: str) -> str:
+    """Why nothing answers at a gRPC door's address, in gRPC's words, and what to do about it."""
+    if "Failed parsing HTTP/2" in why:
+        return "what answers there is no gRPC door, perhaps the HTTP one; give the address that penstock up tells as grpc=HOST:PORT"
+    return f"{why}; is a model served there? (penstock up MODEL)"

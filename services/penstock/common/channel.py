@@ -78,7 +78,7 @@ def why_ended(error: grpc.aio.AioRpcError) -> str:
     stream's own status.
     """
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == _FAILED_WRITE:
-        return "the other end closed the stream; its own log tells why"
+        return "the stream ended while it was written to: the other end closed it, or is gone"
     return f"{error.code().name}: {error.details()}"
 
 

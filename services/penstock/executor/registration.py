@@ -166,7 +166,7 @@ class Registration:
     def _take_on(self, role: scheduler_pb2.Role.ValueType) -> None:
         """The role is told back at once, and again to a scheduler that has been started anew."""
         self._description.role = role
-        logger().info("role taken on", role=scheduler_pb2.Role.Name(role))
+        logger().info("role taken on", role=scheduler_pb2.Role.Name(role).removeprefix("ROLE_").lower())
         self._changed.set()
 
     def _load(self) -> scheduler_pb2.Load:

@@ -14,6 +14,7 @@ import grpc.aio
 from penstock.cli.bench.scenarios import Request
 from penstock.cli.bench.target import Description, of_all
 from penstock.cli.bench.timeline import Timeline
+from penstock.cli.connection import no_answer
 from penstock.common.channel import connect
 from penstock.common.service import StartError
 from penstock.v1 import inference_pb2, inference_pb2_grpc, models_pb2, models_pb2_grpc
@@ -63,9 +64,9 @@ class GrpcTarget:
         self._generate = inference_pb2_grpc.InferenceStub(self._channel).Generate
         models = models_pb2_grpc.ModelsStub(self._channel)
         try:
-            listed = await models.ListModels(models_pb2.ListModelsRequest(), timeout=_LOOKUP_SECONDS, wait_for_ready=True)
+            listed = await models.ListModels(models_pb2.ListModelsRequest(), timeout=_LOOKUP_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise StartError(f"--target: grpc://{address} does not answer ({error.code().name}: {error.details()})") from error
+            raise StartError(f"--target: grpc://{address}: {no_answer(error.details() or error.code().name)}") from error
         served = {m.name: m for m in listed.models if m.executors}
         if name is None and len(served) == 1:
             return next(iter(served.values()))

@@ -43,7 +43,7 @@ class UpConfig:
         prefix_cache: Whether requests share the KV of prefixes that are equal.
         threads: Threads of all executors that are started with the cluster, together; every core where absent.
         served_name: Name by which clients ask for the model; where absent MODEL, or the last part of a folder's path.
-        max_restarts: Deaths of one service in a row after which the cluster gives up.
+        max_restarts: Restarts of one service in a row; at the death behind the last of them the cluster gives up.
         healthy_seconds: Life after which a service's death is the first in a row again.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.

@@ -84,7 +84,8 @@ class Links:
             failure, why, heard = await self._stream(line, peer)
             if failure is None:
                 continue
-            logger().warning("handoff stream lost", executor_id=line.executor_id, address=peer.address, why=why)
+            tell = logger().warning if line.senders else logger().info  # an executor that leaves as planned ends its streams
+            tell("handoff stream lost", executor_id=line.executor_id, address=peer.address, why=why)
             pause = _FIRST_PAUSE if heard else min(2 * pause, _LONGEST_PAUSE)
             await asyncio.sleep(pause)
 
