@@ -15,16 +15,20 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.backends.contract import DeviceConfig, DType, ModelSpec
+from penstock.common.logs import logger
 
-__all__ = ["MappedArrays", "scratch_folder", "weight_arrays"]
+__all__ = ["MappedArrays", "Unfitting", "fitting", "scratch_folder", "weight_arrays"]
+
+T = TypeVar("T")
 
 _MAGIC = b"penstock arrays 2"
 _SLICE = 1 << 22
@@ -55,6 +59,19 @@ def weight_arrays(backend: str, spec: ModelSpec, config: DeviceConfig, dtype: DT
     return MappedArrays(folder, folder / f"{spec.fingerprint}-{dtype}-{form}.arrays")
 
 
+class Unfitting(LookupError):
+    """A kept file has not the arrays that are asked for, and is gone: it was of another version, whatever its name says."""
+
+
+def fitting(make: Callable[[], T]) -> T:
+    """What `make` gives; where kept arrays do not fit it is made again, with arrays that are computed anew."""
+    try:
+        return make()
+    except Unfitting as error:
+        logger().warning("kept weights do not fit and are rounded anew", why=str(error))
+        return make()
+
+
 class MappedArrays:
     """Arrays by name, each in pages of its own.
 
@@ -78,13 +95,13 @@ class MappedArrays:
         """The array of this name, to be filled unless `complete`.
 
         Raises:
-            KeyError: a kept file has none of this name and size.
+            Unfitting: a kept file has none of this name and size.
         """
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if self.complete:
-            offset, stored, _ = self._index[name]
+            offset, stored, _ = self._index.get(name, (0, -1, 0))
             if stored != size:
-                raise KeyError(name)
+                raise self._unfitting(name)
             mapped = mmap.mmap(self._file, size, access=mmap.ACCESS_READ, offset=offset)
             self._maps.append(mapped)
         else:
@@ -130,6 +147,12 @@ class MappedArrays:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _unfitting(self, name: str) -> Unfitting:
+        if self._kept is not None:
+            with suppress(OSError):
+                self._kept.unlink(missing_ok=True)
+        return Unfitting(f"{self._kept} has no {name} of the size that is asked for")
 
     def _begin(self, folder: Path) -> None:
         """A file that goes with the process, whatever ends it; where the file system has none, one that `close` removes."""

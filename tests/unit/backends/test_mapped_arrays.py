@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penstock.backends.mapped_arrays import MappedArrays, scratch_folder
+from penstock.backends.mapped_arrays import MappedArrays, Unfitting, fitting, scratch_folder
 
 RIGHT = {"one": np.arange(5000, dtype=np.int8).reshape(50, 100), "two": np.linspace(0, 1, 3000, dtype=np.float32)}
 
@@ -42,6 +42,23 @@ def resident(array):
         elif inside and line.startswith("Rss:"):
             return int(line.split()[1])
     raise AssertionError("no such mapping")
+
+
+@pytest.mark.parametrize("asked", [("one", (51, 100)), ("three", (5000,))], ids=["size", "name"])
+def test_kept_arrays_that_do_not_fit_are_computed_anew_once(tmp_path, asked):
+    kept, starts = tmp_path / "model.arrays", []
+    fill(tmp_path, kept)
+
+    def start():
+        with MappedArrays(tmp_path, kept) as arrays:
+            starts.append(arrays.complete)
+            arrays.array(*asked, np.int8)
+
+    fitting(start)
+    assert starts == [True, False]
+    assert not kept.exists()
+    with pytest.raises(Unfitting, match="elsewhere"):  # what no file can be blamed for is not tried for ever
+        fitting(lambda: (_ for _ in ()).throw(Unfitting("elsewhere")))
 
 
 def test_released_pages_are_no_longer_held_and_come_back_as_they_were(tmp_path):

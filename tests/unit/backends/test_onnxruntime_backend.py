@@ -104,6 +104,18 @@ def test_weights_that_an_earlier_version_has_kept_in_another_form_are_rounded_an
     assert len(list(tmp_path.rglob("*.arrays"))) == 2
 
 
+def test_weights_that_were_kept_in_another_form_under_the_same_name_are_rounded_anew(create, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(weights_module, "BLOCKS", {8: 16, 4: 16})
+        create(DType.INT4, weight_cache=tmp_path)
+    model = create(DType.INT4, weight_cache=tmp_path)
+    np.testing.assert_array_equal(Driver(model).prefill([1, 2, 3])[1], Driver(create(DType.INT4)).prefill([1, 2, 3])[1])
+    (kept,) = tmp_path.rglob("*.arrays")
+    written = kept.stat().st_mtime_ns
+    create(DType.INT4, weight_cache=tmp_path)
+    assert kept.stat().st_mtime_ns == written
+
+
 def test_a_device_that_it_has_not_is_refused(create):
     with pytest.raises(StartError, match="on cpu alone, not on cuda:0"):
         create(device="cuda:0")

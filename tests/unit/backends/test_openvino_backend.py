@@ -166,6 +166,16 @@ def test_a_second_start_finds_the_rounded_weights(spec, tmp_path, dtype):
     assert not np.array_equal(create(read_model(tmp_path, "m"), dtype, weight_cache=cache).step(batch).logits, first)
 
 
+def test_weights_that_were_kept_in_another_form_under_the_same_name_are_rounded_anew(spec, tmp_path, monkeypatch):
+    batch = prompt_batch(range(40))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("penstock.backends.openvino.quantization._GROUP_SIZES", (32,))
+        create(spec, DType.INT4, weight_cache=tmp_path)
+    again = create(spec, DType.INT4, weight_cache=tmp_path).step(batch).logits
+    np.testing.assert_array_equal(again, create(spec, DType.INT4).step(batch).logits)
+    assert len(list(tmp_path.rglob("*.arrays"))) == 1
+
+
 CODE_AND_BUFFERS = 64 << 20  # of the plug-in's products; a second copy of these weights would be more than is left of it
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16384}
 LOAD = """

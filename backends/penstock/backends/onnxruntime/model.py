@@ -13,6 +13,7 @@ import onnxruntime as ort
 from penstock.backends.architectures.spec import DecoderSpec
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput
 from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.mapped_arrays import fitting
 from penstock.backends.onnxruntime.cache import BLOCK_SIZE, LaneCache, bytes_per_block, device_cache
 from penstock.backends.onnxruntime.groups import Group, groups
 from penstock.backends.onnxruntime.providers import HOST, Target
@@ -52,7 +53,7 @@ class OnnxRuntimeModel:
         self._logits = np.empty((0, self._vocabulary), np.float32)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._cache: LaneCache | None = None
-        self._session, self._held = decoder_session(spec, config, dtype, target)
+        self._session, self._held = fitting(lambda: decoder_session(spec, config, dtype, target))
         try:
             self._cache = _make_cache(decoder, config, compute_type(dtype, target), target)
         except BaseException:

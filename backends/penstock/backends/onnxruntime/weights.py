@@ -27,8 +27,8 @@ _LEAST_BLOCK = 16  # of MatMulNBits
 # and a fifth for prompts. Beyond 128, which checkpoints of 4 bits mostly have, speed would be paid for in quality.
 BLOCKS: Mapping[int, int] = {8: 256, 4: 128}
 """Columns that share a scale, by a weight's bits."""
-FORM = "-".join(f"{bits}x{size}" for bits, size in BLOCKS.items())
-"""How weights are rounded; those that were kept in another form are of no use."""
+FORM = "-".join(("1", *(f"{bits}x{size}" for bits, size in BLOCKS.items())))
+"""How weights are rounded; those that were kept in another form are of no use. Its number goes up with every change of the rule."""
 
 # Rows that one thread quantises at a time: their float32 copy stays within the caches' reach.
 _ROWS = 512

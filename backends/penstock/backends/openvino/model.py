@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 import openvino as ov
 from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, Unsupported
 from penstock.backends.kv_memory import count_blocks, free_memory
+from penstock.backends.mapped_arrays import fitting
 from penstock.backends.openvino import REGISTRATION
 from penstock.backends.openvino.cache import BLOCK_SIZE, PagedCache
 from penstock.backends.openvino.embedding import embed
@@ -46,6 +47,12 @@ class OpenVinoModel:
         self._table: NDArray[Any] = np.empty((0, 0), np.float32)
         self._longest = np.zeros((), np.int32)
         self._halves = False
+        fitting(lambda: self._load(spec, config))
+        if self._widens and min(config.max_batch_size, self._kv.blocks) >= LARGEST:
+            step = decoding(LARGEST)
+            self._halves = halves_are_quicker(lambda: self._compute(step), lambda: self._in_halves(step))
+
+    def _load(self, spec: ModelSpec, config: DeviceConfig) -> None:
         with Source(spec, config, self._dtype) as source:
             # The graph's constants are these arrays: it keeps no reference of its own.
             compiled, self._held = source.compile()
@@ -54,9 +61,6 @@ class OpenVinoModel:
             self._request = compiled.create_infer_request()
             self._cache = self._allocate(compiled, spec, config, source)
             source.keep()
-        if self._widens and min(config.max_batch_size, self._kv.blocks) >= LARGEST:
-            step = decoding(LARGEST)
-            self._halves = halves_are_quicker(lambda: self._compute(step), lambda: self._in_halves(step))
 
     @property
     def kv(self) -> KvSpec:

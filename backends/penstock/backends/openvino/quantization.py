@@ -17,8 +17,8 @@ _TINY = np.finfo(np.float32).tiny
 _GROUP_SIZES = (128, 64, 32)
 _HIGHEST = 15  # of 4 bits without a sign
 
-FORM = f"rows-groups{_GROUP_SIZES[0]}"
-"""How weights are rounded; those that were kept in another form are of no use."""
+FORM = f"1-rows-groups{_GROUP_SIZES[0]}"
+"""How weights are rounded; those that were kept in another form are of no use. Its number goes up with every change of the rule."""
 
 
 class Rows(NamedTuple):
