@@ -20,7 +20,15 @@ from grpc_status import rpc_status
 from penstock.common.errors import PenstockError, status_of
 from penstock.common.logs import logger
 
-__all__ = ["REQUEST_ID_KEY", "ErrorsToStatuses", "RequestIds", "bind_request_id", "bound_request_id", "request_id_metadata"]
+__all__ = [
+    "REQUEST_ID_KEY",
+    "ErrorsToStatuses",
+    "RequestIds",
+    "bind_request_id",
+    "bound_request_id",
+    "fit_request_id",
+    "request_id_metadata",
+]
 
 REQUEST_ID_KEY = "x-request-id"
 _MOST_CHARACTERS = 128
@@ -28,14 +36,19 @@ _MOST_CHARACTERS = 128
 _UNFIT = re.compile(r"[^!-~]")
 
 
+def fit_request_id(given: str | bytes | None) -> str:
+    """The caller's request id, or a new one, of printable ASCII and at most 128 characters."""
+    text = given.decode("latin-1") if isinstance(given, bytes) else given or ""
+    return _UNFIT.sub("?", text[:_MOST_CHARACTERS]) or uuid.uuid4().hex
+
+
 def bind_request_id(given: str | bytes | None) -> str:
     """Bind the caller's request id, or a new one, to the logs of the task and what it starts.
 
     Returns:
-        the id, of printable ASCII and at most 128 characters.
+        the id, as `fit_request_id` has it.
     """
-    text = given.decode("latin-1") if isinstance(given, bytes) else given or ""
-    request_id = _UNFIT.sub("?", text[:_MOST_CHARACTERS]) or uuid.uuid4().hex
+    request_id = fit_request_id(given)
     structlog.contextvars.bind_contextvars(request_id=request_id)
     return request_id
 

@@ -1,4 +1,7 @@
-"""A request's head is bounded in bytes and in seconds, and the connections in number; others are answered meanwhile."""
+"""A request's head is bounded in bytes and in seconds, and the connections in number; others are answered meanwhile.
+
+Where a body ends is the client's word alone, whatever else it asks for, and a body that can not be read spoils no other answer.
+"""
 
 import asyncio
 import contextlib
@@ -8,7 +11,8 @@ import tracemalloc
 
 import httpx
 import pytest
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from structlog.testing import capture_logs
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from penstock.gateway.http_door import connection
 from penstock.gateway.http_door import server as http_server
@@ -59,7 +63,7 @@ class Raw:
 
     async def answer(self):
         """The status and the body of the next response."""
-        top = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        self.top = top = (await self.reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"(?i)content-length: (\d+)", top)
         if length is not None:
             return int(top.split()[1]), await self.reader.readexactly(int(length[1]))
@@ -74,21 +78,32 @@ class Raw:
         """The status, type and code of an answer after which the connection ends."""
         status, body = await self.answer()
         assert await self.ended()
+        assert re.search(r"(?i)\nx-request-id: \S", self.top)
         error = json.loads(body)["error"]
         assert set(error) == {"message", "type", "param", "code"}
         return status, error["type"], error["code"]
 
 
+BROKEN = (400, "invalid_request_error", "invalid_request")
 TOO_LARGE = (431, "invalid_request_error", "request_head_too_large")
 TOO_SLOW = (408, "invalid_request_error", "request_head_timeout")
 TOO_MANY = (429, "rate_limit_error", "overloaded")
 
 
-@pytest.mark.parametrize("sent", [b"GARBAGE\r\n\r\n", b"FOO / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: abc\r\n\r\n"])
+NO_REQUESTS = [
+    b"GARBAGE\r\n\r\n",
+    b"FOO / HTTP/1.1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: abc\r\n\r\n",
+    b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+    b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("sent", NO_REQUESTS)
 async def test_what_is_no_request_is_refused_in_the_shape_of_all_errors(suite_with, sent):
     async with suite_with() as suite, Raw.to(suite) as raw:
         await raw.flood(sent, 1)
-        assert await raw.refusal() == (400, "invalid_request_error", "invalid_request")
+        assert await raw.refusal() == BROKEN
 
 
 @pytest.mark.parametrize("piece", [1, 700, 1 << 20])
@@ -293,8 +308,7 @@ async def test_trailers_are_bounded_as_heads_are(suite, trailers):
         raw.send(b"%x\r\n" % len(body), body, b"\r\n0\r\n")
         await suite.eventually(lambda: suite.gateway.counts()["calls"] == 1)
         await raw.flood(trailers, 1)
-        with contextlib.suppress(ConnectionError):
-            assert await raw.ended()
+        assert await raw.refusal() == BROKEN
         await suite.rest()
 
 
@@ -306,10 +320,196 @@ async def test_a_body_that_nobody_reads_has_to_end_some_time(suite, monkeypatch)
         assert await raw.ended()
 
 
+# As Java's own client asks for HTTP/2 over plain HTTP, unless it is told not to.
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
+WEBSOCKET = (
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+)
+PROMPT = json.dumps({"model": "story", "prompt": "x" * 50}).encode()
+IN_CHUNKS = b"%x\r\n%b\r\n0\r\nX-Trailer: x\r\n\r\n" % (len(PROMPT), PROMPT)
+UPGRADING = {
+    "by length": (b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + H2C + b"Content-Length: %d\r\n\r\n" % len(PROMPT), PROMPT),
+    "in chunks": (b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + H2C + b"Transfer-Encoding: chunked\r\n\r\n", IN_CHUNKS),
+}
+
+
+def warned(caplog):
+    """What uvicorn has logged."""
+    return [record.message for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("body", UPGRADING)
+async def test_a_request_that_asks_for_an_upgrade_is_answered_without_it(suite, caplog, body, later):
+    first, rest = UPGRADING[body]
+    async with Raw.to(suite) as raw:
+        for _ in range(2):
+            raw.send(first if later else first + rest)
+            if later:
+                await suite.eventually(lambda: suite.gateway.counts()["calls"] == 1)
+                raw.send(rest)
+            status, answer = await raw.answer()
+            assert (status, json.loads(answer)["count"]) == (200, 50)
+        raw.send(HEALTH)
+        assert (await raw.answer())[0] == 200
+    assert not warned(caplog)
+    await suite.rest()
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+async def test_upgrades_are_ignored_among_other_requests_however_they_come(suite, caplog, piece):
+    websocket = b"GET /health HTTP/1.1\r\nHost: x\r\n" + WEBSOCKET + b"\r\n"
+    sent = b"".join([HEALTH, *UPGRADING["by length"], websocket, *UPGRADING["in chunks"], HEALTH])
+    async with Raw.to(suite) as raw:
+        raw.send(HEALTH)
+        assert (await raw.answer())[0] == 200
+        (served,) = suite.gateway._http._server.server_state.connections
+        for at in range(0, len(sent), piece):
+            served.data_received(sent[at : at + piece])
+        counts = [json.loads(body).get("count") for _, body in [await raw.answer() for _ in range(5)]]
+        assert counts == [None, 50, None, 50, None]
+    assert not warned(caplog)
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
+async def test_an_upgrade_is_ignored_on_a_connection_that_is_to_end(suite, version):
+    body = b"Connection: Upgrade, close\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(PROMPT) + PROMPT
+    async with Raw.to(suite) as raw:
+        raw.send(b"POST /tokenize " + version + b"\r\nHost: x\r\n" + body + HEALTH)
+        status, answer = await raw.answer()
+        assert (status, json.loads(answer)["count"]) == (200, 50)
+        assert await raw.ended()
+
+
+async def test_what_asks_for_an_upgrade_is_bounded_as_all_is(suite_with):
+    async with suite_with(max_head_bytes=MOST, max_body_bytes=1 << 16) as suite:
+        for size in (MOST, MOST + 1):
+            async with Raw.to(suite) as raw:
+                raw.send(head(size - len(H2C)).replace(b"\r\n\r\n", b"\r\n" + H2C + b"\r\n"))
+                if size == MOST:
+                    assert (await raw.answer())[0] == 200
+                else:
+                    assert await raw.refusal() == TOO_LARGE
+        async with Raw.to(suite) as raw:
+            raw.send(UPGRADING["in chunks"][0], b"20000\r\n", b" " * 0x20000, b"\r\n0\r\n\r\n")
+            assert (await raw.answer())[0] == 413
+            assert await raw.ended()
+        async with Raw.to(suite) as raw:
+            raw.send(UPGRADING["in chunks"][0], b"0\r\n", b"a:b\r\n" * MOST)
+            assert await raw.refusal() == BROKEN
+        await suite.rest()
+
+
+async def test_a_websocket_is_asked_for_in_vain(suite, caplog):
+    async with Raw.to(suite) as raw:
+        for _ in range(2):
+            raw.send(b"GET / HTTP/1.1\r\nHost: x\r\n" + WEBSOCKET + b"\r\n")
+            status, body = await raw.answer()
+            assert (status, json.loads(body)["error"]["code"]) == (404, "not_found")
+    assert not warned(caplog)
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: broken\r\nTransfer-Encoding: chunked\r\n\r\n"
+NO_BODIES = {"no chunk": b"zz\r\n", "trailers without end": b"0\r\n" + b"a:b\r\n" * MOST}
+
+
+def told(answer):
+    """The text of an answer that was streamed to its end."""
+    events = [line.removeprefix(b"data: ") for line in answer.splitlines() if line.startswith(b"data: ")]
+    assert events.pop() == b"[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def refused(logs):
+    """The log lines of connections that were refused."""
+    return [line for line in logs if line["event"] == "connection refused"]
+
+
+@pytest.mark.parametrize("body", NO_BODIES)
+@pytest.mark.parametrize("comes", ["at once", "while the answer runs", "behind a head that waits"])
+async def test_a_body_that_can_not_be_read_spoils_no_answer_before_it(suite_with, caplog, comes, body):
+    bad = NO_BODIES[body]
+    running = posted("/v1/completions", RUNNING)
+    async with suite_with(max_head_bytes=MOST) as suite:
+        served = suite.gateway._http._server.server_state.connections
+        suite.executors[0].hold_after = 3
+        with capture_logs() as logs:
+            async with Raw.to(suite) as raw, Raw.to(suite) as other:
+                raw.send(running + HEALTH + CHUNKED + bad if comes == "at once" else running)
+                await suite.eventually(lambda: not suite.executors[0].gate.is_set())
+                if comes == "while the answer runs":
+                    raw.send(HEALTH + CHUNKED + bad)
+                elif comes == "behind a head that waits":
+                    raw.send(HEALTH + CHUNKED)
+                    await suite.eventually(lambda: any(len(c.pipeline) == 2 for c in served))
+                    raw.send(bad)
+                if comes != "behind a head that waits":
+                    await suite.eventually(lambda: refused(logs) or warned(caplog))
+                suite.executors[0].gate.set()
+                status, answer = await raw.answer()
+                other.send(running)
+                assert (status, told(answer)) == (200, told((await other.answer())[1]))
+                assert (await raw.answer())[0] == 200
+                assert await raw.refusal() == BROKEN
+                assert "x-request-id: broken\r\n" in raw.top
+                peer = "{}:{}".format(*raw.writer.get_extra_info("sockname"))
+        (line,) = refused(logs)
+        assert (line["peer"], line["status"], line["request_id"]) == (peer, 400, "broken")
+        assert not warned(caplog)
+        await suite.rest()
+
+
+async def test_a_body_that_can_not_be_read_is_the_end_of_a_connection_that_has_its_answer(suite_with, caplog):
+    async with suite_with(max_body_bytes=1 << 16) as suite:
+        for path, sent, status in ((b"/nope", b"", 404), (b"/v1/completions", b"20000\r\n" + b" " * 0x20000, 413)):
+            with capture_logs() as logs:
+                async with Raw.to(suite) as raw:
+                    raw.send(CHUNKED.replace(b"/v1/completions", path), sent)
+                    assert (await raw.answer())[0] == status
+                    raw.send(b"\r\nzz\r\n" if sent else b"zz\r\n")
+                    assert await raw.ended()
+            assert len(refused(logs)) == 1
+        assert not warned(caplog)
+        await suite.rest()
+
+
+@pytest.mark.parametrize("expecting", [b"", b"Expect: 100-continue\r\n"])
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/tokenize", b"/health"])
+async def test_a_body_that_can_not_be_read_is_answered_by_one_refusal(suite, caplog, path, expecting):
+    first = CHUNKED.replace(b"/v1/completions", path).replace(b"X-", expecting + b"X-")
+    with capture_logs() as logs:
+        async with Raw.to(suite) as raw:
+            raw.send(first + b"1\r\n{\r\nzz\r\n")
+            assert await raw.refusal() == BROKEN
+        async with Raw.to(suite) as raw:
+            if path != b"/health":
+                raw.send(first + b"1\r\n{\r\n")
+                await suite.eventually(lambda: suite.gateway.counts()["calls"] == 1)
+                if expecting:
+                    await raw.reader.readuntil(b"100 Continue\r\n\r\n")
+                raw.send(b"zz\r\n")
+                assert await raw.refusal() == BROKEN
+        await suite.rest()
+    assert {line["log_level"] for line in logs} <= {"info", "debug"}
+    assert not warned(caplog)
+
+
 def test_uvicorn_still_has_what_the_bounds_stand_on():
     ours = {name for name, value in vars(connection.BoundedConnection).items() if callable(value) and not name.startswith("_")}
     assert ours <= set(vars(HttpToolsProtocol))
     used = {"_unset_keepalive_if_required", "timeout_keep_alive_handler"}
     assert used <= set(vars(HttpToolsProtocol))
-    for attribute in ("connections", "cycle", "flow", "headers", "loop", "pipeline", "server_state", "timeout_keep_alive_task"):
+    for attribute in (
+        "connections",
+        "cycle",
+        "flow",
+        "headers",
+        "loop",
+        "parser",
+        "pipeline",
+        "server_state",
+        "timeout_keep_alive_task",
+    ):
         assert attribute in HttpToolsProtocol.__init__.__code__.co_names
+    for attribute in ("disconnected", "keep_alive", "message_event", "response_started", "waiting_for_100_continue"):
+        assert attribute in RequestResponseCycle.__init__.__code__.co_names

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -48,7 +48,12 @@ def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], st
             Route("/ready", pages.ready, methods=["GET"]),
             Route("/metrics", pages.metrics, methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _no_such_page, PenstockError: _refused, Exception: _refused},  # type: ignore[dict-item]  # narrower
+        exception_handlers={
+            HTTPException: _no_such_page,  # type: ignore[dict-item]  # narrower
+            PenstockError: _refused,
+            ClientDisconnect: _left,  # type: ignore[dict-item]  # narrower
+            Exception: _refused,
+        },
     )
     return AccessLog(_open_to(cors_origins, app) if cors_origins else app)
 
@@ -155,6 +160,10 @@ async def _no_such_page(request: Request, error: HTTPException) -> Response:
         code, message = "method_not_allowed", f"{path} does not take {request.method}; it takes {allowed}"
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
     return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def _left(_request: Request, _error: ClientDisconnect) -> None:
+    """Nobody is there to be answered."""
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import ClassVar, Literal
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from penstock.common.interceptors import REQUEST_ID_KEY, fit_request_id
 from penstock.common.logs import logger
 from penstock.gateway.http_door.body import DISCARD_SECONDS, DISCARDED_BYTES
 
@@ -22,6 +24,9 @@ __all__ = ["BoundedConnection", "ConnectionBounds", "bounded"]
 _MOST_HEADERS = 256
 # Reading is paused behind a request that waits for another, but one read may hold ten thousand of the smallest.
 _MOST_PIPELINED = 128
+_REQUEST_ID = REQUEST_ID_KEY.encode()
+# What of a head tells how long the body is.
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +61,18 @@ class BoundedConnection(HttpToolsProtocol):
     chunks, the lines between them and the trailers have the same bound.
 
     A refusal waits for the answers to earlier requests. Then what comes is thrown away for a while, since closing on unread data
-    would tear the answer away from a client that sends before it reads.
+    would tear the answer away from a client that sends before it reads. A request whose body can not be read is refused in place of
+    its own answer; where that has begun, the connection ends without a word.
+
+    No Upgrade is taken: a request that asks for one (Java's client does, for HTTP/2) is answered as if it did not.
     """
 
     bounds: ClassVar[ConnectionBounds]
     _place: Literal["between", "head", "body"] = "between"
     _gathered = 0  # bytes since something was told to the application
     _timer: asyncio.TimerHandle | None = None
+    _cycle_before: RequestResponseCycle | None = None  # of the request before the newest
+    _upgrade_asked = False  # by a head of which the parser has yet to read the body
     _refusal: bytes | None = None
     _discarded = 0
 
@@ -87,9 +97,9 @@ class BoundedConnection(HttpToolsProtocol):
             room = self.bounds.max_head_bytes - self._gathered
             piece, data = data[:room], data[room:]
             self._gathered += len(piece)
-            super().data_received(piece)
+            self._parse(piece)
             if self._gathered >= self.bounds.max_head_bytes and self._place == "body":
-                self.transport.abort()
+                self._break_off(f"what stands between or behind the body's chunks has more than {self.bounds.max_head_bytes} bytes")
             elif self._gathered >= self.bounds.max_head_bytes:
                 self._refuse_head(f"the request line and headers have more than {self.bounds.max_head_bytes} bytes")
         if self._refusal is not None:
@@ -99,31 +109,72 @@ class BoundedConnection(HttpToolsProtocol):
         elif self._place == "head" and self._timer is None and not self.transport.is_closing():
             self._arm(self.bounds.head_seconds)
 
+    def _parse(self, piece: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            while piece:
+                piece = self._parse_to_upgrade(piece)
+        except httptools.HttpParserError:
+            if self._place == "body":
+                self._break_off("the body can not be read: its length or its chunks are not as HTTP/1.1 has them")
+            else:
+                self._refuse(HTTPStatus.BAD_REQUEST, "invalid_request", "this is no HTTP/1.1 request that can be read")
+
+    def _parse_to_upgrade(self, piece: bytes) -> bytes:
+        """What is left behind a head that asks for an upgrade."""
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._read_body_all_the_same()
+            return piece[upgrade.args[0] :]
+        return b""
+
+    def _read_body_all_the_same(self) -> None:
+        """Have a new parser take what follows by the head's length or chunks; the first takes it for another protocol."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        framing = [name + b": " + value for name, value in self.headers if name in _FRAMING]
+        ending = [] if self.cycle.keep_alive else [b"connection: close"]
+        self.parser.feed_data(b"\r\n".join([b"POST / HTTP/1.1", *framing, *ending, b"", b""]))
+
     def on_message_begin(self) -> None:
+        if self._upgrade_asked:
+            return
         self._place = "head"
+        super().on_message_begin()
         if len(self.pipeline) >= _MOST_PIPELINED:
             self._refuse(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", f"at most {_MOST_PIPELINED} requests wait on a connection")
             raise _Refused
-        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._place == "body":
-            return  # a trailer, which would stand among the headers
+            return  # a trailer, which would stand among the headers; or of the head without an upgrade
         if len(self.headers) >= _MOST_HEADERS:
             self._refuse_head(f"at most {_MOST_HEADERS} headers are taken")
             raise _Refused
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._upgrade_asked:
+            self._upgrade_asked = False
+            return
+        if not any(name == _REQUEST_ID for name, _ in self.headers):
+            # Drawn here, so that a refusal of its body bears the id that the application's log has.
+            self.headers.append((_REQUEST_ID, fit_request_id(None).encode()))
+        before = self.cycle
+        super().on_headers_complete()  # raises where the target is none; then it is a head that is refused
+        self._cycle_before = before
         self._place, self._gathered = "body", 0
+        self._upgrade_asked = self.parser.should_upgrade()
         self._disarm()
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._gathered = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrade_asked:
+            return
         self._place, self._gathered = "between", 0
         self._disarm()
         super().on_message_complete()
@@ -138,14 +189,6 @@ class BoundedConnection(HttpToolsProtocol):
             self._arm(self.bounds.head_seconds)
         elif self._place == "body" and self.cycle.response_complete:
             self._arm(DISCARD_SECONDS)  # for the rest of a body that nobody reads
-
-    def send_400_response(self, msg: str) -> None:
-        if self._refusal is not None:
-            return  # that is what stopped the parser
-        if self._place == "body":  # an application reads it, and would wait for the rest
-            super().send_400_response(msg)
-        else:
-            self._refuse(HTTPStatus.BAD_REQUEST, "invalid_request", "this is no HTTP/1.1 request that can be read")
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -170,23 +213,49 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request_head_too_large", why)
 
     def _refuse(self, status: HTTPStatus, code: str, why: str) -> None:
+        request_id = self._request_id()
+        answer = _response(status, code, why, [*self.server_state.default_headers, (_REQUEST_ID, request_id.encode())])
+        self._end(answer, status=int(status), why=why, request_id=request_id)
+
+    def _break_off(self, why: str) -> None:
+        """Refuse the newest request, which the application has by now, or is about to."""
+        if self._refusal is not None:
+            return  # that is what stopped the parser
+        broken, self.cycle = self.cycle, self._cycle_before  # type: ignore[assignment]  # None before the first request
+        if self.pipeline and self.pipeline[0][0] is broken:
+            self.pipeline.popleft()
+        broken.disconnected = True  # the application reads no more of it, and whatever it still sends goes nowhere
+        broken.waiting_for_100_continue = False
+        broken.message_event.set()
+        if broken.response_started:
+            self._end(b"", why=why, request_id=self._request_id())
+        else:
+            self._refuse(HTTPStatus.BAD_REQUEST, "invalid_request", why)
+
+    def _request_id(self) -> str:
+        headers = () if self._place == "between" else self.headers
+        return fit_request_id(next((value for name, value in headers if name == _REQUEST_ID), None))
+
+    def _end(self, answer: bytes, **facts: object) -> None:
+        """Write this, which may be nothing, behind the answers to earlier requests, and end."""
         if self._refusal is not None or self.transport.is_closing():
             return  # the parser may have stopped where the bytes come to their bound, too
         self._disarm()
-        logger().info("connection refused", door="http", status=int(status), why=why)
-        self._refusal = _response(status, code, why, self.server_state.default_headers)
-        self._answer_if_idle(self._refusal)
+        logger().info("connection refused", door="http", peer=":".join(map(str, self.client or ())), **facts)
+        self._refusal = answer
+        self._answer_if_idle(answer)
 
     def _answer_if_idle(self, refusal: bytes) -> None:
         if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr]  # None before the first request
             self._unset_keepalive_if_required()
+            self.flow.resume_reading()  # a body that was held up is thrown away
             self.transport.write(refusal)
             self.transport.write_eof()
             self._timer = self.loop.call_later(DISCARD_SECONDS, self.transport.abort)
 
 
-def _response(status: HTTPStatus, code: str, why: str, defaults: list[tuple[bytes, bytes]]) -> bytes:
-    kind, headers = "invalid_request_error", [*defaults, (b"content-type", b"application/json"), (b"connection", b"close")]
+def _response(status: HTTPStatus, code: str, why: str, headers: list[tuple[bytes, bytes]]) -> bytes:
+    kind, headers = "invalid_request_error", [*headers, (b"content-type", b"application/json"), (b"connection", b"close")]
     if status is HTTPStatus.TOO_MANY_REQUESTS:
         kind, headers = "rate_limit_error", [*headers, (b"retry-after", b"1")]
     body = json.dumps({"error": {"message": why, "type": kind, "param": None, "code": code}}).encode()
