@@ -359,6 +359,21 @@ def test_models_are_listed_with_their_executors_speeds(fake, capsys):
     assert "e2" in second
 
 
+def test_a_stream_that_another_thread_closes_while_its_call_begins_ends(fake):
+    fake.script = [None]
+    with Client(fake.address) as client:
+        stream = client.generate("x", timeout=60)
+        start = stream._start
+
+        def closed_meanwhile(left):
+            call = start(left)
+            stream.close()
+            return call
+
+        stream._start = closed_meanwhile
+        assert list(stream) == []
+
+
 @pytest.mark.parametrize("leave", ["break", "with", "close", "garbage"])
 def test_leaving_a_stream_cancels_it_on_the_server(fake, connect, leave):
     fake.script = [{"text": "one"}, None]

@@ -87,6 +87,8 @@ class Stream:
             try:
                 if self._call is None:
                     self._call = self._start(self._attempts.remaining())
+                    if self._closed.is_set():  # by another thread, which had no call to cancel
+                        self._call.cancel()
                 answer: read.Answer | None = next(self._call, None)
             except grpc.RpcError as error:
                 if self._closed.is_set():
