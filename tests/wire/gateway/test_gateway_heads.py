@@ -272,6 +272,20 @@ async def test_time_in_which_the_gateway_reads_nothing_is_not_the_clients(suite_
             assert await raw.refusal() == TOO_SLOW
 
 
+async def test_a_client_that_leaves_with_a_request_behind_another_gives_everything_back(suite_with):
+    async with suite_with(sse_keepalive_seconds=0.02) as suite:
+        async with Raw.to(suite) as raw:
+            suite.executors[0].gate.clear()
+            raw.send(posted("/v1/completions", RUNNING))
+            await suite.executors[0].started.wait()
+            raw.send(posted("/v1/completions", RUNNING))
+            served = suite.gateway._http._server.server_state.connections
+            await suite.eventually(lambda: any(c.pipeline for c in served))
+            raw.writer.transport.abort()
+        await suite.rest()
+        assert not suite.executors[0].gate.is_set()  # nobody has told an end: it was cancelled
+
+
 async def test_requests_that_wait_on_one_connection_are_bounded(suite):
     async with Raw.to(suite) as raw:
         raw.send(HEALTH * 1000)
@@ -497,7 +511,7 @@ async def test_a_body_that_can_not_be_read_is_answered_by_one_refusal(suite, cap
 def test_uvicorn_still_has_what_the_bounds_stand_on():
     ours = {name for name, value in vars(connection.BoundedConnection).items() if callable(value) and not name.startswith("_")}
     assert ours <= set(vars(HttpToolsProtocol))
-    used = {"_unset_keepalive_if_required", "timeout_keep_alive_handler"}
+    used = {"_start_asgi_task", "_unset_keepalive_if_required", "timeout_keep_alive_handler"}
     assert used <= set(vars(HttpToolsProtocol))
     for attribute in (
         "connections",

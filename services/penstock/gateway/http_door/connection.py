@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import ClassVar, Literal
 
 import httptools
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from penstock.common.interceptors import REQUEST_ID_KEY, fit_request_id
@@ -71,6 +72,7 @@ class BoundedConnection(HttpToolsProtocol):
     _place: Literal["between", "head", "body"] = "between"
     _gathered = 0  # bytes since something was told to the application
     _timer: asyncio.TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
     _cycle_before: RequestResponseCycle | None = None  # of the request before the newest
     _upgrade_asked = False  # by a head of which the parser has yet to read the body
     _refusal: bytes | None = None
@@ -88,6 +90,11 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self._unset_keepalive_if_required()
+        self.pipeline.clear()
+        running = self._running
+        if running is not None and not running.response_complete:  # uvicorn tells the newest alone, which may wait behind it
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -167,6 +174,10 @@ class BoundedConnection(HttpToolsProtocol):
         self._place, self._gathered = "body", 0
         self._upgrade_asked = self.parser.should_upgrade()
         self._disarm()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self._gathered = 0
