@@ -88,7 +88,7 @@ def test_a_taken_port_is_told_before_the_model_is_looked_for(up):
 
 def test_a_service_that_can_not_start_is_named(tmp_path):
     settings = tmp_path / "settings.yaml"
-    settings.write_text(f"gateway: {{api_keys: {tmp_path / 'none.yaml'}}}\n")
+    settings.write_text("gateway: {default_deadline_seconds: -1}\n")
     flags = ["--backend", "fake", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--config", str(settings)]
     done = penstock("up", "builtin", *flags)
     assert done.returncode == 1
@@ -97,4 +97,23 @@ def test_a_service_that_can_not_start_is_named(tmp_path):
     why = [line["why"] for line in told if (line["service"], line["event"]) == ("up", "failed")]
     assert len(why) == 1
     assert why[0].startswith("gateway can not start: ")
-    assert "none.yaml" in why[0]
+    assert "default_deadline_seconds is -1" in why[0]
+
+
+def test_keys_that_can_not_be_read_are_told_before_anything_is_started(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("gateway: {http: '127.0.0.1:0', grpc: '127.0.0.1:0', api_keys: /none.yaml}\n")
+    done = penstock("up", "builtin", "--backend", "fake", "--config", str(settings))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "penstock: api_keys: can not read /none.yaml: No such file or directory\n"
+
+
+def test_the_doors_are_where_the_gateways_section_puts_them(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("gateway: {http: '127.0.0.2:0', grpc: '127.0.0.3:0'}\n")
+    command = [*PENSTOCK, "up", "builtin", "--backend", "fake", "--config", str(settings)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert re.fullmatch(r"ready http=127\.0\.0\.2:\d+ grpc=127\.0\.0\.3:\d+\n", process.stdout.readline())
+        finally:
+            process.send_signal(signal.SIGTERM)
