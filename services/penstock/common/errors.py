@@ -104,6 +104,11 @@ class UnsupportedField(InvalidRequest):
 class ContextOverflow(InvalidRequest):
     """Prompt and answer are longer than the model's context: what a client may mend by leaving out a part of the prompt."""
 
+    def of_context(self, tokens: int) -> ContextOverflow:
+        """The same, with the context's length, in OpenAI's and vLLM's words: LiteLLM and others know the error by these alone."""
+        length = f"this model's maximum context length is {tokens} tokens"
+        return ContextOverflow(*(FieldViolation(v.field, f"{v.description}; {length}") for v in self.violations))
+
 
 class UnknownModel(PenstockError):
     """No executor serves a model of this name."""

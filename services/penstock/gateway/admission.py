@@ -10,6 +10,7 @@ from typing import Any
 from penstock.common import faults, tracing
 from penstock.common.errors import (
     Cancelled,
+    ContextOverflow,
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
@@ -225,11 +226,14 @@ class Admission:
             )
 
     async def _plan(self, generation: Generation, model: Model, caller: Caller) -> Plan:
-        ids, fingerprint = await self.encode(generation, model, caller.deadline, model.context_length - 1)
-        echo = await self._echo(generation, model, ids, caller.deadline)
-        if self.clock() >= caller.deadline:
-            raise DeadlineExceeded("the deadline passed before the request was placed")
-        return plan(generation, model, ids, fingerprint, caller.tenant, self.limits, echo=echo)
+        try:
+            ids, fingerprint = await self.encode(generation, model, caller.deadline, model.context_length - 1)
+            echo = await self._echo(generation, model, ids, caller.deadline)
+            if self.clock() >= caller.deadline:
+                raise DeadlineExceeded("the deadline passed before the request was placed")
+            return plan(generation, model, ids, fingerprint, caller.tenant, self.limits, echo=echo)
+        except ContextOverflow as error:
+            raise error.of_context(model.context_length) from None
 
     async def encode(self, generation: Generation, model: Model, deadline: float, most: int) -> tuple[Sequence[int], str]:
         """A validated generation's prompt as ids, `most` at most, and the fingerprint of the tokenizer that they are of.

@@ -79,9 +79,7 @@ def _max_tokens(generation: Generation, model: Model, prompt_tokens: int, limits
     if asked is None:
         return min(left, limits.max_tokens // generation.n)
     if asked > left:
-        raise ContextOverflow.field(
-            "stopping.max_tokens", f"at most {left}: the prompt has {prompt_tokens} tokens, and the context holds {context}"
-        )
+        raise ContextOverflow.field("stopping.max_tokens", f"at most {left} behind a prompt of {prompt_tokens} tokens")
     return asked
 
 

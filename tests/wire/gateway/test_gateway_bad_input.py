@@ -123,6 +123,8 @@ async def test_what_the_context_can_not_hold_is_told_apart_from_other_faults(sui
     async with httpx.AsyncClient(base_url=suite.http) as client:
         reply = await client.post("/v1/completions", json={"model": "story", "prompt": "Tell me"} | body)
     assert reply.json()["error"]["code"] == "context_length_exceeded"
+    for words in (error.details(), reply.json()["error"]["message"]):
+        assert "this model's maximum context length is 4096 tokens" in words
 
 
 async def test_a_least_length_that_there_is_no_room_for_is_refused(suite):
