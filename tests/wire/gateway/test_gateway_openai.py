@@ -1,6 +1,7 @@
 """The HTTP door as the real `openai` package sees it."""
 
 import asyncio
+import collections
 import json
 import socket
 
@@ -41,6 +42,29 @@ async def test_chat_streamed_and_whole_are_the_same(suite, client):
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 50
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 2
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    await suite.rest()
+
+
+@pytest.mark.parametrize(
+    "ask", [{"messages": [{"role": "user", "content": "Hi"}]}, {"prompt": ["One", "Twenty"]}], ids=["chat", "completions"]
+)
+async def test_chunks_tell_their_choices_counts_where_that_is_asked_for(suite, client, ask):
+    page = client.chat.completions if "messages" in ask else client.completions
+    ask = {"model": "story", "n": 2, "max_tokens": 30, "stream": True, "extra_body": {"return_token_ids": True}} | ask
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = [c async for c in await page.create(**ask, stream_options=options)]
+    told = collections.Counter()
+    prompts = {}
+    for chunk in chunks[:-1]:
+        choice = chunk.choices[0]
+        told[choice.index] += len(getattr(choice, "token_ids", ()))
+        assert told[choice.index] <= chunk.usage.completion_tokens <= 30
+        assert chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens
+        assert prompts.setdefault(choice.index, chunk.usage.prompt_tokens) == chunk.usage.prompt_tokens
+        if choice.finish_reason:
+            assert chunk.usage.completion_tokens == told[choice.index] == 30
+    assert chunks[-1].usage.completion_tokens == sum(told.values())
+    assert chunks[-1].usage.prompt_tokens == sum(count for index, count in prompts.items() if index % 2 == 0)
     await suite.rest()
 
 

@@ -24,7 +24,7 @@ from penstock.gateway.http_door import generations
 from penstock.gateway.http_door.body import read_body
 from penstock.gateway.http_door.errors import error_response
 from penstock.gateway.http_door.rendering import ChatRendering, CompletionRendering, Rendering
-from penstock.gateway.http_door.schemas import ChatBody, CompletionBody, SharedBody, parse
+from penstock.gateway.http_door.schemas import ChatBody, CompletionBody, SharedBody, StreamOptions, parse
 from penstock.gateway.http_door.streaming import closings_of, collect, stream, while_connected
 from penstock.gateway.output import OutputQueue
 from penstock.gateway.request import Caller, Generation
@@ -80,7 +80,7 @@ class GenerateEndpoint:
         door: Door,
         body: type[SharedBody],
         to_generations: Callable[[Any], Sequence[Generation]],
-        rendering: Callable[..., Rendering],
+        rendering: Callable[[Call, str, StreamOptions], Rendering],
         id_prefix: str,
     ) -> None:
         self._door = door
@@ -124,16 +124,20 @@ class GenerateEndpoint:
                 await error_response(error, chat=self._chat)(scope, receive, send)
 
     async def _relay(self, call: Call, body: SharedBody, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        options = body.stream_options or StreamOptions()
         send = _watched(send, call.queue)
-        rendering = self._rendering(call, self._id_prefix + caller.request_id, include_usage=include_usage)
+        rendering = self._rendering(call, self._id_prefix + caller.request_id, options)
         if body.stream:
             headers = [
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-cache"),
             ]
-            keepalive = self._door.keepalive_seconds
-            await stream(call, rendering, send, headers, keepalive_seconds=keepalive, include_usage=include_usage, chat=self._chat)
+            await stream(
+                *(call, rendering, send, headers),
+                keepalive_seconds=self._door.keepalive_seconds,
+                include_usage=bool(options.include_usage),
+                chat=self._chat,
+            )
             return
         deltas = await collect(call)
         answer = json.dumps(rendering.whole(deltas, closings_of(call)), ensure_ascii=False, separators=(",", ":"))

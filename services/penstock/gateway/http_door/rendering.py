@@ -10,6 +10,7 @@ from penstock.gateway.admission import Call
 from penstock.gateway.answer import Closing, Delta, Finish, FinishReason
 from penstock.gateway.http_door.closings import closings as told_closings
 from penstock.gateway.http_door.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
+from penstock.gateway.http_door.schemas import StreamOptions
 
 __all__ = ["ChatRendering", "CompletionRendering", "Rendering", "usage"]
 
@@ -42,22 +43,23 @@ class Rendering(Protocol):
 
 def usage(closings: Sequence[Closing]) -> dict[str, Any]:
     """``usage`` over all prompts of a call."""
-    prompt, completion = sum(c.prompt_tokens for c in closings), sum(c.completion_tokens for c in closings)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
+        **_counts(sum(c.prompt_tokens for c in closings), sum(c.completion_tokens for c in closings)),
         "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in closings)},
     }
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class _Base:
     kind: str
     chunk_kind: str
 
-    def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
+    def __init__(self, call: Call, request_id: str, options: StreamOptions) -> None:
         self._call = call
-        self._include_usage = include_usage
+        self._options = options
         self._head = {
             "id": request_id,
             "created": int(time.time()),
@@ -77,9 +79,16 @@ class _Base:
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
-        if self._include_usage:
+        if self._options.continuous_usage_stats:
+            chunk["usage"] = self._usage_so_far(choice["index"])
+        elif self._options.include_usage:
             chunk["usage"] = None
         return chunk
+
+    def _usage_so_far(self, index: int) -> dict[str, Any]:
+        """As in vLLM of this choice alone."""
+        number, choice = divmod(index, self._choices_per_prompt)
+        return _counts(len(self._call.plans[number].prompt_ids), self._call.requests[number].choices[choice].told_tokens)
 
     def _whole(self, choices: list[dict[str, Any]], closings: Sequence[Closing]) -> dict[str, Any]:
         choices.sort(key=lambda c: int(c["index"]))
@@ -114,8 +123,8 @@ class CompletionRendering(_Base):
 
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
-        super().__init__(call, request_id, include_usage=include_usage)
+    def __init__(self, call: Call, request_id: str, options: StreamOptions) -> None:
+        super().__init__(call, request_id, options)
         self._begun: set[int] = set()
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
@@ -161,8 +170,8 @@ class ChatRendering(_Base):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, call: Call, request_id: str, *, include_usage: bool) -> None:
-        super().__init__(call, request_id, include_usage=include_usage)
+    def __init__(self, call: Call, request_id: str, options: StreamOptions) -> None:
+        super().__init__(call, request_id, options)
         self._prompt_scored = False
 
     def opening(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from penstock.common.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest, UnsupportedField
 from penstock.gateway.bounds import Bounds, check_body
 
-__all__ = ["ChatBody", "ChatTurn", "CompletionBody", "DetokenizeBody", "SharedBody", "TokenizeBody", "parse"]
+__all__ = ["ChatBody", "ChatTurn", "CompletionBody", "DetokenizeBody", "SharedBody", "StreamOptions", "TokenizeBody", "parse"]
 
 
 def _prompt(prompt: Any) -> Any:
@@ -43,6 +43,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
