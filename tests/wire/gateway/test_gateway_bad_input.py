@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import math
 import re
@@ -314,6 +315,16 @@ async def test_with_keys_only_their_bearers_come_in(suite_with, tmp_path):
             assert reply.status_code == 200
         assert [p.tenant for p in suite.scheduler.placings] == ["acme", "beta"]
         assert [s.tenant for s in suite.executors[0].all_started] == ["acme", "beta"]
+
+
+@pytest.mark.parametrize("page", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+async def test_a_compressed_body_is_refused_as_that(suite, page):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post(page, content=gzip.compress(b'{"prompt": "x"}'), headers={"Content-Encoding": "gzip"})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, "Content-Encoding", "unsupported_parameter")
+        plain = {"content": b'{"prompt": "x", "max_tokens": 1}', "headers": {"Content-Encoding": "identity"}}
+        assert (await client.post("/v1/completions", **plain)).status_code == 200
 
 
 @pytest.mark.parametrize(

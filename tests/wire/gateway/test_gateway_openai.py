@@ -254,7 +254,7 @@ async def test_a_stream_that_is_not_silent_holds_nothing_but_events(suite, page)
         ("POST", "/v1/completion", 404, "there is no page /v1/completion; did you mean /v1/completions?"),
         ("POST", "/v1/responses", 404, "there is no page /v1/responses; there are /v1/completions, /v1/chat/completions, "),
         ("POST", "/v1/embeddings", 404, "there is no page /v1/embeddings; there are /v1/completions, "),
-        ("GET", "/", 404, "there is no page /; there are /v1/completions, "),
+        ("GET", "/", 404, "there is no page /; there are /v1/completions, /v1/chat/completions, /v1/models, /v1/models/{name}, "),
         ("GET", "/%ff%00%f0%9f%8d%8a", 404, "there is no page /"),
         ("POST", "/v1/models/" + 500 * "x", 405, f"/v1/models/{117 * 'x'} does not take POST; it takes"),
         ("GET", "/v1/completions", 405, "/v1/completions does not take GET; it takes POST"),

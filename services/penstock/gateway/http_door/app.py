@@ -148,7 +148,7 @@ def _model(model: Model) -> dict[str, object]:
 
 
 async def _no_such_page(request: Request, error: HTTPException) -> Response:
-    path, pages = request.url.path[:_SHOWN_CHARACTERS], [route.path for route in request.app.routes]
+    path, pages = request.url.path[:_SHOWN_CHARACTERS], [route.path.replace(":path", "") for route in request.app.routes]
     code, message = "invalid_request", str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
         near = difflib.get_close_matches(path, [page for page in pages if "{" not in page], n=1, cutoff=0.75)

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from penstock.common.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
+from penstock.common.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge, UnsupportedField
 
 __all__ = ["DISCARDED_BYTES", "DISCARD_SECONDS", "SlowBody", "UnreadResponse", "read_body"]
 
@@ -28,10 +28,13 @@ async def read_body(scope: Scope, receive: Receive, most: int, seconds: float) -
     Raises:
         SlowBody: it came too slowly.
         RequestTooLarge: it is larger, by its header or by what came; the rest is not read.
-        InvalidRequest: its length is no number.
+        InvalidRequest: its length is no number, or it is compressed.
         ClientDisconnect: the client left.
     """
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), None)
+    headers = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").lower() not in {b"identity", b""}:
+        raise UnsupportedField.field("Content-Encoding", "bodies are not unpacked here; send it as it is, and leave this out")
+    declared = headers.get(b"content-length")
     if declared is not None:
         if not declared.isdigit():
             raise InvalidRequest.field("Content-Length", "must be a number")
