@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 
 from penstock.backends.contract import Broken, DeviceConfig, GenerativeModel, ModelSpec, Registration, Unsupported
+from penstock.backends.reports import what_was_raised
 from penstock.common.service import StartError
 
 __all__ = ["BUILT_IN", "DuplicateBackend", "NoBackend", "Source", "broken", "sources"]
@@ -56,7 +57,7 @@ class Source:
         try:
             loaded = self.load()
         except Exception as error:  # noqa: BLE001  what a plug-in raises on import is not known; it is told, not hidden
-            return broken(self.name, f"import failed: {type(error).__name__}: {error}")
+            return broken(self.name, f"import failed: {what_was_raised(error)}")
         if not isinstance(loaded, Registration):
             return broken(self.name, f"gives a {type(loaded).__name__}, not a Registration")
         if loaded.name != self.name:

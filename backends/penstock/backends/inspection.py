@@ -21,7 +21,7 @@ from typing import Any
 
 from penstock.backends.contract import Availability, Available, Broken, Capabilities, ModelSpec, Unsupported
 from penstock.backends.discovery import Source
-from penstock.backends.reports import read_answer, write_answer
+from penstock.backends.reports import read_answer, what_was_raised, write_answer
 from penstock.backends.validation import fault_of_availability, fault_of_capabilities
 
 __all__ = ["PROBE_SECONDS", "BackendReport", "answer_of", "inspect", "manner_of_death"]
@@ -72,7 +72,7 @@ def answer_of(source: Source, spec: ModelSpec | None, at: Callable[[str], object
         if fault := fault_of_capabilities(capabilities):
             return Broken(f"its capabilities are nonsense: {fault}"), None
     except Exception as error:  # noqa: BLE001  a backend may raise anything; it is told, not hidden
-        return Broken(f"raised {type(error).__name__}: {error}"), None
+        return Broken(f"raised {what_was_raised(error)}"), None
     return availability, capabilities
 
 

@@ -17,7 +17,9 @@ from penstock.backends.contract import (
 )
 from penstock.backends.validation import fault_of_availability, fault_of_capabilities
 
-__all__ = ["read_answer", "write_answer"]
+__all__ = ["one_line", "read_answer", "what_was_raised", "write_answer"]
+
+_LONGEST_REASON = 1000
 
 _TUPLES = {"dtypes": DType, "tasks": Task, "kv_layouts": str, "kv_dtypes": DType}
 _BY_DTYPE = ("weight_bytes", "yields")
@@ -42,6 +44,17 @@ def read_answer(written: Mapping[str, Any]) -> tuple[Availability, Capabilities 
     return availability, capabilities
 
 
+def one_line(reason: str) -> str:
+    """A reason as a table, a log line and a status can have it: drivers tell pages."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} …"
+
+
+def what_was_raised(error: BaseException) -> str:
+    """An exception's type and text, in one line."""
+    return one_line(f"{type(error).__name__}: {error}").removesuffix(":")
+
+
 def _availability(availability: Availability) -> dict[str, Any]:
     if isinstance(availability, Available):
         return {
@@ -50,7 +63,7 @@ def _availability(availability: Availability) -> dict[str, Any]:
             "version": availability.version,
             "unused": dict(availability.unused),
         }
-    return {"state": "broken" if isinstance(availability, Broken) else "unavailable", "reason": availability.reason}
+    return {"state": "broken" if isinstance(availability, Broken) else "unavailable", "reason": one_line(availability.reason)}
 
 
 def _read_availability(written: Mapping[str, Any]) -> Availability:
@@ -63,7 +76,7 @@ def _capabilities(capabilities: Capabilities | Unsupported | None) -> dict[str, 
     if capabilities is None:
         return None
     if isinstance(capabilities, Unsupported):
-        return {"unsupported": capabilities.reason}
+        return {"unsupported": one_line(capabilities.reason)}
     fields = {name: getattr(capabilities, name) for name in Capabilities.__dataclass_fields__}
     return fields | {name: list(fields[name]) for name in _TUPLES} | {name: dict(fields[name]) for name in _BY_DTYPE}
 

@@ -23,9 +23,10 @@ from penstock.backends.contract import (
 )
 from penstock.backends.kv_abilities import native_kv, prefix_copies
 
-__all__ = ["fault_of_availability", "fault_of_capabilities", "fault_of_model"]
+__all__ = ["fault_of_availability", "fault_of_capabilities", "fault_of_kv", "fault_of_model"]
 
 _MOST = 1 << 62
+_MOST_BLOCKS = 1 << 31  # a batch names them as int32
 
 
 def fault_of_availability(availability: object) -> str | None:
@@ -83,7 +84,7 @@ def _faults(capabilities: Capabilities) -> Iterator[str]:
 
 def fault_of_model(model: GenerativeModel, capabilities: Capabilities) -> str | None:
     """What is wrong with a model that a backend has made, measured by what it said that it can do; None: nothing."""
-    fault = _fault_of_kv(model.kv) or _missing(model)
+    fault = fault_of_kv(model.kv) or _missing(model)
     if fault is not None:
         return fault
     if isinstance(model, Tuned) and not _names_names(model.ways):
@@ -105,19 +106,26 @@ def _missing(model: GenerativeModel) -> str | None:
     return None
 
 
-def _fault_of_kv(kv: object) -> str | None:
-    if not isinstance(kv, KvSpec):
-        return f"kv: must be a KvSpec, and is a {type(kv).__name__}"
+def fault_of_kv(kv: object) -> str | None:
+    """What is wrong with what a model says of its cache; None: nothing."""
+    return next(_faults_of_kv(kv), None) if isinstance(kv, KvSpec) else f"kv: must be a KvSpec, and is a {type(kv).__name__}"
+
+
+def _faults_of_kv(kv: KvSpec) -> Iterator[str]:
     for name in ("block_size", "blocks", "bytes_per_block"):
         if not _is_size(getattr(kv, name)):
-            return f"kv.{name}: must be a whole number from 1, and is {getattr(kv, name)!r}"
+            yield f"kv.{name}: must be a whole number from 1, and is {getattr(kv, name)!r}"
+    if kv.blocks > _MOST_BLOCKS:
+        yield f"kv.blocks: must be at most {_MOST_BLOCKS}, since a batch names blocks as int32, and is {kv.blocks}"
+    for name in ("layout", "dtype", "native_layout"):
+        if not isinstance(getattr(kv, name), str):
+            yield f"kv.{name}: must be text, and is {getattr(kv, name)!r}"
     if not isinstance(kv.token_shape, tuple) or len(kv.token_shape) != 3 or not all(map(_is_size, kv.token_shape)):
-        return f"kv.token_shape: must be the numbers of layers, kv heads and head dim, and is {kv.token_shape!r}"
+        yield f"kv.token_shape: must be the numbers of layers, kv heads and head dim, and is {kv.token_shape!r}"
     if kv.canonical_dtype not in CANONICAL_DTYPES:
-        return f"kv.canonical_dtype: must be one of {', '.join(CANONICAL_DTYPES)}, and is {kv.canonical_dtype!r}"
+        yield f"kv.canonical_dtype: must be one of {', '.join(CANONICAL_DTYPES)}, and is {kv.canonical_dtype!r}"
     if not isinstance(kv.copies_prefixes, bool):
-        return f"kv.copies_prefixes: must be True or False, and is {kv.copies_prefixes!r}"
-    return None if isinstance(kv.native_layout, str) else f"kv.native_layout: must be text, and is {kv.native_layout!r}"
+        yield f"kv.copies_prefixes: must be True or False, and is {kv.copies_prefixes!r}"
 
 
 def _are(value: object, kind: type) -> bool:

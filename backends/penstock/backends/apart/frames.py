@@ -19,9 +19,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.backends.contract import DeviceConfig, DType
+from penstock.backends.contract import DeviceConfig, DType, ModelLost
+from penstock.common.service import StartError
 
-__all__ = ["Arrays", "Ended", "read_device_config", "receive", "send", "write_device_config"]
+__all__ = ["RAISED", "Arrays", "Ended", "read_device_config", "receive", "send", "write_device_config"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -31,6 +32,8 @@ _LARGEST_HEAD = 1 << 20
 _LARGEST_ARRAYS = 1 << 34
 _TYPES = {np.dtype(t).name: np.dtype(t) for t in ("int64", "int32", "float32", "float16", "uint8", "int8", ml_dtypes.bfloat16)}
 
+RAISED: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in (ModelLost, StartError, ValueError)}
+"""Exceptions that mean something in the contract, and so arrive as they were raised; any other is a `RuntimeError`."""
 
 # Types of fields that JSON does not have.
 _KINDS: Mapping[str, Callable[[str], Any]] = {"DType | None": DType, "Path | None": Path}
@@ -45,10 +48,14 @@ def send(connection: socket.socket, kind: str, facts: Mapping[str, Any], arrays:
 
     Raises:
         Ended: nobody reads.
+        TypeError, ValueError: JSON can not tell it, or an array is of a type that does not travel; nothing was written.
     """
     raw = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
     values = [array.reshape(-1).view(np.uint8).data for array in raw.values()]
     shapes = {name: [array.dtype.name, list(array.shape)] for name, array in raw.items()}
+    for name, (dtype, shape) in shapes.items():
+        if dtype not in _TYPES:
+            raise ValueError(f"{name}: an array of {dtype} {shape}; one of {', '.join(_TYPES)} was due")
     head = json.dumps({"kind": kind, "facts": facts, "arrays": shapes}).encode()
     try:
         if sum(map(len, values)) <= _JOINED:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.backends.apart.frames import Arrays, Ended, receive, send, write_device_config
+from penstock.backends.apart.frames import RAISED, Arrays, Ended, receive, send, write_device_config
 from penstock.backends.contract import (
     Availability,
     Capabilities,
@@ -84,7 +84,8 @@ class ModelApart:
     def _began(self, config: DeviceConfig) -> None:
         try:
             made, _ = self._ask("create", write_device_config(config))
-            self._dtype, self._device = DType(made["dtype"]), str(made["device"])
+            self._dtype = DType(made["dtype"])
+            self._device: str = made["device"]
             self._ways = dict(made["ways"])
             self._kv = KvSpec(**{**made["kv"], "token_shape": tuple(made["kv"]["token_shape"])})
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
@@ -206,9 +207,14 @@ class ModelApart:
                 raise ModelLost(f"backend {self._name} answers with what is no frame: {error}") from error
             self._doing = ""
         if answer == "raised":
-            kind_of_error = ValueError if said["kind"] == "ValueError" else RuntimeError
-            raise kind_of_error(f"backend {self._name} raised in {kind}: {said['kind']}: {said['text']}")
+            raise self._raised(kind, said)
         return said, given
+
+    def _raised(self, doing: str, said: Mapping[str, str]) -> Exception:
+        kind, text = RAISED.get(said["kind"], RuntimeError), said["text"]
+        if kind in {ModelLost, StartError}:
+            return kind(text if self._name in text else f"backend {self._name}: {text}")
+        return kind(f"backend {self._name} raised in {doing}: {text}")
 
     def _lost(self) -> ModelLost:
         if self._ours.fileno() < 0:

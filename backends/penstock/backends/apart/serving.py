@@ -14,14 +14,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from penstock.backends.apart.frames import Arrays, Ended, read_device_config, receive, send
+from penstock.backends.apart.frames import RAISED, Arrays, Ended, read_device_config, receive, send
 from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, PrefixCopies, StepBatch, Tuned
 from penstock.backends.discovery import Source
 from penstock.backends.kv_abilities import native_kv, prefix_copies
+from penstock.backends.reports import one_line, what_was_raised
+from penstock.backends.validation import fault_of_kv
+from penstock.common.service import StartError
 
 __all__ = ["serve"]
 
 _T = TypeVar("_T")
+
+# Those whose text is for the operator, and says all.
+_BY_TEXT = {"ModelLost", "StartError"}
 
 Answer = tuple[dict[str, Any], Arrays]
 
@@ -37,13 +43,18 @@ def serve(connection: socket.socket, shared: int, life: int, source: Source, spe
         while True:
             kind, facts, arrays = receive(connection)
             try:
-                said, given = rooms.calls[kind](facts, arrays)
+                send(connection, "done", *rooms.calls[kind](facts, arrays))
+            except Ended:
+                raise
             except Exception as error:  # noqa: BLE001  whatever a backend raises, the executor is told
-                send(connection, "raised", {"kind": type(error).__name__, "text": str(error)})
-            else:
-                send(connection, "done", said, given)
+                send(connection, "raised", _told(error))
     except Ended:
         rooms.close()
+
+
+def _told(error: Exception) -> dict[str, str]:
+    kind = next((name for name, known in RAISED.items() if isinstance(error, known)), "")
+    return {"kind": kind, "text": one_line(str(error)) if kind in _BY_TEXT else what_was_raised(error)}
 
 
 def _end_with(pipe: int) -> None:
@@ -81,6 +92,8 @@ class _Rooms:
 
     def _create(self, config: dict[str, Any], _: Arrays) -> Answer:
         model = self._model = self._source.registration().create(self._spec, read_device_config(config))
+        if fault := fault_of_kv(model.kv):
+            raise StartError(f"{self._source.name} made a model that is not what it said: {fault}")
         self._native, self._copies = native_kv(model), prefix_copies(model)
         ways = dict(model.ways) if isinstance(model, Tuned) else {}
         return {"kv": asdict(model.kv), "dtype": model.dtype, "device": model.device, "ways": ways}, {}
