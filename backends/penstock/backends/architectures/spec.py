@@ -84,7 +84,7 @@ class DecoderSpec:
     Attributes:
         architecture: the family's name, ``llama`` for example.
         context_length: tokens that prompt and answer may hold together.
-        sliding_window: how many tokens back attention reaches; None: all.
+        sliding_window: tokens that attention reaches, the one that attends among them; None: all.
         eos_token_ids: ids that end an answer unless a request ignores them.
     """
 
