@@ -95,6 +95,10 @@ class BlockTables:
             self._blocks.register(int(sequence.table[i]), sequence.hashes[i])
         sequence.registered = full
 
+    def distrust(self, sequence: Sequence) -> None:
+        """What a sequence's blocks hold is wrong, and may have been when it found them: no other begins with it."""
+        self._blocks.discard(sequence.hashes[: sequence.registered])
+
     def give_back(self, sequence: Sequence) -> None:
         """Take all blocks of a sequence."""
         self._blocks.release(sequence.table[: sequence.blocks].tolist())

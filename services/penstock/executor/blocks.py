@@ -97,6 +97,15 @@ class BlockManager:
             self._hashes[block] = None
             self._unregister(block, key)
 
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Let nothing be found under these hashes any more, whoever computed it."""
+        for key in keys:
+            while (block := self._by_hash.get(key)) is not None:
+                self.forget(block)
+                if block in self._unused:
+                    del self._unused[block]
+                    self._free.append(block)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give a sequence's blocks back. The end of a prefix is evicted before its begin, without which it can't be found."""
         for block in reversed(blocks):

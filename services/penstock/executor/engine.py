@@ -252,7 +252,7 @@ class Engine:
                     token = rows.sequence.ids[rows.place + i + 1]
                     logprobs.append(self._sampler.logprob(logits.row(rows.first + i), token, count))
             except NotFinite as error:
-                self._sequences.finish(rows.sequence, Finish.FAILED, str(error))
+                self._spoilt(rows.sequence, error)
 
     def _deliver(self, sequences: list[Sequence], sampled: list[Sampled]) -> None:
         """Add the drawn tokens to their sequences and to the frames."""
@@ -262,7 +262,7 @@ class Engine:
             if sequence.status is Status.DONE:  # its prompt's log-probabilities could not be told
                 continue
             if drawn.error is not None:
-                self._sequences.finish(sequence, Finish.FAILED, str(drawn.error))
+                self._spoilt(sequence, drawn.error)
                 continue
             if not sequence.first_token_at:
                 sequence.first_token_at = now
@@ -274,6 +274,11 @@ class Engine:
                 self._sequences.finish(sequence, finish)
             elif sequence.sends:
                 self.handoff.drawn(sequence, drawn.token)
+
+    def _spoilt(self, sequence: Sequence, error: NotFinite) -> None:
+        """End a sequence whose logits are no numbers; its KV may be none either, and would spoil whoever began with it."""
+        self.planner.distrust(sequence)
+        self._sequences.finish(sequence, Finish.FAILED, str(error))
 
     def _run(self) -> None:
         try:

@@ -132,6 +132,10 @@ class StepPlanner:
         self._turns.remove(sequence)
         sequence.status = Status.DONE
 
+    def distrust(self, sequence: Sequence) -> None:
+        """What was computed of a running sequence is wrong: no other begins with it."""
+        self._tables.distrust(sequence)
+
     def go_on(self, sequence: Sequence) -> None:
         """The KV of a receiving sequence is there, of all tokens that it has: it runs, and its blocks can be shared."""
         del self.receiving[sequence]

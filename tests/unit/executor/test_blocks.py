@@ -1,11 +1,12 @@
 """Blocks are never lost and never given to two, after whatever happened."""
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from penstock.common.prefix import block_hashes
-from penstock.executor.blocks import BlockManager
+from penstock.executor.blocks import BlockCounts, BlockManager
 
 COUNT = 12
 PROMPTS = st.lists(st.sampled_from("ab"), min_size=1, max_size=7)
@@ -152,3 +153,20 @@ def test_of_blocks_that_were_copied_one_is_found_until_all_are_gone():
     assert blocks.find(hashes) == []
     assert sorted(block for each in taken for block in each) == [0, 1, 2, 3]
     assert sorted(blocks.log.take().removed) == sorted(hashes)
+
+
+@pytest.mark.parametrize("copying", [False, True])
+def test_what_is_discarded_is_found_no_more_and_its_blocks_are_free(copying):
+    blocks = BlockManager(7, copying=copying)
+    one, hashes = filled(blocks, [1, 2])
+    other, _ = filled(blocks, [1, 2])
+    kept, kept_hashes = filled(blocks, [3])
+    blocks.release(one)
+    blocks.release(kept)
+    blocks.log.take()
+    blocks.discard(hashes)
+    assert (blocks.find(hashes), blocks.find(kept_hashes)) == ([], kept)
+    assert blocks.counts() == BlockCounts(used=2, cached=1, free=4)
+    assert sorted(blocks.log.take().removed) == sorted(hashes)
+    blocks.release(other)
+    assert blocks.counts() == BlockCounts(used=0, cached=1, free=6)

@@ -427,6 +427,26 @@ def test_a_model_that_gives_nan_costs_that_sequence_alone(fields):
     assert bench.engine.blocks.counts().used == 0
 
 
+@pytest.mark.parametrize("fields", [{}, {"prompt_logprobs": 3}], ids=repr)
+def test_nobody_begins_with_what_gave_nan(fields):
+    bench = Bench()
+    begin = list(range(2 * BLOCK_SIZE))
+    bench.submit(1, [*begin, 1], 4)
+    bench.submit(2, [90] * 2 * BLOCK_SIZE, 4)
+    bench.run()
+    assert bench.engine.blocks.counts().cached == 4
+    Spoilt(bench, 89)
+    bench.submit(3, [*begin, 89, 2], 4, **fields)
+    bench.run()
+    assert bench.finished[3].reason is Finish.FAILED
+    assert bench.engine.blocks.counts().cached == 2
+    for i, prompt in ((4, [*begin, 1]), (5, [90] * 2 * BLOCK_SIZE + [1])):
+        bench.submit(i, prompt, 4)
+        bench.run()
+        assert bench.tokens[i] == expected(prompt, 4)
+    assert (bench.started[4].cached_tokens, bench.started[5].cached_tokens) == (0, 2 * BLOCK_SIZE)
+
+
 @pytest.mark.parametrize("stage", ["plan", "sample", "publish"])
 def test_an_engine_that_hangs_anywhere_in_a_step_makes_no_progress(stage, monkeypatch):
     bench = Bench(stall_seconds=2.5)
