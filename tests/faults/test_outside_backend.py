@@ -19,6 +19,7 @@ from penstock.client import FinishReason
 from penstock.internal.v1 import executor_pb2, executor_pb2_grpc
 
 PROMPT = list(range(1, 20))
+DIED, STOOD = "backend outside died in step: ", "a step of backend outside "
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +171,16 @@ def test_it_is_served_and_advertised(environment):
 
 
 @pytest.mark.parametrize(
-    ("fault", "why"),
+    ("fault", "stalled", "died"),
     [
-        ("step exits", "backend outside died in step: exit status 5"),
-        ("step crashes", "backend outside died in step: killed by SIGSEGV"),
+        ("step exits", DIED + "exit status 5", DIED + "exit status 5"),
+        ("step crashes", DIED + "killed by SIGSEGV", DIED + "killed by SIGSEGV"),
+        ("step hangs", STOOD + "takes longer than it may", STOOD + "has not come back for 1 s beyond what it may take"),
     ],
 )
-def test_a_backend_that_dies_in_a_step_costs_a_pause(faulty, fault, why):
-    with Suite("builtin", "--backend", outside.NAME, environment=faulty(fault)) as suite, suite.client() as client:
+def test_a_backend_that_ends_or_hangs_in_a_step_costs_a_pause(faulty, fault, stalled, died):
+    environment = faulty(fault) | {"PENSTOCK_EXECUTOR_STALL_EXIT_SECONDS": "1"}
+    with Suite("builtin", "--backend", outside.NAME, environment=environment) as suite, suite.client() as client:
         stream = client.generate(PROMPT, max_tokens=120, ignore_eos=True, token_ids=True, temperature=0)
         answer = stream.result()
         assert list(answer.choices[0].token_ids) == expected(120, client.models()[0].vocabulary_size)
@@ -185,5 +188,6 @@ def test_a_backend_that_dies_in_a_step_costs_a_pause(faulty, fault, why):
         suite.assert_idle()
         assert suite.stop() == 0
     told = [json.loads(line) for line in suite.log]
-    assert [line for line in told if line["event"] == "died" and line["process"] == "executor" and why in line["why"]], suite.log
-    assert [line for line in told if line["event"] == "executor stalled" and why in line["failure"]], suite.log
+    assert [line for line in told if line["event"] == "died" and line["process"] == "executor" and died in line["why"]], suite.log
+    assert [line for line in told if line["event"] == "executor stalled" and stalled in line["failure"]], suite.log
+    assert wait_for(lambda: not any(is_in(p, environment) for p in psutil.process_iter())), "its process is left behind"

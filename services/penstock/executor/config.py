@@ -43,6 +43,7 @@ class ExecutorConfig:
         stall_seconds: A step that takes so much longer than four times what was measured makes the executor NOT_SERVING.
         stall_seconds_per_prompt_token: What each prompt token in a step adds, instead of what was measured; 0.05 where this is
             absent and nothing was measured.
+        stall_exit_seconds: An executor that has been stalled for so long ends, so that its supervisor starts another.
         handoff_lease_seconds: A handoff of KV from or to another executor ends when nothing is heard of the other for this long.
         handoff_push_mib: MiB of KV that goes to another executor in one piece at most, unless one block is more.
         handoff_window_mib: MiB of KV that are on their way from one executor to this one at most.
@@ -81,6 +82,7 @@ class ExecutorConfig:
     load_seconds: float = 900
     stall_seconds: float = 2.5
     stall_seconds_per_prompt_token: float | None = None
+    stall_exit_seconds: float = 60
     handoff_lease_seconds: float = 3
     handoff_push_mib: float = 16
     handoff_window_mib: float = 48

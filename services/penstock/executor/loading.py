@@ -180,6 +180,7 @@ def check(config: ExecutorConfig) -> None:
         "itl_target_ms": (config.itl_target_ms, 1),
         "stall_seconds": (config.stall_seconds, 0.1),
         "stall_seconds_per_prompt_token": (config.stall_seconds_per_prompt_token, 0),
+        "stall_exit_seconds": (config.stall_exit_seconds, 1),
         "grace_seconds": (config.grace_seconds, 0),
     }
     for name, (value, at_least) in least.items():

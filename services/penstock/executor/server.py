@@ -111,7 +111,7 @@ class ExecutorServer:
         return bound
 
     async def wait(self) -> None:
-        """Return never; raise when the engine is dead, or nothing keeps it registered or watched any more.
+        """Return never; raise when the engine is dead or does not come back, or nothing keeps it registered or watched any more.
 
         Raises:
             EngineDead: so that the process ends and its supervisor starts another.
@@ -183,14 +183,10 @@ class ExecutorServer:
 
     def _start_engine(self, loaded: Loaded) -> None:
         loop = asyncio.get_running_loop()
-        dead = self._dead = loop.create_future()
-
-        def tell(reason: str) -> None:
-            if not dead.done():
-                dead.set_result(reason)
+        self._dead = loop.create_future()
 
         def on_death(reason: str) -> None:
-            loop.call_soon_threadsafe(tell, reason)
+            loop.call_soon_threadsafe(self._die, reason)
 
         loaded.engine.on_death = on_death
         loaded.engine.start()
@@ -201,11 +197,16 @@ class ExecutorServer:
         self._tasks.append(task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) and self._dead is not None and not self._dead.done():
-            self._dead.set_result(f"a task of the executor failed: {error!r}")
+        if not task.cancelled() and (error := task.exception()):
+            self._die(f"a task of the executor failed: {error!r}")
+
+    def _die(self, reason: str) -> None:
+        if self._dead is not None and not self._dead.done():
+            self._dead.set_result(reason)
 
     async def _watch(self) -> None:
-        """Let health tell whether the engine makes progress."""
+        """Let health tell whether the engine makes progress, and end with one that does not come back to it."""
+        stalled = 0.0
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             if self._loaded is None:
@@ -216,6 +217,10 @@ class ExecutorServer:
                 why = "" if moves else engine.failure or f"a step of backend {self._loaded.backend} takes longer than it may"
                 logger().warning("the engine moves again" if moves else "the engine is stalled", failure=why)
                 await self._set_serving(serving=moves, why=why)
+            # Waits are counted, and not the clock's seconds: in those of a process that was stopped the engine could not move.
+            stalled = 0.0 if moves else stalled + _WATCH_SECONDS
+            if stalled >= self._config.stall_exit_seconds:
+                self._die(f"a step of backend {self._loaded.backend} has not come back for {stalled:g} s beyond what it may take")
 
     async def _set_serving(self, *, serving: bool, why: str = "") -> None:
         self._serving = serving
