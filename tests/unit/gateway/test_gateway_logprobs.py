@@ -40,3 +40,14 @@ def test_offsets_are_those_of_the_characters_that_tokens_begin(prompt, output, c
     for token, offset in zip([first, *rest, *(t.token for t in told)], later["text_offset"], strict=True):
         assert offset == len(whole.encode()[:at].decode(errors="ignore"))
         at += len(token)
+
+
+def test_a_token_behind_one_that_breaks_off_begins_a_character_of_its_own():
+    face = "😀".encode()
+    tokens = [face[:1], b"ell", face[:3], face[:2], face[2:], b"\xff", b"\xe0", b"\x80", b"\xed", b"\xa1", b"."]
+    text = b"".join(tokens).decode(errors="replace")
+    assert text == "�ell�😀�����."
+    offsets = [0, 1, 4, 5, 5, 6, 7, 8, 9, 10, 11]
+    assert CompletionLogprobs().output([known(t) for t in tokens])["text_offset"] == offsets
+    form = CompletionLogprobs().prompt(text, tokens[0], [known(t) for t in tokens[1:]])
+    assert form["text_offset"] == offsets

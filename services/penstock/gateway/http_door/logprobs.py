@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Any
 
 from penstock.gateway.answer import Logprob
 
 __all__ = ["CompletionLogprobs", "chat_logprobs", "prompt_logprobs"]
-
-_DECODER = codecs.getincrementaldecoder("utf-8")
 
 
 def token_text(token: bytes) -> str:
@@ -52,33 +50,33 @@ class CompletionLogprobs:
     """``choices[].logprobs`` of a completion's choice, whose offsets go on from chunk to chunk."""
 
     def __init__(self) -> None:
-        # Characters of the text so far, and the one that tokens have begun: an offset is where a token's first character begins.
+        # Characters of the text so far, and the bytes of the one that tokens have begun: an offset is where a token's first
+        # character begins.
         self._offset = 0
-        self._decoder = _DECODER(errors="replace")
+        self._held = b""
 
     def prompt(self, text: str, first: bytes, logprobs: Sequence[Logprob]) -> dict[str, Any]:
         """Those of an echoed prompt; of its `first` token only the bytes are known.
 
-        Tokens are found in the text by their bytes. One that does not stand there, such as a special token, takes up none of it.
+        Tokens are found in the text by their characters. One that does not stand there, such as a special token, takes up none
+        of it.
         """
-        form, content, at = _columns(), text.encode(), 0
+        form = _columns()
         for token, known in ((first, None), *((p.token, p) for p in logprobs)):
-            fits = next((t for t in (token, token.removeprefix(b" ")) if content.startswith(t, at)), b"")
-            self._add(form, token, known)
-            self._advance(fits)
-            at += len(fits)
-        self._offset, self._decoder = len(text), _DECODER(errors="replace")
+            fits = (t for t in (token, token.removeprefix(b" ")) if text.startswith(self._decode(t)[0], self._offset))
+            self._add(form, token, known, next(fits, b""))
+        self._offset, self._held = len(text), b""
         return form
 
     def output(self, logprobs: Sequence[Logprob], form: dict[str, Any] | None = None) -> dict[str, Any]:
         """Those of output tokens, behind those of a form that was begun."""
         form = form if form is not None else _columns()
         for p in logprobs:
-            self._add(form, p.token, p)
-            self._advance(p.token)
+            self._add(form, p.token, p, p.token)
         return form
 
-    def _add(self, form: dict[str, Any], token: bytes, logprob: Logprob | None) -> None:
+    def _add(self, form: dict[str, Any], token: bytes, logprob: Logprob | None, shown: bytes) -> None:
+        """Add a token, of which these bytes stand in the text."""
         text, top = token_text(token), None
         if logprob is not None:
             top = {token_text(a.token): a.logprob for a in logprob.alternatives}
@@ -86,10 +84,20 @@ class CompletionLogprobs:
         form["tokens"].append(text)
         form["token_logprobs"].append(logprob.logprob if logprob is not None else None)
         form["top_logprobs"].append(top)
-        form["text_offset"].append(self._offset)
+        form["text_offset"].append(self._begin(shown))
+        added, self._held = self._decode(shown)
+        self._offset += len(added)
 
-    def _advance(self, token: bytes) -> None:
-        self._offset += len(self._decoder.decode(token))
+    def _begin(self, token: bytes) -> int:
+        """Where a token's first character begins: behind what was begun before it, if the token does not go on with that."""
+        characters = (self._held + token[:1]).decode(errors="replace")
+        return self._offset + max(0, len(characters) - 1)
+
+    def _decode(self, token: bytes) -> tuple[str, bytes]:
+        """The characters that a token completes, and the bytes of one that it leaves begun."""
+        content = self._held + token
+        text, consumed = utf_8_decode(content, "replace", False)
+        return text, content[consumed:]
 
 
 def _columns() -> dict[str, Any]:
