@@ -186,6 +186,20 @@ async def test_no_new_token_scores_a_prompt(suite, client):
     await suite.rest()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_of_one_token_has_one_place_among_its_log_probabilities(suite, stream):
+    body = {"model": "story", "prompt": [[104], [104, 105]], "max_tokens": 3, "prompt_logprobs": 0, "stream": stream}
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        reply = await client.post("/v1/completions", json=body)
+    told = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")] if stream else [reply.json()]
+    choices = [choice for one in told for choice in one["choices"] if "prompt_logprobs" in choice]
+    scores = {choice["index"]: choice["prompt_logprobs"] for choice in choices}
+    assert len(choices) == 2
+    assert scores[0] == [None]
+    assert scores[1][0] is None
+    assert list(scores[1][1]) == ["105"]
+
+
 async def test_errors_are_openais(suite, client):
     with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model="story", messages=[{"role": "user", "content": "x"}], top_p=7)

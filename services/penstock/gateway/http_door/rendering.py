@@ -145,10 +145,13 @@ class CompletionRendering(_Base):
         """What was asked for of a choice's prompt, once; as in vLLM it stands in the choice, for prompts may be many."""
         told: dict[str, Any] = {}
         plan = self._call.plans[delta.index // self._choices_per_prompt]
-        if plan.reporting.token_ids and delta.index not in self._begun:
-            told["prompt_token_ids"] = list(plan.prompt_ids)
+        begins = delta.index not in self._begun
         self._begun.add(delta.index)
-        if delta.prompt_logprobs:
+        if plan.reporting.token_ids and begins:
+            told["prompt_token_ids"] = list(plan.prompt_ids)
+        # Of a prompt of one token nothing is known but that it has one.
+        alone = begins and plan.reporting.prompt_logprobs is not None and len(plan.prompt_ids) == 1
+        if delta.prompt_logprobs or alone:
             told["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
         return told
 
