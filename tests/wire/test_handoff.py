@@ -14,6 +14,7 @@ from penstock.backends.fake import next_token
 from penstock.common.channel import connect
 from penstock.common.proofs import proof
 from penstock.executor.handoff import link, seats
+from penstock.executor.handoff.geometry import Geometry
 from penstock.executor.handoff.transports import segments
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import executor_pb2 as pb
@@ -97,6 +98,19 @@ async def test_many_sequences_share_one_stream_and_what_is_cached_is_not_sent_ag
         wanted = len(prompts[5]) + 3 - decode.tickets[20].cached_tokens
         assert decode.arrived[20].kv_bytes == block_bytes(decode, wanted)
         assert len(decode.handoffs.receiving._streams) == 1
+        await asyncio.gather(prefill.idle(), decode.idle())
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("transport", ["shared_memory", "grpc"])
+async def test_a_block_that_is_larger_than_the_window_goes_over_all_the_same(monkeypatch, transport, native):
+    monkeypatch.setattr(Geometry, "agrees", lambda geometry, layout: native)
+    small = {"handoff_push_mib": 0.00002, "handoff_window_mib": 0.00005, "handoff_transports": (transport, "grpc")}
+    async with executor_pair(**small) as (prefill, decode):
+        assert block_bytes(decode, 1) > decode.handoffs.settings.window_bytes
+        assert await hand_over(prefill, decode, 1, PROMPT, 5) == expected(decode.description, PROMPT, 5)
+        assert prefill.finished[1].reason == pb.SEQUENCE_FINISH_HANDED_OFF
+        assert decode.arrived[1].native == native
         await asyncio.gather(prefill.idle(), decode.idle())
 
 

@@ -38,9 +38,16 @@ class Geometry:
             return -(-tokens // self.kv.block_size) * self.kv.bytes_per_block
         return self.kv.canonical_bytes(tokens, dtype or self.kv.canonical_dtype)
 
-    def most_tokens(self, push_bytes: int, *, native: bool) -> int:
-        """Tokens that fit in a push of so many bytes: whole blocks, one at least."""
-        return max(1, push_bytes // self.size(self.block_size, native=native)) * self.block_size
+    def cut(self, push_bytes: int, window_bytes: int, *, native: bool) -> tuple[int, int]:
+        """How many tokens go together, and how many a push of so many bytes holds: whole blocks, one at least.
+
+        Where a whole block is more than the window, the canonical form goes token by token. The native one can not: there the
+        receiving side's window holds a block.
+        """
+        push_bytes, block = min(push_bytes, window_bytes), self.size(self.block_size, native=native)
+        if native or block <= window_bytes:
+            return self.block_size, max(1, push_bytes // block) * self.block_size
+        return 1, max(1, push_bytes // self.size(1, native=False))
 
     def fault(self, push: Push, end: int, *, native_agreed: bool) -> Fault | None:
         """What is wrong with a push's form, where `end` tokens are wanted in all."""

@@ -275,13 +275,8 @@ class Line:
         return self._size(cut.most_tokens, native=cut.native)
 
     def _cut_of(self, agreed: Agreed) -> Cut:
-        most = min(agreed.most_push_bytes, agreed.window_bytes)
-        return Cut(
-            native=agreed.native,
-            block_size=self._geometry.block_size,
-            most_tokens=self._geometry.most_tokens(most, native=agreed.native),
-            dtype=self._geometry.kv.canonical_dtype,
-        )
+        block_size, most_tokens = self._geometry.cut(agreed.most_push_bytes, agreed.window_bytes, native=agreed.native)
+        return Cut(native=agreed.native, block_size=block_size, most_tokens=most_tokens, dtype=self._geometry.kv.canonical_dtype)
 
     def _size(self, tokens: int, *, native: bool) -> int:
         return self._geometry.size(tokens, native=native)

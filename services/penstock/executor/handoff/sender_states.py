@@ -53,7 +53,7 @@ class Cut:
 
     Attributes:
         native: whether blocks go as they are.
-        block_size: tokens of a block.
+        block_size: tokens of a block; 1 where a whole one is more than there is room for.
         most_tokens: of a push at most: whole blocks.
         dtype: numpy's name of the values' type, for the canonical form.
     """

@@ -83,6 +83,8 @@ async def _serve(
     """A stream that was taken, to its end."""
     native = door.geometry.agrees(sender.native_layout)
     window = door.handoffs.settings.window_bytes
+    if native:
+        window = max(window, door.geometry.kv.bytes_per_block)
     ends = await door.transports.receiving(window, read_transports(sender.transports))
     stream = _Stream(sender.executor_id, ends, newer, native=native)
     try:
@@ -136,7 +138,7 @@ def _welcome(door: Door, ends: ReceivingEnds, *, native: bool) -> pb.HandoffResp
         executor_id=door.identity.executor_id,
         native=native,
         max_push_bytes=settings.push_bytes,
-        window_bytes=settings.window_bytes,
+        window_bytes=ends.offer.window_bytes,
         shared_memory=tell_segment(ends.offer),
         nixl_agent=ends.offer.nixl,
         transports=tell_transports(ends.offer.transports),
