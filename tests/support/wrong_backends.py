@@ -107,6 +107,15 @@ class AddsToBlocks(NumpyModel):
         self.cache[layer, 1, slots] += values
 
 
+class ClearsByMultiplying(AddsToBlocks):
+    """Clears what a slot held by multiplying it, which keeps what is no number."""
+
+    def write(self, layer, slots, keys, values):
+        self.cache[layer, 0, slots] *= 0
+        self.cache[layer, 1, slots] *= 0
+        super().write(layer, slots, keys, values)
+
+
 class WritesBlocksOnce(NumpyModel):
     """Keeps what a slot was first given: right until blocks go to another sequence."""
 

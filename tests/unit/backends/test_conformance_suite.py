@@ -31,6 +31,7 @@ CAUGHT = {
     "top_logits_leave_the_same_behind": [wrong.ForgetsWhatItTold],
     "blocks_lie_anywhere": [wrong.BlocksInARow],
     "blocks_are_used_again": [wrong.AddsToBlocks, wrong.WritesBlocksOnce],
+    "blocks_that_held_nan_are_used_again": [wrong.ClearsByMultiplying],
     "preempted_sequences_are_replayed": [wrong.AddsToBlocks, wrong.WritesBlocksOnce],
     "sequences_begin_with_cached_prefixes": [wrong.IgnoresThePastOfChunks, wrong.CopiesNothing, wrong.CopiesOneBlockAlone],
     "cached_prefixes_stay_as_they_are": [wrong.ClearsTheBlockBefore, wrong.MovesPrefixes],

@@ -7,11 +7,13 @@ import numpy as np
 from penstock.backends.conformance.driver import Piece
 from penstock.backends.conformance.refusals import refused
 from penstock.backends.conformance.subject import NotApplicable, Subject, require
+from penstock.backends.contract import KvChunk
 from penstock.backends.kv_abilities import prefix_copies
 
 __all__ = [
     "blocks_are_used_again",
     "blocks_lie_anywhere",
+    "blocks_that_held_nan_are_used_again",
     "cached_prefixes_stay_as_they_are",
     "preempted_sequences_are_replayed",
     "prefixes_are_copied_as_far_as_they_are_there",
@@ -45,6 +47,29 @@ def blocks_are_used_again(subject: Subject) -> None:
         driver = subject.driver(model)
         driver.logits(long)
         subject.assert_close(driver.logits(short), right, "in blocks used before")
+
+
+def blocks_that_held_nan_are_used_again(subject: Subject) -> None:
+    """KV that is no numbers, as a step may give that went wrong, is not seen by who takes its blocks, nor by any other sequence."""
+    if not subject.capabilities.import_kv:
+        raise NotApplicable("it imports no KV")
+    with subject.model() as model:
+        size = model.kv.block_size
+        prompts, answer = [subject.ids(2 * size + 3, 1), subject.ids(3 * size + 3, 2)], subject.ids(4, 3)
+        driver = subject.driver(model, list(reversed(range(model.kv.blocks))))
+        right = [driver.follow(driver.prefill(prompt)[0], answer) for prompt in prompts]
+        driver = subject.driver(model)
+        spoilt = driver.sequence()
+        driver.extend(spoilt, 9 * size)
+        nan = np.full(model.kv.canonical_shape(9 * size), np.nan, np.float32)
+        model.import_kv(spoilt.blocks, KvChunk(range(9 * size), nan))
+        never_again = spoilt.blocks.pop(0)  # what a batch is padded with may be any block
+        require(never_again == 0, "the first block is not block 0")
+        driver.release(spoilt)
+        sequences = [driver.prefill(prompt)[0] for prompt in prompts]
+        steps = [driver.step(*(Piece(sequence, [token]) for sequence in sequences)) for token in answer]
+        for which, found in enumerate(zip(*steps, strict=True)):
+            subject.assert_close(np.concatenate(found), right[which], f"sequence {which} in blocks that held NaN")
 
 
 def preempted_sequences_are_replayed(subject: Subject) -> None:

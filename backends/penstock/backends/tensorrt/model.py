@@ -159,7 +159,7 @@ class TensorRtModel:
         """A step's logits on the device, to be read on its stream."""
         executions, _ = self._open()
         self._limits.check(batch)
-        runs = list(plan_runs(batch, self._profiles, BLOCK_SIZE, self._window))
+        runs = list(plan_runs(batch, self._profiles, BLOCK_SIZE, self._window, self._kv.blocks * BLOCK_SIZE))
         shape = (len(batch.logits_rows), self._vocabulary)
         with torch.inference_mode(), self._device.stream() as stream:
             logits = torch.empty(shape, dtype=torch.float32, device=self._device.torch)
@@ -178,8 +178,9 @@ class TensorRtModel:
         decoder, dtype = spec.decoder, DTYPES[self._dtype]
         bytes_per_block = decoder.layers * 2 * BLOCK_SIZE * decoder.kv_heads * decoder.head_dim * dtype.itemsize
         blocks = count_blocks(decoder, config, BLOCK_SIZE, bytes_per_block, self._device.free_memory())
-        cache = kv_rows(decoder, blocks * BLOCK_SIZE, dtype, self._device.torch)
-        # Padding reads the first row, unseen, and who takes a block as it lies reads it all, under a mask: no NaN may stand there.
+        # Padding reads the row behind all blocks, unseen: in theirs NaN may stand some day, which no mask hides.
+        cache = kv_rows(decoder, blocks * BLOCK_SIZE + 1, dtype, self._device.torch)
+        # Who takes a block as it lies reads it all, under a mask.
         cache.zero_()
         token_shape = (decoder.layers, decoder.kv_heads, decoder.head_dim)
         kv = KvSpec(BLOCK_SIZE, blocks, bytes_per_block, KV_LAYOUT, self._dtype.value, token_shape)

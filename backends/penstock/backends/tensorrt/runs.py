@@ -53,8 +53,16 @@ class _Piece:
         return self.past - self.first
 
 
-def plan_runs(batch: StepBatch, profiles: Sequence[Profile], block_size: int, window: int | None) -> Iterator[Run]:
-    """Cut a step into runs. With a `window`, a token sees itself and the `window` - 1 before it, and older ones are not read."""
+def plan_runs(batch: StepBatch, profiles: Sequence[Profile], block_size: int, window: int | None, empty_slot: int) -> Iterator[Run]:
+    """Cut a step into runs.
+
+    Args:
+        batch: the step.
+        profiles: of the engine.
+        block_size: tokens of a block.
+        window: a token sees itself and the `window` - 1 before it, and older ones are not read; None: all.
+        empty_slot: holds zeros for ever; what a run is padded with reads it.
+    """
     longest = max(profile.new.most for profile in profiles)
     decodes: list[_Piece] = []
     for s, past in enumerate(batch.past_lengths.tolist()):
@@ -65,15 +73,15 @@ def plan_runs(batch: StepBatch, profiles: Sequence[Profile], block_size: int, wi
             if end - start == 1:
                 decodes.append(piece)
             else:
-                yield _run(batch, [piece], profiles)
+                yield _run(batch, [piece], profiles, empty_slot)
     group: list[_Piece] = []
     for piece in sorted(decodes, key=lambda piece: piece.reach):
         if group and choose(profiles, len(group) + 1, 1, _padded(piece.reach, profiles)) is None:
-            yield _run(batch, group, profiles)
+            yield _run(batch, group, profiles, empty_slot)
             group = []
         group.append(piece)
     if group:
-        yield _run(batch, group, profiles)
+        yield _run(batch, group, profiles, empty_slot)
 
 
 def _piece(blocks: NDArray[np.int32], start: int, end: int, past: int, block_size: int, window: int | None) -> _Piece:
@@ -86,10 +94,10 @@ def _padded(reach: int, profiles: Sequence[Profile]) -> int:
     return min(max(-(-reach // PAST_STEP) * PAST_STEP, 1), max(profile.past.most for profile in profiles))
 
 
-def _run(batch: StepBatch, pieces: Sequence[_Piece], profiles: Sequence[Profile]) -> Run:
+def _run(batch: StepBatch, pieces: Sequence[_Piece], profiles: Sequence[Profile], empty_slot: int) -> Run:
     new = pieces[0].end - pieces[0].start
     past = _padded(max(piece.reach for piece in pieces), profiles)
-    slots, positions = np.zeros((len(pieces), past), np.int32), np.full((len(pieces), past), UNSEEN, np.int32)
+    slots, positions = (np.full((len(pieces), past), fill, np.int32) for fill in (empty_slot, UNSEEN))
     for row, piece in enumerate(pieces):
         slots[row, : piece.reach] = piece.slots[: piece.reach]
         positions[row, : piece.reach] = np.arange(piece.first, piece.past)

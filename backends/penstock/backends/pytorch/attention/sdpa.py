@@ -36,9 +36,17 @@ class GatheredDecoding:
         sequences, heads, dim = queries.shape
         keys, values = (_gathered(cache[kind], self.table, queries.dtype) for kind in (0, 1))
         tokens = torch.arange(keys.shape[2], device=queries.device)
-        seen = ((tokens >= self.bounds[:, :1]) & (tokens <= self.bounds[:, 1:]))[:, None, None]
+        seen = (tokens >= self.bounds[:, :1]) & (tokens <= self.bounds[:, 1:])
+        self._clear(keys, values, ~seen)
         grouped = queries.reshape(sequences, keys.shape[1], -1, dim)
-        return functional.scaled_dot_product_attention(grouped, keys, values, seen).reshape(sequences, heads, dim)
+        return functional.scaled_dot_product_attention(grouped, keys, values, seen[:, None, None]).reshape(sequences, heads, dim)
+
+    def _clear(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+        """Write zeros behind each sequence's end: blocks may hold NaN of a last owner, which no mask hides, for 0 · NaN is NaN."""
+        # Who asks a device where that begins waits for all that it has to do, and can not be part of a graph.
+        first = int(self.bounds[:, 1].min()) + 1 if keys.device.type == "cpu" else 0
+        for each in (keys, values):
+            each[:, :, first:].masked_fill_(hidden[:, None, first:, None], 0)
 
 
 @dataclass(frozen=True, slots=True)
