@@ -53,16 +53,17 @@ def blocks_that_held_nan_are_used_again(subject: Subject) -> None:
     """KV that is no numbers, as a step may give that went wrong, is not seen by who takes its blocks, nor by any other sequence."""
     if not subject.capabilities.import_kv:
         raise NotApplicable("it imports no KV")
+    prompts, answer = (subject.ids(67, 1), subject.ids(99, 2)), subject.ids(4, 3)
     with subject.model() as model:
         size = model.kv.block_size
-        prompts, answer = [subject.ids(2 * size + 3, 1), subject.ids(3 * size + 3, 2)], subject.ids(4, 3)
         driver = subject.driver(model, list(reversed(range(model.kv.blocks))))
         right = [driver.follow(driver.prefill(prompt)[0], answer) for prompt in prompts]
         driver = subject.driver(model)
         spoilt = driver.sequence()
-        driver.extend(spoilt, 9 * size)
-        nan = np.full(model.kv.canonical_shape(9 * size), np.nan, np.float32)
-        model.import_kv(spoilt.blocks, KvChunk(range(9 * size), nan))
+        driver.extend(spoilt, sum(-(-(len(prompt) + len(answer)) // size) + 1 for prompt in prompts) * size)
+        nan = np.full(model.kv.canonical_shape(size), np.nan, np.float32)
+        for block in spoilt.blocks:
+            model.import_kv([block], KvChunk(range(size), nan))
         never_again = spoilt.blocks.pop(0)  # what a batch is padded with may be any block
         require(never_again == 0, "the first block is not block 0")
         driver.release(spoilt)
