@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from urllib.parse import urlsplit
 
+import httpx
 import psutil
 import pytest
 
@@ -106,6 +108,28 @@ def test_keys_that_can_not_be_read_are_told_before_anything_is_started(tmp_path)
     done = penstock("up", "builtin", "--backend", "fake", "--config", str(settings))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "penstock: api_keys: can not read /none.yaml: No such file or directory\n"
+
+
+def test_each_service_has_metrics_and_those_that_a_section_names_are_where_it_puts_them(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("executor: {metrics: '127.0.0.2:0'}\n")
+    flags = ["--backend", "fake", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--config", str(settings)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*PENSTOCK, "up", "builtin", *flags], stdout=subprocess.PIPE, stderr=log, text=True)
+    with process:
+        try:
+            assert process.stdout.readline().startswith("ready ")
+            told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+            urls = {line["process"]: line["url"] for line in told if line["event"] == "metrics"}
+            assert {name: urlsplit(url).hostname for name, url in urls.items()} == {
+                "scheduler": "127.0.0.1",
+                "tokenizer": "127.0.0.1",
+                "executor": "127.0.0.2",
+            }
+            for url in urls.values():
+                assert httpx.get(url).raise_for_status().text.startswith("# HELP")
+        finally:
+            process.send_signal(signal.SIGTERM)
 
 
 def test_the_doors_are_where_the_gateways_section_puts_them(tmp_path):

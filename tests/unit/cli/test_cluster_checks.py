@@ -5,7 +5,7 @@ import socket
 import pytest
 from cyclopts import CycloptsError
 
-from penstock.cli.cluster.checks import check, doors
+from penstock.cli.cluster.checks import check, doors, own_metrics
 from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.up import up
 from penstock.common.config import ConfigError
@@ -88,6 +88,14 @@ def test_executors_can_not_share_one_metrics_port(file):
     for counts in ({"workers": 2}, {"prefill": 1, "decode": 1}):
         with pytest.raises(ConfigError, match=f"executor: metrics: 2 executors can not share {address}; 127.0.0.1:0 gives each"):
             check(UpConfig(**FREE, **counts), path)
+
+
+def test_a_services_own_metrics_are_left_where_its_section_or_its_variables_put_them(file, monkeypatch):
+    path = file("executor: {metrics: '127.0.0.1:0'}\ntokenizer: {template_workers: 2}\n")
+    assert own_metrics(UpConfig(), None) == frozenset()
+    assert own_metrics(UpConfig(), path) == {"executor"}
+    monkeypatch.setenv("PENSTOCK_SCHEDULER_METRICS", "127.0.0.1:0")
+    assert own_metrics(UpConfig(), path) == {"executor", "scheduler"}
 
 
 def test_the_gateways_doors_are_where_its_section_or_its_variables_put_them(file, monkeypatch):

@@ -15,7 +15,7 @@ from penstock.common.addresses import host_and_port
 from penstock.common.config import ConfigError
 from penstock.gateway.auth import load_keys
 
-__all__ = ["check", "doors"]
+__all__ = ["check", "doors", "own_metrics"]
 
 _POSITIVE = ("kv_cache_gib", "max_batch_tokens", "max_batch_size")
 _NOT_NEGATIVE = ("max_restarts", "healthy_seconds", "grace_seconds")
@@ -46,6 +46,11 @@ def check(settings: UpConfig, config: Path | None) -> None:
 def doors(settings: UpConfig, config: Path | None) -> dict[str, str]:
     """Where the gateway is to listen, by the name of the door."""
     return {setting.rpartition(" ")[2].lstrip("-"): address for setting, address in _doors(settings, config)}
+
+
+def own_metrics(settings: UpConfig, config: Path | None) -> frozenset[str]:
+    """Services whose section or variables say where their metrics are."""
+    return frozenset(setting.partition(":")[0] for setting, _ in _metrics(settings, config))
 
 
 def _doors(settings: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
@@ -84,8 +89,7 @@ def _metrics(own: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
     """Where services tell their metrics, by setting; each service's settings are read as its process will read them."""
     for service in SERVICES:
         address = _parsed(service, config).metrics
-        # Without a file the cluster itself says where the metrics of those behind the gateway are.
-        if address is not None and (config or service == "gateway"):
+        if address is not None:
             executors = sum(own.pools.values())
             if service == "executor" and executors > 1 and not address.endswith(":0"):
                 free = address.rpartition(":")[0] + ":0"

@@ -26,6 +26,7 @@ class Plan:
         settings: what the user asked for.
         doors: where the gateway listens, by the name of the door.
         config: a file with sections for services, which they read themselves; or None.
+        own_metrics: services whose section or variables say where their metrics are.
         console: whether logs are for a person, where the format is left to the terminal.
     """
 
@@ -34,16 +35,17 @@ class Plan:
     settings: UpConfig
     doors: Mapping[str, str]
     config: Path | None = None
+    own_metrics: frozenset[str] = frozenset()
     console: bool = False
 
     def scheduler(self) -> Program:
         """The scheduler's process."""
-        return self._program("scheduler", "scheduler", self._given(("placement",)), self._internal())
+        return self._program("scheduler", "scheduler", self._given(("placement",)), self._internal("scheduler"))
 
     def tokenizer(self) -> Program:
         """The tokenizer's process."""
         models = ["--models", f"{self.served_name}={self.folder}"]
-        return self._program("tokenizer", "tokenizer", models, self._internal())
+        return self._program("tokenizer", "tokenizer", models, self._internal("tokenizer"))
 
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
@@ -60,7 +62,7 @@ class Plan:
             *_flag("kv-cache-share", planned.kv_cache_share),
             *_flag("threads", planned.threads),
         ]
-        return self._program(planned.name, "executor", flags, self._internal())
+        return self._program(planned.name, "executor", flags, self._internal("executor"))
 
     def _of_pool(self, planned: ExecutorPlan, keys: Sequence[str]) -> list[str]:
         """Flags for settings that a pool may have of its own, such as prefill_backend."""
@@ -70,9 +72,9 @@ class Plan:
             flags += self._given((key,)) if own is None else _flag(key.replace("_", "-"), own)
         return flags
 
-    def _internal(self) -> dict[str, tuple[str, str]]:
-        """Where a service that is no door listens. Its own section of a file, where there is one, says where its metrics are."""
-        metrics = {} if self.config else {"metrics": ("--metrics", _LOOPBACK)}
+    def _internal(self, service: str) -> dict[str, tuple[str, str]]:
+        """Where a service that is no door listens."""
+        metrics = {} if service in self.own_metrics else {"metrics": ("--metrics", _LOOPBACK)}
         return {"grpc": ("--listen", _LOOPBACK), **metrics}
 
     def _program(self, name: str, service: str, flags: Sequence[str], listen: dict[str, tuple[str, str]]) -> Program:
