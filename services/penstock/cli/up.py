@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from penstock.cli.cluster.checks import check, doors, own_metrics
+from penstock.cli.cluster.checks import check, doors, metrics
 from penstock.cli.cluster.concurrently import concurrently
 from penstock.cli.cluster.console import Console
 from penstock.cli.cluster.executors import Executors
@@ -59,7 +59,7 @@ def up(
         settings=settings,
         doors=doors(settings, sections),
         config=sections,
-        own_metrics=own_metrics(settings, sections),
+        metrics=metrics(sections),
         console=sys.stderr.isatty(),
     )
     policy = RestartPolicy(limit=settings.max_restarts, healthy_after=settings.healthy_seconds)

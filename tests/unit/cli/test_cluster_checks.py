@@ -5,7 +5,7 @@ import socket
 import pytest
 from cyclopts import CycloptsError
 
-from penstock.cli.cluster.checks import check, doors, own_metrics
+from penstock.cli.cluster.checks import check, doors, metrics
 from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.up import up
 from penstock.common.config import ConfigError
@@ -90,12 +90,24 @@ def test_executors_can_not_share_one_metrics_port(file):
             check(UpConfig(**FREE, **counts), path)
 
 
-def test_a_services_own_metrics_are_left_where_its_section_or_its_variables_put_them(file, monkeypatch):
-    path = file("executor: {metrics: '127.0.0.1:0'}\ntokenizer: {template_workers: 2}\n")
-    assert own_metrics(UpConfig(), None) == frozenset()
-    assert own_metrics(UpConfig(), path) == {"executor"}
-    monkeypatch.setenv("PENSTOCK_SCHEDULER_METRICS", "127.0.0.1:0")
-    assert own_metrics(UpConfig(), path) == {"executor", "scheduler"}
+def test_the_metrics_of_a_service_are_where_its_section_or_its_own_variable_puts_them(file, monkeypatch):
+    path = file("executor: {metrics: '127.0.0.1:0', max-batch-size: 4}\ntokenizer: {template_workers: 2}\nscheduler:\n")
+    assert metrics(None) == {}
+    assert metrics(path) == {"executor": "127.0.0.1:0"}
+    monkeypatch.setenv("PENSTOCK_SCHEDULER_METRICS", "127.0.0.2:0")
+    monkeypatch.setenv("PENSTOCK_TOKENIZER_METRICS", "")
+    monkeypatch.setenv("PENSTOCK_EXECUTOR_METRICS", "127.0.0.3:0")
+    assert metrics(path) == {"executor": "127.0.0.3:0", "scheduler": "127.0.0.2:0"}
+
+
+def test_the_metrics_address_of_all_services_is_the_gateways_in_a_cluster(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("PENSTOCK_METRICS", address)
+        with pytest.raises(ConfigError, match=f"gateway: metrics: can not listen on {address}: Address already in use"):
+            check(UpConfig(**FREE), None)
+    check(UpConfig(**FREE), None)
+    assert metrics(None) == {}
 
 
 def test_the_gateways_doors_are_where_its_section_or_its_variables_put_them(file, monkeypatch):

@@ -87,6 +87,17 @@ async def test_newcomers_serve_before_anybody_leaves_and_the_latest_leave(cluste
     assert list(executors.planned) == list(group.members)
 
 
+async def test_newcomers_leave_the_first_one_its_port_for_metrics(roles_given):
+    group = Group()
+    plan = Plan(served_name="m", folder=Path("/m"), settings=UpConfig(), doors={}, metrics={"executor": "127.0.0.2:9013"})
+    executors = Executors(plan, group, Console(sys.stderr), "scheduler:1")
+    await executors.start()
+    await executors.scale({"both": 2}, lambda _: None)
+    await executors.set_role("executor", "prefill")
+    where = {name: member.program.listen["metrics"] for name, member in group.members.items()}
+    assert where == {"executor": ("--metrics", "127.0.0.2:9013"), "executor-1": ("--metrics", "127.0.0.2:0")}
+
+
 async def test_one_that_can_not_start_is_told_and_nobody_leaves(cluster):
     executors, group = cluster
     group.broken = {"decode-1"}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import socket
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from penstock.cli.cluster.settings import UpConfig
 from penstock.cli.layers import SERVICES
 from penstock.common.addresses import host_and_port
-from penstock.common.config import ConfigError
+from penstock.common.config import ENVIRONMENT_PREFIX, ConfigError, read_file
 from penstock.gateway.auth import load_keys
 
-__all__ = ["check", "doors", "own_metrics"]
+__all__ = ["check", "doors", "metrics"]
 
 _POSITIVE = ("kv_cache_gib", "max_batch_tokens", "max_batch_size")
 _NOT_NEGATIVE = ("max_restarts", "healthy_seconds", "grace_seconds")
@@ -48,9 +50,20 @@ def doors(settings: UpConfig, config: Path | None) -> dict[str, str]:
     return {setting.rpartition(" ")[2].lstrip("-"): address for setting, address in _doors(settings, config)}
 
 
-def own_metrics(settings: UpConfig, config: Path | None) -> frozenset[str]:
-    """Services whose section or variables say where their metrics are."""
-    return frozenset(setting.partition(":")[0] for setting, _ in _metrics(settings, config))
+def metrics(config: Path | None) -> dict[str, str]:
+    """Where services behind the gateway tell their metrics, of those whose section or own variable says it.
+
+    The variable of all services, `PENSTOCK_METRICS`, is the gateway's here: one address can not be that of several.
+    """
+    told = {}
+    for service in SERVICES:
+        if service != "gateway":
+            keys = {field.name for field in fields(_parsed(service, config))}
+            section = read_file(config, service, SERVICES, keys) if config else {}
+            own = os.environ.get(f"{ENVIRONMENT_PREFIX}{service.upper()}_METRICS") or section.get("metrics")
+            if own:
+                told[service] = str(own)
+    return told
 
 
 def _doors(settings: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
@@ -86,17 +99,15 @@ def _check_backend(setting: str, name: str | None) -> None:
 
 
 def _metrics(own: UpConfig, config: Path | None) -> Iterator[tuple[str, str]]:
-    """Where services tell their metrics, by setting; each service's settings are read as its process will read them."""
-    for service in SERVICES:
-        address = _parsed(service, config).metrics
-        if address is not None:
-            executors = sum(own.pools.values())
-            if service == "executor" and executors > 1 and not address.endswith(":0"):
-                free = address.rpartition(":")[0] + ":0"
-                raise ConfigError(
-                    f"executor: metrics: {executors} executors can not share {address}; {free} gives each a port of its own"
-                )
-            yield f"{service}: metrics", address
+    """Where services tell their metrics, by setting."""
+    gateway, executors = _parsed("gateway", config).metrics, sum(own.pools.values())
+    for service, address in {**({"gateway": gateway} if gateway else {}), **metrics(config)}.items():
+        if service == "executor" and executors > 1 and not address.endswith(":0"):
+            free = address.rpartition(":")[0] + ":0"
+            raise ConfigError(
+                f"executor: metrics: {executors} executors can not share {address}; {free} gives each a port of its own"
+            )
+        yield f"{service}: metrics", address
 
 
 def _parsed(service: str, config: Path | None) -> Any:

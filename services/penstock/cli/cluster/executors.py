@@ -131,9 +131,10 @@ class Executors:
 
     async def _join(self, planned: ExecutorPlan, tell: Tell = lambda _: None) -> str:
         tell(f"{planned.name} starts")
+        program = self._plan.executor(planned, scheduler=self._scheduler, joins=bool(self.planned))
         self.planned[planned.name] = planned
         try:
-            address = (await self._group.start(self._plan.executor(planned, scheduler=self._scheduler), _STAGE))["grpc"]
+            address = (await self._group.start(program, _STAGE))["grpc"]
         except StartError:
             del self.planned[planned.name]
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock.cli.cluster.child import Program
@@ -26,7 +26,7 @@ class Plan:
         settings: what the user asked for.
         doors: where the gateway listens, by the name of the door.
         config: a file with sections for services, which they read themselves; or None.
-        own_metrics: services whose section or variables say where their metrics are.
+        metrics: where services behind the gateway tell their metrics, of those to which the user gave an address.
         console: whether logs are for a person, where the format is left to the terminal.
     """
 
@@ -35,17 +35,17 @@ class Plan:
     settings: UpConfig
     doors: Mapping[str, str]
     config: Path | None = None
-    own_metrics: frozenset[str] = frozenset()
+    metrics: Mapping[str, str] = field(default_factory=dict)
     console: bool = False
 
     def scheduler(self) -> Program:
         """The scheduler's process."""
-        return self._program("scheduler", "scheduler", self._given(("placement",)), self._internal("scheduler"))
+        return self._program("scheduler", "scheduler", self._given(("placement",)), self._inner("scheduler"))
 
     def tokenizer(self) -> Program:
         """The tokenizer's process."""
         models = ["--models", f"{self.served_name}={self.folder}"]
-        return self._program("tokenizer", "tokenizer", models, self._internal("tokenizer"))
+        return self._program("tokenizer", "tokenizer", models, self._inner("tokenizer"))
 
     def gateway(self, *, scheduler: str, tokenizer: str) -> Program:
         """The gateway's process, which knows where these two listen."""
@@ -53,8 +53,8 @@ class Plan:
         flags = ["--scheduler", scheduler, "--tokenizer", tokenizer, *self._given(("event_log",))]
         return self._program("gateway", "gateway", flags, listen)
 
-    def executor(self, planned: ExecutorPlan, *, scheduler: str) -> Program:
-        """An executor's process, which registers with this scheduler."""
+    def executor(self, planned: ExecutorPlan, *, scheduler: str, joins: bool = False) -> Program:
+        """An executor's process, which registers with this scheduler; one that joins others leaves them the port for metrics."""
         flags = [
             *("--model", str(self.folder), "--served-name", self.served_name, "--scheduler", scheduler, "--role", planned.role),
             *self._of_pool(planned, ("backend", "dtype", "kv_cache_dtype")),
@@ -62,7 +62,11 @@ class Plan:
             *_flag("kv-cache-share", planned.kv_cache_share),
             *_flag("threads", planned.threads),
         ]
-        return self._program(planned.name, "executor", flags, self._internal("executor"))
+        listen = self._inner("executor")
+        if joins:
+            flag, address = listen["metrics"]
+            listen["metrics"] = (flag, address.rpartition(":")[0] + ":0")
+        return self._program(planned.name, "executor", flags, listen)
 
     def _of_pool(self, planned: ExecutorPlan, keys: Sequence[str]) -> list[str]:
         """Flags for settings that a pool may have of its own, such as prefill_backend."""
@@ -72,10 +76,9 @@ class Plan:
             flags += self._given((key,)) if own is None else _flag(key.replace("_", "-"), own)
         return flags
 
-    def _internal(self, service: str) -> dict[str, tuple[str, str]]:
-        """Where a service that is no door listens."""
-        metrics = {} if service in self.own_metrics else {"metrics": ("--metrics", _LOOPBACK)}
-        return {"grpc": ("--listen", _LOOPBACK), **metrics}
+    def _inner(self, service: str) -> dict[str, tuple[str, str]]:
+        """Where a service behind the gateway listens."""
+        return {"grpc": ("--listen", _LOOPBACK), "metrics": ("--metrics", self.metrics.get(service, _LOOPBACK))}
 
     def _program(self, name: str, service: str, flags: Sequence[str], listen: dict[str, tuple[str, str]]) -> Program:
         log_format = "console" if self.console and self.settings.log_format == "auto" else self.settings.log_format
