@@ -156,11 +156,12 @@ class Admission:
             if since is not None and now - since > self._slow_reader_seconds:
                 call.cut_off(Cancelled(f"the client took nothing for {self._slow_reader_seconds:g} seconds"))
 
-    @property
-    def bounds(self) -> Bounds:
-        """How much a call can hold of what is worth reading at all."""
-        longest = max((m.context_length for m in self.catalog.models().values()), default=_LONGEST_CONTEXT)
-        return Bounds(prompts=self.limits.max_prompts, ids=longest)
+    def bounds(self, model: object) -> Bounds:
+        """How much a call to this model can hold of what is worth reading at all; where none is called so, to any."""
+        contexts = {name: served.context_length for name, served in self.catalog.models().items()}
+        longest = max(contexts.values(), default=_LONGEST_CONTEXT)
+        context = contexts.get(model, longest) if isinstance(model, str) else longest
+        return Bounds(prompts=self.limits.max_prompts, context=context)
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -246,9 +247,9 @@ class Admission:
         with tracing.span("encode"):
             return await self.tokenization.encode(model.name, generation, deadline, most)
 
-    async def _echo(self, generation: Generation, model: Model, ids: Sequence[int], deadline: float) -> str:
+    async def _echo(self, generation: Generation, model: Model, ids: Sequence[int], deadline: float) -> str | None:
         if not generation.reporting.echo:
-            return ""
+            return None
         if generation.text is not None:
             return generation.text
         skip = not generation.reporting.special_tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.common.errors import InvalidRequest
+from penstock.common.errors import ContextOverflow, FieldViolation, InvalidRequest
 
 __all__ = [
     "MAX_BIASES",
@@ -18,6 +18,7 @@ __all__ = [
     "Bounds",
     "at_most",
     "check_body",
+    "check_ids",
 ]
 
 MAX_STOPS = 16
@@ -35,10 +36,10 @@ _MAX_FIELDS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What the models that are served allow: prompts of one call, and token ids of one prompt."""
+    """What a model allows: prompts of one call, and tokens of one prompt, which is no longer than the context."""
 
     prompts: int
-    ids: int
+    context: int
 
 
 def at_most(field: str, count: int, most: int, what: str) -> None:
@@ -51,11 +52,23 @@ def at_most(field: str, count: int, most: int, what: str) -> None:
         raise InvalidRequest.field(field, f"at most {most} {what}; these are {count}")
 
 
+def check_ids(count: int, bounds: Bounds) -> None:
+    """Check the length of a prompt of token ids.
+
+    Raises:
+        ContextOverflow: the context can not hold them.
+    """
+    if count > bounds.context:
+        violation = FieldViolation("prompt", f"at most {bounds.context} token ids; these are {count}")
+        raise ContextOverflow(violation).of_context(bounds.context)
+
+
 def check_body(body: Mapping[str, Any], bounds: Bounds) -> None:
     """Check the lengths of all that an HTTP body may hold many of. Types are left to whoever reads it.
 
     Raises:
         InvalidRequest: something is too many.
+        ContextOverflow: it is a prompt's token ids.
     """
     at_most("body", len(body), _MAX_FIELDS, "fields")
     for field, most, what in (
@@ -81,12 +94,12 @@ def _check_prompt(prompt: Any, bounds: Bounds) -> None:
     if not isinstance(prompt, list) or not prompt:
         return
     if isinstance(prompt[0], int):
-        at_most("prompt", len(prompt), bounds.ids, "token ids")
+        check_ids(len(prompt), bounds)
         return
     at_most("prompt", len(prompt), bounds.prompts, "prompts")
     for one in prompt:
         if isinstance(one, list):
-            at_most("prompt", len(one), bounds.ids, "token ids")
+            check_ids(len(one), bounds)
 
 
 def _check_messages(messages: Any) -> None:

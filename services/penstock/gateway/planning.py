@@ -26,7 +26,7 @@ def plan(
     tenant: str,
     limits: RequestLimits,
     *,
-    echo: str = "",
+    echo: str | None = None,
 ) -> Plan:
     """What to run for a validated request whose prompt has these ids.
 

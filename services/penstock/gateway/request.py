@@ -122,7 +122,7 @@ class Plan:
         fields: public fields in use that an executor has to support.
         block_hashes: of the prompt's full blocks, 8 bytes each.
         salt: 16 bytes; cached blocks are shared only under the same salt.
-        echo: the prompt's text, to stand before each choice.
+        echo: the prompt's text, to stand before each choice; None where it is not asked for.
         preceding_ids: the last ids of a prompt with whose text the answer goes on; none where it begins a text of its own.
         prompt_only: the client asked for no new token; the one that an executor draws at least is not told.
     """
@@ -142,6 +142,6 @@ class Plan:
     fields: Sequence[str]
     block_hashes: bytes
     salt: bytes
-    echo: str = ""
+    echo: str | None = None
     preceding_ids: Sequence[int] = ()
     prompt_only: bool = False

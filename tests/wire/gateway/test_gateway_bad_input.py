@@ -27,6 +27,8 @@ TABLE = {
     "id outside the vocabulary": ({"prompt": {"token_ids": {"ids": [1, 300]}}}, {"prompt": [1, 300]}, "prompt", "prompt"),
     "longer than the context": ({"prompt": {"text": "x" * 5000}}, {"prompt": "x" * 5000}, "prompt", "prompt"),
     "as long as the context": ({"prompt": {"text": "x" * 4096}}, {"prompt": "x" * 4096}, "prompt", "prompt"),
+    "ids longer than the context": ({"prompt": {"token_ids": {"ids": [1] * 4097}}}, {"prompt": [1] * 4097}, "prompt", "prompt"),
+    "ids as long as the context": ({"prompt": {"token_ids": {"ids": [1] * 4096}}}, {"prompt": [[1] * 4096]}, "prompt", "prompt"),
     "context and answer": ({"stopping": {"max_tokens": 4095}}, {"max_tokens": 4095}, "stopping.max_tokens", "max_tokens"),
     "no answer": ({"stopping": {"max_tokens": 0}}, {"max_tokens": 0}, "stopping.max_tokens", "max_tokens"),
     "temperature": ({"sampling": {"temperature": -1}}, {"temperature": -1}, "sampling.temperature", "temperature"),
@@ -110,7 +112,7 @@ def violations(error):
     return {v.field: v.description for v in bad.field_violations}
 
 
-OVERFLOWS = ["longer than the context", "as long as the context", "context and answer"]
+OVERFLOWS = [case for case in TABLE if "context" in case]
 
 
 @pytest.mark.parametrize("case", OVERFLOWS)
@@ -318,13 +320,20 @@ async def test_with_keys_only_their_bearers_come_in(suite_with, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
-async def test_a_compressed_body_is_refused_as_that(suite, page):
+@pytest.mark.parametrize("codings", [["gzip"], ["GZIP, identity"], ["gzip", "identity"]])
+async def test_a_compressed_body_is_refused_as_that(suite, page, codings):
     async with httpx.AsyncClient(base_url=suite.http) as client:
-        reply = await client.post(page, content=gzip.compress(b'{"prompt": "x"}'), headers={"Content-Encoding": "gzip"})
+        headers = [("Content-Encoding", coding) for coding in codings]
+        reply = await client.post(page, content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
         error = reply.json()["error"]
         assert (reply.status_code, error["param"], error["code"]) == (400, "Content-Encoding", "unsupported_parameter")
-        plain = {"content": b'{"prompt": "x", "max_tokens": 1}', "headers": {"Content-Encoding": "identity"}}
-        assert (await client.post("/v1/completions", **plain)).status_code == 200
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", "identity, identity", ""])
+async def test_a_body_that_is_as_it_is_may_say_so(suite, coding):
+    async with httpx.AsyncClient(base_url=suite.http) as client:
+        body = {"content": b'{"prompt": "x", "max_tokens": 1}', "headers": {"Content-Encoding": coding}}
+        assert (await client.post("/v1/completions", **body)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ async def test_chunks_tell_their_choices_counts_where_that_is_asked_for(suite, c
     for chunk in chunks[:-1]:
         choice = chunk.choices[0]
         told[choice.index] += len(getattr(choice, "token_ids", ()))
-        assert told[choice.index] <= chunk.usage.completion_tokens <= 30
+        assert chunk.usage.completion_tokens == told[choice.index]
         assert chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens
         assert prompts.setdefault(choice.index, chunk.usage.prompt_tokens) == chunk.usage.prompt_tokens
         if choice.finish_reason:
@@ -183,6 +183,15 @@ async def test_no_new_token_scores_a_prompt(suite, client):
     chunks = [c async for c in await client.completions.create(model="story", prompt="Hey", max_tokens=0, echo=True, stream=True)]
     assert "".join(c.choices[0].text for c in chunks) == "Hey"
     assert chunks[-1].choices[0].finish_reason == "length"
+    await suite.rest()
+
+
+async def test_an_echoed_prompt_that_has_no_text_has_log_probabilities(suite, client):
+    reply = await client.completions.create(model="story", prompt=[256, 257], max_tokens=2, echo=True, logprobs=0)
+    choice = reply.choices[0]
+    assert choice.text == story(suite, 2)
+    assert choice.logprobs.token_logprobs == [None, -0.5, -1.5, -1.5]
+    assert choice.logprobs.text_offset == [0, 0, 0, 0]
     await suite.rest()
 
 

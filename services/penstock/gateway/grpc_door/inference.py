@@ -40,7 +40,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # it writes
         caller = self._caller(context)
-        generation = generate_generation(request, self._admission.bounds)
+        generation = generate_generation(request, self._admission.bounds(request.model))
         await self._run(generation, caller, inference_pb2.GenerateResponse, context)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:  # type: ignore[override]  # it writes
@@ -51,7 +51,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         caller = self._caller(context)
         match request.WhichOneof("input"):
             case "prompt":
-                given = prompt_input(request.prompt, self._admission.bounds)
+                given = prompt_input(request.prompt, self._admission.bounds(request.model))
             case "conversation":
                 given = conversation_input(request.conversation)
             case _:

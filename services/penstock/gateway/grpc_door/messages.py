@@ -12,7 +12,16 @@ from penstock.common.errors import InvalidRequest
 from penstock.common.placement import PlacementReason
 from penstock.gateway.admission import Call
 from penstock.gateway.answer import Closing, Delta, Fallback, Finish, FinishReason, Handoff, Logprob
-from penstock.gateway.bounds import MAX_BIASES, MAX_MESSAGES, MAX_STOP_IDS, MAX_STOPS, MAX_TEMPLATE_KWARGS, Bounds, at_most
+from penstock.gateway.bounds import (
+    MAX_BIASES,
+    MAX_MESSAGES,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    MAX_TEMPLATE_KWARGS,
+    Bounds,
+    at_most,
+    check_ids,
+)
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.request import Generation, Message, Reporting, Sampling, Stopping
 from penstock.v1 import inference_pb2
@@ -47,13 +56,14 @@ def prompt_input(prompt: inference_pb2.Prompt, bounds: Bounds) -> dict[str, Any]
     """The input fields of a `Generation`.
 
     Raises:
-        InvalidRequest: there is no prompt, or too much of it.
+        InvalidRequest: there is no prompt.
+        ContextOverflow: the context can not hold it.
     """
     match prompt.WhichOneof("kind"):
         case "text":
             return {"text": prompt.text}
         case "token_ids":
-            at_most("prompt", len(prompt.token_ids.ids), bounds.ids, "token ids")
+            check_ids(len(prompt.token_ids.ids), bounds)
             return {"token_ids": list(prompt.token_ids.ids)}
         case _:
             raise InvalidRequest.field("prompt", "is empty; give a text or token ids")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,12 +32,13 @@ async def read_body(scope: Scope, receive: Receive, most: int, seconds: float) -
         InvalidRequest: its length is no number, or it is compressed.
         ClientDisconnect: the client left.
     """
-    headers = dict(scope["headers"])
-    if headers.get(b"content-encoding", b"identity").lower() not in {b"identity", b""}:
+    headers = Headers(scope=scope)
+    codings = {coding.strip().lower() for coding in ",".join(headers.getlist("content-encoding")).split(",")}
+    if codings - {"identity", ""}:
         raise UnsupportedField.field("Content-Encoding", "bodies are not unpacked here; send it as it is, and leave this out")
-    declared = headers.get(b"content-length")
+    declared = headers.get("content-length")
     if declared is not None:
-        if not declared.isdigit():
+        if not declared.isdecimal():
             raise InvalidRequest.field("Content-Length", "must be a number")
         if int(declared) > most:
             raise RequestTooLarge(f"the body has {int(declared)} bytes; at most {most} are taken")

@@ -77,18 +77,20 @@ class _Base:
             "closings": told_closings(closings),
         }
 
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, choice: dict[str, Any], *, opens: bool = False) -> dict[str, Any]:
+        """One with a choice, of which all that was told is told with it, or nothing yet where it `opens` it."""
         chunk = {**self._head, "object": self.chunk_kind, "choices": [choice]}
         if self._options.continuous_usage_stats:
-            chunk["usage"] = self._usage_so_far(choice["index"])
+            chunk["usage"] = self._usage_so_far(choice["index"], told=not opens)
         elif self._options.include_usage:
             chunk["usage"] = None
         return chunk
 
-    def _usage_so_far(self, index: int) -> dict[str, Any]:
+    def _usage_so_far(self, index: int, *, told: bool) -> dict[str, Any]:
         """As in vLLM of this choice alone."""
         number, choice = divmod(index, self._choices_per_prompt)
-        return _counts(len(self._call.plans[number].prompt_ids), self._call.requests[number].choices[choice].told_tokens)
+        tokens = self._call.requests[number].choices[choice].told_tokens if told else 0
+        return _counts(len(self._call.plans[number].prompt_ids), tokens)
 
     def _whole(self, choices: list[dict[str, Any]], closings: Sequence[Closing]) -> dict[str, Any]:
         choices.sort(key=lambda c: int(c["index"]))
@@ -161,7 +163,7 @@ class CompletionRendering(_Base):
             return None
         columns = self._logprobs.setdefault(delta.index, CompletionLogprobs())
         begun = None
-        if plan.echo and delta.index not in self._begun:
+        if plan.echo is not None and delta.index not in self._begun:
             request = self._call.requests[delta.index // self._choices_per_prompt]
             begun = columns.prompt(plan.echo, request.token_bytes(plan.prompt_ids[0]), delta.prompt_logprobs)
         return columns.output(delta.logprobs, begun)
@@ -180,7 +182,8 @@ class ChatRendering(_Base):
     def opening(self) -> list[dict[str, Any]]:
         count = len(self._call.plans) * self._choices_per_prompt
         delta = {"role": "assistant", "content": ""}
-        chunks = [self._chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None}) for i in range(count)]
+        choices = [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(count)]
+        chunks = [self._chunk(choice, opens=True) for choice in choices]
         chunks[0].update(self._prompt_ids())
         return chunks
 

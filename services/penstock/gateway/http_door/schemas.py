@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, PlainValidator, ValidationError
@@ -159,7 +159,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "chat_template": (),
-    "continuous_usage_stats": (False,),
     "documents": ([],),
     "early_stopping": (False,),
     "guided_choice": (),
@@ -193,8 +192,13 @@ _MEANT = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_token
 B = TypeVar("B", bound=BaseModel)
 
 
-def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
+def parse(kind: type[B], body: bytes, bounds: Callable[[object], Bounds]) -> B:
     """A body as a message of this kind. Lengths are checked first, so that a wrong body costs no more than its reading.
+
+    Args:
+        kind: of message.
+        body: as it came.
+        bounds: for the model that it names.
 
     Raises:
         InvalidRequest: it is no JSON object, something is too many, a type is wrong, or a field is unknown.
@@ -206,7 +210,7 @@ def parse(kind: type[B], body: bytes, bounds: Bounds) -> B:
         raise _no_object(str(error)) from error
     if not isinstance(raw, dict):
         raise _no_object(f"this is {type(raw).__name__}")
-    check_body(raw, bounds)
+    check_body(raw, bounds(raw.get("model")))
     try:
         parsed = kind.model_validate(raw)
     except ValidationError as error:

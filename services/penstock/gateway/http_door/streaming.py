@@ -76,23 +76,29 @@ async def stream(
         PenstockError: a request failed before anything was sent.
     """
     queue = call.queue
+
+    def events(deltas: Sequence[Delta]) -> bytes:
+        # Before anything is awaited: more may be told then, and be counted, than these hold.
+        return b"".join([_event(rendering.chunk(delta)) for delta in deltas])
+
     await queue.wait(keepalive_seconds)
-    deltas = queue.take_now() if queue.pending else ()
+    taken = events(queue.take_now()) if queue.pending else b""
     await send({"type": "http.response.start", "status": 200, "headers": list(headers)})
     opening = b"".join(_event(chunk) for chunk in rendering.opening())
-    if opening or not deltas:
+    if opening or not taken:
         await _send(send, opening or _KEEPALIVE)
     try:
         while True:
-            if deltas:
-                await _send(send, b"".join([_event(rendering.chunk(delta)) for delta in deltas]))
+            if taken:
+                await _send(send, taken)
             if not await queue.wait(keepalive_seconds):
                 await _send(send, _KEEPALIVE)
-                deltas = ()
+                taken = b""
                 continue
             deltas = queue.take_now()
             if not deltas:
                 break
+            taken = events(deltas)
     except PenstockError as error:
         ending = _event(error_body(error, chat=chat)[1])
     else:

@@ -95,7 +95,7 @@ def _begin(request: Request, choice: Choice) -> None:
     choice.begun = True
     if choice.prompt_reports is not None:
         request.output.prompt(choice.index, choice.prompt_logprobs(request.tokens))
-    if request.plan.echo:
+    if request.plan.echo is not None:
         request.output.text(choice.index, request.plan.echo, (), ())
 
 
