@@ -15,7 +15,7 @@ from penstock.common.channel import connect
 from penstock.common.proofs import proof
 from penstock.executor.handoff import link, seats
 from penstock.executor.handoff.geometry import Geometry
-from penstock.executor.handoff.transports import segments
+from penstock.executor.handoff.transports import segments, sizes
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import executor_pb2 as pb
 from penstock.internal.v1 import handoff_pb2
@@ -103,13 +103,23 @@ async def test_many_sequences_share_one_stream_and_what_is_cached_is_not_sent_ag
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("transport", ["shared_memory", "grpc"])
-async def test_a_block_that_is_larger_than_the_window_goes_over_all_the_same(monkeypatch, transport, native):
+@pytest.mark.parametrize("window", [0.00005, 0.00002], ids=["a token fits", "none does"])
+async def test_a_block_that_is_larger_than_the_window_goes_over_all_the_same(monkeypatch, transport, native, window):
     monkeypatch.setattr(Geometry, "agrees", lambda geometry, layout: native)
-    small = {"handoff_push_mib": 0.00002, "handoff_window_mib": 0.00005, "handoff_transports": (transport, "grpc")}
+    small = {"handoff_push_mib": 0.00002, "handoff_window_mib": window, "handoff_transports": (transport, "grpc")}
     async with executor_pair(**small) as (prefill, decode):
         assert block_bytes(decode, 1) > decode.handoffs.settings.window_bytes
         assert await hand_over(prefill, decode, 1, PROMPT, 5) == expected(decode.description, PROMPT, 5)
         assert prefill.finished[1].reason == pb.SEQUENCE_FINISH_HANDED_OFF
+        assert decode.arrived[1].native == native
+        await asyncio.gather(prefill.idle(), decode.idle())
+
+
+@pytest.mark.parametrize(("transport", "native"), [("shared_memory", True), ("grpc", False)])
+async def test_a_block_that_no_message_of_grpc_holds_goes_over_it_in_canonical_form(monkeypatch, transport, native):
+    async with executor_pair(handoff_transports=(transport, "grpc")) as (prefill, decode):
+        monkeypatch.setattr(sizes, "MAX_MESSAGE_BYTES", (1 << 20) + block_bytes(decode, 1) - 1)
+        assert await hand_over(prefill, decode, 1, PROMPT, 5) == expected(decode.description, PROMPT, 5)
         assert decode.arrived[1].native == native
         await asyncio.gather(prefill.idle(), decode.idle())
 

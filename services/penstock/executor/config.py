@@ -46,7 +46,7 @@ class ExecutorConfig:
         stall_exit_seconds: An executor that has been stalled for so long ends, so that its supervisor starts another.
         handoff_lease_seconds: A handoff of KV from or to another executor ends when nothing is heard of the other for this long.
         handoff_push_mib: MiB of KV that goes to another executor in one piece at most, unless one block is more.
-        handoff_window_mib: MiB of KV that are on their way from one executor to this one at most, unless one block is more.
+        handoff_window_mib: MiB of KV that are on their way from one executor to this one at most, unless a block or token is more.
         handoff_transports: How KV may go between this executor and others, of which the cheapest is taken that both prove to share:
             shared_memory on one host, nixl between hosts where its package is installed, and grpc.
         scheduler: HOST:PORT of the scheduler to register with; none where absent.

@@ -38,11 +38,20 @@ class Geometry:
             return -(-tokens // self.kv.block_size) * self.kv.bytes_per_block
         return self.kv.canonical_bytes(tokens, dtype or self.kv.canonical_dtype)
 
+    def uncut(self, *, native: bool) -> int:
+        """Bytes that may have to go in one piece: of a token, or where the form is native of a block.
+
+        The end of a block whose begin is there already is canonical, on a native stream too.
+        """
+        tokens = self.block_size if native else 1
+        canonical = max(self.kv.canonical_bytes(tokens, dtype) for dtype in CANONICAL_DTYPES)
+        return max(canonical, self.kv.bytes_per_block) if native else canonical
+
     def cut(self, push_bytes: int, window_bytes: int, *, native: bool) -> tuple[int, int]:
         """How many tokens go together, and how many a push of so many bytes holds: whole blocks, one at least.
 
         Where a whole block is more than the window, the canonical form goes token by token. The native one can not: there the
-        receiving side's window holds a block.
+        window holds a block.
         """
         push_bytes, block = min(push_bytes, window_bytes), self.size(self.block_size, native=native)
         if native or block <= window_bytes:

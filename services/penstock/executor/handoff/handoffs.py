@@ -26,7 +26,7 @@ class Settings:
     Attributes:
         lease_seconds: a handoff ends when nothing is heard of its other side for this long.
         push_bytes: of KV that one push holds at most, unless one block is more.
-        window_bytes: that are under way at most on one stream.
+        window_bytes: that are under way at most on one stream, unless one block or token is more.
         transports: that it may go by.
     """
 

@@ -21,7 +21,7 @@ from penstock.executor.handoff.messages import read_answer, read_offer, refusal_
 from penstock.executor.handoff.peers import Peer, Peers
 from penstock.executor.handoff.points import passed
 from penstock.executor.handoff.transports.negotiation import SendingEnds, Transports
-from penstock.executor.handoff.transports.sizes import best
+from penstock.executor.handoff.transports.sizes import best, fits
 from penstock.executor.handoff.words import Refusal
 from penstock.internal.v1 import handoff_pb2 as pb
 
@@ -102,7 +102,7 @@ class Links:
                     patience.reschedule(asyncio.get_running_loop().time() + self._patience + ends.patience)
                     await _attach(call, ends)
                 heard = True
-                line.opened(_agreed(ends, welcome))
+                line.opened(_agreed(ends, welcome, self._geometry))
                 if await self._converse(call, line):
                     return None, "", True
             except _Refused as error:
@@ -162,9 +162,10 @@ class Links:
             del tasks, done, task
 
 
-def _agreed(ends: SendingEnds, welcome: pb.Welcome) -> Agreed:
+def _agreed(ends: SendingEnds, welcome: pb.Welcome, geometry: Geometry) -> Agreed:
     push_bytes, window_bytes = best(ends.transport, welcome.max_push_bytes, welcome.window_bytes)
-    return Agreed(ends, welcome.native, max(1, push_bytes), max(1, window_bytes))
+    native = welcome.native and fits(ends.transport, geometry.uncut(native=True))
+    return Agreed(ends, native, max(1, push_bytes), max(1, window_bytes))
 
 
 async def _attach(call: Any, ends: SendingEnds) -> None:

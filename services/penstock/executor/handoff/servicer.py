@@ -82,9 +82,7 @@ async def _serve(
 ) -> None:
     """A stream that was taken, to its end."""
     native = door.geometry.agrees(sender.native_layout)
-    window = door.handoffs.settings.window_bytes
-    if native:
-        window = max(window, door.geometry.kv.bytes_per_block)
+    window = max(door.handoffs.settings.window_bytes, door.geometry.uncut(native=native))
     ends = await door.transports.receiving(window, read_transports(sender.transports))
     stream = _Stream(sender.executor_id, ends, newer, native=native)
     try:

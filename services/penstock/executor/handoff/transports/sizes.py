@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from penstock.common.channel import MAX_MESSAGE_BYTES
 from penstock.executor.handoff.ticket import Transport
 
-__all__ = ["PUSH_BYTES", "best"]
+__all__ = ["PUSH_BYTES", "best", "fits"]
 
 _MIB = 1 << 20
 
@@ -22,3 +23,8 @@ def best(transport: Transport, push_bytes: int, window_bytes: int) -> tuple[int,
     if transport is Transport.GRPC:
         window_bytes = min(window_bytes, _INLINE_WINDOW_BYTES)
     return min(push_bytes, PUSH_BYTES[transport]), window_bytes
+
+
+def fits(transport: Transport, payload_bytes: int) -> bool:
+    """Whether so much can go over in one piece: what else is in a gRPC message has a MiB."""
+    return transport is not Transport.GRPC or payload_bytes <= MAX_MESSAGE_BYTES - _MIB
