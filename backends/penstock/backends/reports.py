@@ -17,7 +17,7 @@ from penstock.backends.contract import (
 )
 from penstock.backends.validation import fault_of_availability, fault_of_capabilities
 
-__all__ = ["one_line", "read_answer", "what_was_raised", "write_answer"]
+__all__ = ["one_line", "read_answer", "text_of", "what_was_raised", "write_answer"]
 
 _LONGEST_REASON = 1000
 
@@ -45,14 +45,26 @@ def read_answer(written: Mapping[str, Any]) -> tuple[Availability, Capabilities 
 
 
 def one_line(reason: str) -> str:
-    """A reason as a table, a log line and a status can have it: drivers tell pages."""
-    line = " ".join(reason.split())
+    """A reason as a table, a log line and a message can have it: drivers tell pages, and names of files that are no text."""
+    line = " ".join(reason.encode(errors="replace").decode().split())
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} …"
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return one_line(_said_by(error))
 
 
 def what_was_raised(error: BaseException) -> str:
     """An exception's type and text, in one line."""
-    return one_line(f"{type(error).__name__}: {error}").removesuffix(":")
+    return one_line(f"{type(error).__name__}: {_said_by(error)}").removesuffix(":")
+
+
+def _said_by(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as another:  # noqa: BLE001  whose author wrote the exception wrote this too
+        return f"its text raises {type(another).__name__}"
 
 
 def _availability(availability: Availability) -> dict[str, Any]:

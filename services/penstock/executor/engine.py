@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from penstock.backends.contract import GenerativeModel
+from penstock.backends.reports import what_was_raised
 from penstock.common.step_times import StepTimes
 from penstock.executor.acceptance import fault_of, refusal_of
 from penstock.executor.batch import PromptRows, build
@@ -287,8 +288,8 @@ class Engine:
             self._drop_all()
         except EngineDead as error:
             self._die(str(error))
-        except Exception as error:  # noqa: BLE001 - whatever it is, nothing can be computed any more, and who waits must hear of it
-            self._die(f"{type(error).__name__}: {error}")
+        except BaseException as error:  # noqa: BLE001 - SystemExit too: nothing can be computed any more, and who waits must hear of it
+            self._die(what_was_raised(error))
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False once the engine is to stop.

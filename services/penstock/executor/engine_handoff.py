@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from penstock.backends.contract import ModelLost
+from penstock.backends.reports import text_of
 from penstock.common.handoff import HandoffFailure
 from penstock.executor.commands import Commands
 from penstock.executor.frames import Frames
@@ -166,7 +167,7 @@ class EngineHandoff:
         try:
             self._moves.make(until, self._runner.watch)
         except ModelLost as error:
-            raise EngineDead(str(error)) from error
+            raise EngineDead(text_of(error)) from error
 
     def _is_asked(self, until: float) -> bool:
         """Wait a little for another command."""

@@ -12,6 +12,7 @@ from penstock.backends.contract import Capabilities, DeviceConfig, DType, Genera
 from penstock.backends.kv_memory import free_memory
 from penstock.backends.memory_need import check_memory
 from penstock.backends.registry import NoBackend, Selection, select
+from penstock.backends.reports import what_was_raised
 from penstock.backends.speed import kept_speeds
 from penstock.backends.validation import fault_of_model
 from penstock.common.cache import found_cache
@@ -133,7 +134,7 @@ def _create(selection: Selection, spec: ModelSpec, device: DeviceConfig) -> Gene
     except StartError:
         raise
     except Exception as error:
-        raise StartError(f"{backend} can not load {spec.name}: {type(error).__name__}: {error}") from error
+        raise StartError(f"{backend} can not load {spec.name}: {what_was_raised(error)}") from error
     if fault:
         model.close()
         raise StartError(f"{backend} made a model that is not what it said: {fault}")

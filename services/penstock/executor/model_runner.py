@@ -8,6 +8,7 @@ from collections.abc import Sequence as Listing
 
 from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies
 from penstock.backends.kv_abilities import prefix_copies
+from penstock.backends.reports import text_of, what_was_raised
 from penstock.common.logs import logger
 from penstock.common.step_times import StepTimes
 from penstock.executor.batch import Built
@@ -80,10 +81,10 @@ class ModelRunner:
         try:
             logits = compute(self.model, built, rows)
         except ModelLost as error:
-            raise EngineDead(str(error)) from error
+            raise EngineDead(text_of(error)) from error
         except Exception as error:
             again, self._raised_before = self._raised_before, True
-            raise StepFailed(f"{type(error).__name__}: {error}", again=again) from error
+            raise StepFailed(what_was_raised(error), again=again) from error
         finally:
             self.step_seconds = time.monotonic() - began
             self.meter.computed(StepFacts(self.step_seconds, decodes, prompt_tokens, next_tokens))
@@ -110,7 +111,7 @@ class ModelRunner:
         try:
             return copies.copy_prefix(source, target)
         except ModelLost as error:
-            raise EngineDead(str(error)) from error
+            raise EngineDead(text_of(error)) from error
         except Exception as error:  # noqa: BLE001 - the contract lets a backend raise anything; the prefix is computed instead
-            logger().warning("prefix not copied", error=f"{type(error).__name__}: {error}")
+            logger().warning("prefix not copied", error=what_was_raised(error))
             return 0

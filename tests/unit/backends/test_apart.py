@@ -110,6 +110,9 @@ from penstock.common.service import StartError
 
 class Short(ValueError): pass
 
+class Mute(OSError):
+    def __str__(self): return None
+
 class Model(FakeModel):
     def step(self, batch): exec(os.environ["ODD_STEP"])
     def export_kv(self, blocks, tokens): return KvChunk(tokens, super().export_kv(blocks, tokens).data.astype(np.float64))
@@ -160,7 +163,10 @@ def odd(tmp_path, monkeypatch):
     [
         ("ModelLost('odd: the device fell off the bus')", ModelLost, "odd: the device fell off the bus"),
         ("Short('too few')", ValueError, "backend odd raised in step: Short: too few"),
+        ("ModelLost", ModelLost, "backend odd: ModelLost"),
         ("KeyError", RuntimeError, "backend odd raised in step: KeyError"),
+        ("Mute", RuntimeError, "backend odd raised in step: Mute: its text raises TypeError"),
+        ("OSError('no file b\\udcff')", RuntimeError, "backend odd raised in step: OSError: no file b?"),
         ("OSError('a\\n  b' + 'c' * 5000)", RuntimeError, f"backend odd raised in step: OSError: a b{'c' * 988} …"),
     ],
 )

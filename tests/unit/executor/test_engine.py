@@ -1,6 +1,7 @@
 """What the engine promises, with a backend whose tokens tell every mistake in paging."""
 
 import itertools
+import sys
 import threading
 import time
 from functools import partial
@@ -518,3 +519,31 @@ def test_a_command_that_raises_ends_the_engine_and_all_hear_of_it():
     assert bench.finished[1].reason is Finish.FAILED
     assert bench.engine.blocks.counts().used == 0
     bench.engine.close()
+
+
+def test_a_backend_that_exits_in_a_step_ends_the_engine_and_all_hear_of_it(monkeypatch):
+    bench, dead = Bench(), threading.Event()
+    bench.engine.on_death = lambda _: dead.set()
+    monkeypatch.setattr(bench.model, "step", lambda _: sys.exit(3))
+    bench.submit(1, [1] * 20, 900)
+    bench.engine.start()
+    assert dead.wait(20)
+    assert bench.engine.failure == "SystemExit: 3"
+    assert bench.finished[1].reason is Finish.FAILED
+    bench.engine.close()
+
+
+def test_what_a_backend_says_of_a_file_whose_name_is_no_text_can_be_told(monkeypatch):
+    bench = Bench()
+
+    def fails(_):
+        raise OSError("no file b\udcff")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.model, "step", fails)
+        bench.submit(1, [1] * 20, 4)
+        bench.engine.step()
+    bench.submit(2, [2] * 20, 4)
+    bench.run()
+    assert bench.finished[1].message.encode() == b"the backend failed: OSError: no file b?"
+    assert bench.tokens[2] == expected([2] * 20, 4)

@@ -40,7 +40,8 @@ __all__ = ["ModelApart", "registration_apart"]
 
 _FIELDS = tuple(field.name for field in fields(StepBatch))
 _ENDING_SECONDS = 10.0
-_COMMAND = (sys.executable, "-P", "-m", "penstock.backends.apart")
+# Unbuffered, so that what a backend prints is read when it says it, and not lost if it dies.
+_COMMAND = (sys.executable, "-u", "-P", "-m", "penstock.backends.apart")
 
 
 class ModelApart:

@@ -18,7 +18,7 @@ from penstock.backends.apart.frames import RAISED, Arrays, Ended, read_device_co
 from penstock.backends.contract import GenerativeModel, KvChunk, ModelSpec, NativeKv, PrefixCopies, StepBatch, Tuned
 from penstock.backends.discovery import Source
 from penstock.backends.kv_abilities import native_kv, prefix_copies
-from penstock.backends.reports import one_line, what_was_raised
+from penstock.backends.reports import text_of, what_was_raised
 from penstock.backends.validation import fault_of_kv
 from penstock.common.service import StartError
 
@@ -54,7 +54,7 @@ def serve(connection: socket.socket, shared: int, life: int, source: Source, spe
 
 def _told(error: Exception) -> dict[str, str]:
     kind = next((name for name, known in RAISED.items() if isinstance(error, known)), "")
-    return {"kind": kind, "text": one_line(str(error)) if kind in _BY_TEXT else what_was_raised(error)}
+    return {"kind": kind, "text": text_of(error) or kind if kind in _BY_TEXT else what_was_raised(error)}
 
 
 def _end_with(pipe: int) -> None:
