@@ -39,7 +39,7 @@ class Member:
         self._console = console
         self._backoff = backoff
         self._child: Child | None = None
-        self._since = 0.0
+        self._serving_since = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -52,7 +52,6 @@ class Member:
         Raises:
             StartError: it ended before that.
         """
-        self._since = time.monotonic()
         spawning = asyncio.ensure_future(Child.spawn(self.program, self.bound, self._fd, self._console))
         try:
             self._child = await asyncio.shield(spawning)
@@ -64,6 +63,7 @@ class Member:
         except StartError as error:
             raise StartError(f"{self.program.name} can not start: {error}") from None
         self.state = State.RUNNING
+        self._serving_since = time.monotonic()
         return self.bound
 
     async def keep(self) -> None:
@@ -75,15 +75,15 @@ class Member:
         while self._child is not None:
             why = await self._child.exited()
             self.state = State.RESTARTING
-            lived = time.monotonic() - self._since
-            while (delay := self._backoff.after_death(lived)) is not None:
+            served = time.monotonic() - self._serving_since
+            while (delay := self._backoff.after_death(served)) is not None:
                 self._tell_death(why, delay)
                 await asyncio.sleep(delay)
                 try:
                     await self.start()
                     break
                 except StartError as error:
-                    why, lived = str(error), 0.0
+                    why, served = str(error), 0.0
             else:
                 raise GaveUp(f"{self.program.name} died {self._backoff.deaths} times in a row, last: {why}")
 

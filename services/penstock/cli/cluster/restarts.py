@@ -15,13 +15,13 @@ class RestartPolicy:
         limit: deaths in a row after which nothing is started any more.
         first_delay: seconds before the first restart; each further one in a row waits twice as long.
         longest_delay: seconds that a restart waits at most.
-        healthy_after: seconds of life after which a death is the first in a row again.
+        healthy_after: seconds of serving after which a death is the first in a row again.
     """
 
     limit: int = 5
     first_delay: float = 0.2
     longest_delay: float = 30.0
-    healthy_after: float = 60.0
+    healthy_after: float = 120.0
 
 
 class Backoff:
@@ -31,9 +31,9 @@ class Backoff:
         self._policy = policy
         self.deaths = 0
 
-    def after_death(self, lived_seconds: float) -> float | None:
+    def after_death(self, served_seconds: float) -> float | None:
         """Seconds to wait before the next start; None where the limit is reached."""
-        if lived_seconds >= self._policy.healthy_after:
+        if served_seconds >= self._policy.healthy_after:
             self.deaths = 0
         self.deaths += 1
         if self.deaths > self._policy.limit:

@@ -44,7 +44,7 @@ class UpConfig:
         threads: Threads of all executors that are started with the cluster, together; every core where absent.
         served_name: Name by which clients ask for the model; where absent MODEL, or the last part of a folder's path.
         max_restarts: Restarts of one service in a row; at the death behind the last of them the cluster gives up.
-        healthy_seconds: Life after which a service's death is the first in a row again.
+        healthy_seconds: Serving after which a service's death is the first in a row again.
         log_level: Least level of the log lines that are written.
         log_format: Console or JSON lines; auto is console on a terminal.
         event_log: File to which the gateway appends everything that happens to a request, a line of JSON each; none where absent.
@@ -77,7 +77,7 @@ class UpConfig:
     threads: int | None = None
     served_name: str | None = None
     max_restarts: int = 5
-    healthy_seconds: float = 60.0
+    healthy_seconds: float = 120.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     event_log: str | None = None
