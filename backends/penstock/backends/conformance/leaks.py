@@ -31,7 +31,8 @@ class _Held:
     """What the process holds.
 
     Attributes:
-        memory: bytes of mappings that may be written to, touched or not, and of those of the checkpoint.
+        memory: bytes of mappings that may be written to, touched or not, and of those of the checkpoint; what is free in the
+            allocator's own mappings does not count, for how much that is depends on where small things happen to lie.
         resident: bytes of them, and of all others, that lie in memory: what the allocator hides in its own mappings shows here.
     """
 
@@ -47,7 +48,7 @@ class _Held:
         with suppress(AttributeError):  # a C library other than glibc: it has no free memory of its own to give back
             ctypes.CDLL(None).malloc_trim(0)
         process = psutil.Process()
-        return cls(_mapped(checkpoint), process.memory_info().rss, process.num_fds(), process.num_threads())
+        return cls(_mapped(checkpoint) - _free_in_heap(), process.memory_info().rss, process.num_fds(), process.num_threads())
 
 
 def closed_models_leave_nothing(subject: Subject) -> None:
@@ -121,6 +122,28 @@ def _weight_bytes(spec: ModelSpec, dtype: DType) -> int:
 
 def _cache_bytes(subject: Subject) -> int:
     return max(_CACHE_BYTES, subject.cache_bytes)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _free_in_heap() -> int:
+    """Bytes that the C library's allocator keeps in its mappings and has given to nobody; 0 where it does not tell."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except AttributeError:  # not glibc, or one before 2.33
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return int(mallinfo2().fordblks)
 
 
 def _mapped(checkpoint: ModelSpec) -> int:
