@@ -5,9 +5,10 @@ each with much context, from which what context adds is found. Sizes double from
 once its measurement would take more than a share of the budget, and so are larger chunks once prefill gains nothing by them. A
 step is repeated for a while and the fastest counts: what disturbs a step makes it longer.
 
-What stands before a step is imported where the model can, and a batch with much context is then measured before prefill. Where it
-can not, it is computed, in steps that are not timed but take of the budget; much context then is what prefill has left in the
-cache, and a little more while the budget lasts, or a batch of such sequences where prefill is fast, as on an accelerator.
+What stands before a step is imported where the model can, and prefill then leaves room for a batch with much context behind it:
+imports are not timed but take of the budget. Where it can not, it is computed, in steps that are not timed either; much context
+then is what prefill has left in the cache, and a little more while the budget lasts, or a batch of such sequences where prefill is
+fast, as on an accelerator.
 Decoding by batch begins behind one token either way.
 """
 
@@ -32,9 +33,10 @@ _LONG_PAST = 2048
 _LEAST_CONTEXT = 128
 # Where pasts are imported: tokens of all sequences of a step, of each at most, and the largest batch that is measured with them.
 _IMPORTED, _LONGEST_IMPORTED, _IMPORTED_BATCH = 4096, 1024, 8
-# Of the budget: one measurement at most, repeats of one step, and what is spent once decoding without context, prefill, and what
-# stands before the chunk with context are done.
+# Of the budget: one measurement at most, repeats of one step, and what is spent once decoding without context, prefill (less where
+# imports follow), and what stands before the chunk with context are done.
 _STEP_SHARE, _REPEAT_SHARE, _DECODE_SHARE, _PREFILL_SHARE, _PAST_SHARE = 0.3, 0.03, 0.35, 0.75, 0.85
+_PREFILL_SHARE_BEFORE_IMPORTS = 0.6
 _MOST_REPEATS = 5
 # Beyond this chunk, so many in a row, each twice as long and less than this much faster, end the search.
 _LONG_CHUNK, _VAIN, _WORTH_DOUBLING = 256, 2, 1.03
@@ -94,9 +96,9 @@ class _Measurement:
     def run(self) -> StepTimes:
         context = min(_DECODE_CONTEXT, self._longest)
         decode = self._decode(context)
+        prefill = self._prefill()
         far = self._imported_context(decode)
         behind_far = math.inf if far is None else self._time(far.batch, 1, far.context)
-        prefill = self._prefill()
         of_pair = self._pair_seconds(prefill)
         if far is None:
             of_token = self._token_seconds(decode, prefill, context)
@@ -126,10 +128,11 @@ class _Measurement:
 
     def _prefill(self) -> dict[int, float]:
         most = min(self._shape.max_batch_tokens, self._longest)
+        within = _PREFILL_SHARE_BEFORE_IMPORTS if self._shape.imports else _PREFILL_SHARE
         measured: dict[int, float] = {}
         rate, vain = 0.0, 0
         for chunk in _doubling(min(_FIRST_CHUNK, most), most):
-            if measured and not self._affords(2 * max(measured.values()), within=_PREFILL_SHARE):
+            if measured and not self._affords(2 * max(measured.values()), within=within):
                 break
             measured[chunk] = self._time(1, chunk, 0, likely=2 * max(measured.values(), default=math.inf))
             vain = 0 if chunk / measured[chunk] > rate * _WORTH_DOUBLING else vain + 1

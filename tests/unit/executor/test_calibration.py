@@ -22,13 +22,14 @@ SHAPE = Shape(max_batch_size=64, max_batch_tokens=2048, context_length=4096)
 class Timed:
     """A model without results whose steps take, by a clock of its own, what a law says; and where it was written to or read."""
 
-    def __init__(self, blocks=1024, device="cpu", scale=1.0, disturbed=()):
+    def __init__(self, blocks=1024, device="cpu", scale=1.0, disturbed=(), import_seconds=0.0):
         self.kv = KvSpec(16, blocks, 1, "any", "any", (1, 1, 1))
         self.device = device
         self.now = 0.0
         self.batches = []
         self._scale = scale
         self._disturbed = set(disturbed)
+        self._import_seconds = import_seconds
 
     def clock(self):
         return self.now
@@ -41,6 +42,7 @@ class Timed:
         assert len(blocks) * self.kv.block_size >= chunk.tokens.stop
         assert 0 <= min(blocks) <= max(blocks) < self.kv.blocks
         assert chunk.data.shape == self.kv.canonical_shape(len(chunk.tokens))
+        self.now += self._import_seconds
 
     def step(self, batch):
         counts = np.diff(batch.starts)
@@ -77,6 +79,13 @@ def test_context_of_a_slow_model_is_found_where_it_can_be_imported():
     context, seconds = most_context(imports=True)
     assert context >= 2000
     assert seconds == pytest.approx(2e-5)
+
+
+def test_imports_that_take_long_leave_prefill_its_share():
+    model = Timed(scale=4, import_seconds=0.05)
+    times = measure(model, replace(SHAPE, imports=True), 3.0, model.clock)
+    assert times.prefill.sizes[-1] >= 64
+    assert times.decode_token_seconds == pytest.approx(4e-6)
 
 
 def test_batches_are_what_the_contract_asks_for():
