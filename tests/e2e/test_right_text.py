@@ -128,3 +128,16 @@ def test_a_conversation_is_counted_as_it_would_be_rendered(client):
     assert opened > closed > continued
     with pytest.raises(InvalidRequest, match=r"^conversation\.chat_template_kwargs: 'enable_thinking' is nothing that"):
         client.count_tokens(messages, chat_template_kwargs={"enable_thinking": False})
+
+
+def test_the_seed_that_was_drawn_gives_the_same_answer_again(openai, client):
+    """As a client reads it whose numbers are doubles, such as JavaScript's."""
+    options = {"max_tokens": 24, "temperature": 2.0}
+    drawn = [client.generate("Once", **options).result() for _ in range(4)]
+    assert len({answer.text for answer in drawn}) == len(drawn)
+    for answer in drawn:
+        read = int(float(answer.closing.seed))
+        assert client.generate("Once", seed=read, **options).result().text == answer.text
+    over_http = openai.completions.create(model="builtin", prompt="Once", **options)
+    read = int(float(over_http.closings[0]["seed"]))
+    assert client.generate("Once", seed=read, **options).result().text == over_http.choices[0].text

@@ -14,6 +14,8 @@ from penstock.gateway.validation import RequestLimits, fields_in_use
 __all__ = ["plan"]
 
 _LEAST_TEMPERATURE = 0.01
+# A client is told its seed and may ask again with it; what reads JSON, JavaScript above all, often holds no longer number exactly.
+_SEED_BITS = 53
 # Enough for a decoder that reads tokens by their neighbours.
 _PRECEDING_IDS = 16
 
@@ -93,7 +95,7 @@ def _sampling(asked: Sampling, defaults: GenerationDefaults) -> PlannedSampling:
         frequency_penalty=asked.frequency_penalty or 0.0,
         repetition_penalty=_first(asked.repetition_penalty, defaults.repetition_penalty, 1.0),
         logit_bias=asked.logit_bias,
-        seed=asked.seed if asked.seed is not None else secrets.randbits(64),
+        seed=asked.seed if asked.seed is not None else secrets.randbits(_SEED_BITS),
     )
 
 

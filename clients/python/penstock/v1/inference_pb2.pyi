@@ -300,7 +300,7 @@ class Sampling(_message.Message):
     repetition_penalty: _builtins.float
     """Divides the positive and multiplies the negative logits of tokens in prompt or output; in [0.01, 10]. Neutral: 1."""
     seed: _builtins.int
-    """The same seed, model and request give the same tokens. Drawn by the server where absent."""
+    """The same seed, model and request give the same tokens. Drawn by the server where absent, below 2^53."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits of these token ids; each in [-100, 100]."""
