@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from penstock.cli.bench.grpc_target import GrpcTarget
+from penstock.cli.bench.http_stream import Door
 from penstock.cli.bench.http_target import HttpTarget
 from penstock.cli.bench.options import Work
 from penstock.cli.bench.scenarios import Request
@@ -131,7 +132,7 @@ def http_door():
 def connect(scheme, address, *, prefix_cache=True, model=None):
     if scheme == "grpc":
         return GrpcTarget(address, model=model, prefix_cache=prefix_cache, timeout=20)
-    return HttpTarget(address, model=model, vocabulary=768, prefix_cache=prefix_cache, timeout=20)
+    return HttpTarget(Door(address), model=model, vocabulary=768, prefix_cache=prefix_cache, timeout=20)
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -252,7 +253,16 @@ def test_an_address_alone_is_a_grpc_door(grpc_door, capsys):
     assert json.loads(capsys.readouterr().out)["engine"] == "penstock-grpc"
 
 
-@pytest.mark.parametrize("target", ["nonsense", "https://127.0.0.1:8001", "grpc://127.0.0.1", "grpc://"])
+@pytest.mark.parametrize("target", ["nonsense", "ftp://127.0.0.1:8001", "grpc://127.0.0.1", "grpc://"])
 def test_a_target_that_is_none_is_refused(target):
-    with pytest.raises(ConfigError, match=r"--target: must be HOST:PORT, grpc://HOST:PORT or http://HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"--target: must be HOST:PORT, or grpc://, grpcs://, http:// or https:// and HOST:PORT"):
         serve(target=target)
+
+
+@pytest.mark.parametrize("key", ["é", "two\nlines"])
+@pytest.mark.parametrize("target", ["grpc://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_a_key_that_can_not_be_sent_is_refused_and_not_told(target, key):
+    with pytest.raises(
+        ConfigError, match=r"^--api-key: must be printable ASCII, in one line: metadata and headers hold nothing else$"
+    ):
+        serve(target=target, api_key=key)

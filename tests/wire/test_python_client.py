@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import shutil
-import subprocess
 
 import grpc
 import grpc.aio
 import pytest
 from fake_server import CLOSING, FakeServer
 from google.protobuf import duration_pb2
+from tls import OPENSSL, certificate
 
 from penstock.cli.connection import Connection
 from penstock.cli.models import models
@@ -532,23 +531,16 @@ def test_takes_messages_larger_than_grpcs_own_limit(fake, connect):
     assert len(connect().generate("x").text()) == 5 << 20
 
 
-def _certificate(folder):
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    subprocess.run([*words.split(), "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
-    return key, certificate
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+@pytest.mark.skipif(OPENSSL is None, reason="makes its certificate with openssl")
 async def test_speaks_tls_with_roots_of_ones_own(tmp_path):
-    key, certificate = _certificate(tmp_path)
+    key, signed = certificate(tmp_path)
     server = grpc.aio.server()
     models_pb2_grpc.add_ModelsServicer_to_server(FakeServer(), server)
-    secret = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    secret = grpc.ssl_server_credentials([(key.read_bytes(), signed.read_bytes())])
     port = server.add_secure_port("localhost:0", secret)
     await server.start()
     try:
-        async with AsyncClient(f"localhost:{port}", tls=certificate.read_bytes()) as client:
+        async with AsyncClient(f"localhost:{port}", tls=signed.read_bytes()) as client:
             assert (await client.model("m")).name == "m"
         async with AsyncClient(f"localhost:{port}", tls=True, retries=0) as client:
             with pytest.raises(Unavailable):

@@ -18,7 +18,7 @@ class Connection:
     """Where a suite is.
 
     Attributes:
-        target: Its gRPC door, HOST:PORT or grpc://HOST:PORT.
+        target: Its gRPC door, HOST:PORT or grpc://HOST:PORT; grpcs://HOST:PORT where TLS stands before it.
         api_key: Key that the suite knows the caller by, where it wants one.
         timeout: Seconds that the whole answer may take.
     """
@@ -35,9 +35,14 @@ class Connection:
             host_and_port(rest)
         except ValueError:
             scheme = "none"
-        if scheme not in {"", "grpc"}:
+        if scheme not in {"", "grpc", "grpcs"}:
             raise ConfigError(f"--target: must be HOST:PORT of a gRPC door, and is {self.target}")
         return rest
+
+    @property
+    def tls(self) -> bool:
+        """Whether what answers there speaks TLS."""
+        return self.target.startswith("grpcs://")
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def connected(connection: Connection) -> Iterator[Client]:
     Raises:
         ConfigError: a call failed; says why.
     """
-    with Client(connection.address, api_key=connection.api_key, timeout=connection.timeout) as client:
+    with Client(connection.address, api_key=connection.api_key, timeout=connection.timeout, tls=connection.tls) as client:
         try:
             yield client
         except Unavailable as error:

@@ -15,7 +15,7 @@ from penstock.cli.bench.scenarios import Request
 from penstock.cli.bench.target import Description, of_all
 from penstock.cli.bench.timeline import Timeline
 from penstock.cli.connection import no_answer
-from penstock.common.channel import connect
+from penstock.common.channel import CLIENT_OPTIONS, connect
 from penstock.common.service import StartError
 from penstock.v1 import inference_pb2, inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -32,17 +32,22 @@ class GrpcTarget:
         model: its served name; None: the one that is served.
         prefix_cache: False makes every request unlike any other to the suite's prefix cache.
         timeout: deadline of each request in seconds.
+        tls: whether what answers there speaks TLS.
+        api_key: key that the suite knows the caller by.
 
     Raises:
         StartError: nothing answers there, or it serves no such model.
     """
 
-    def __init__(self, address: str, *, model: str | None, prefix_cache: bool, timeout: float) -> None:
+    def __init__(
+        self, address: str, *, model: str | None, prefix_cache: bool, timeout: float, tls: bool = False, api_key: str | None = None
+    ) -> None:
         self._runner = asyncio.Runner()
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._prefix_cache = prefix_cache
         self._timeout = timeout
         try:
-            self._model = self._runner.run(self._connect(address, model))
+            self._model = self._runner.run(self._connect(address, model, tls=tls))
         except BaseException:
             self._runner.close()
             raise
@@ -59,14 +64,16 @@ class GrpcTarget:
         self._runner.run(self._channel.close())
         self._runner.close()
 
-    async def _connect(self, address: str, name: str | None) -> models_pb2.Model:
-        self._channel = connect(address)
+    async def _connect(self, address: str, name: str | None, *, tls: bool) -> models_pb2.Model:
+        self._channel = _secured(address) if tls else connect(address)
         self._generate = inference_pb2_grpc.InferenceStub(self._channel).Generate
         models = models_pb2_grpc.ModelsStub(self._channel)
         try:
-            listed = await models.ListModels(models_pb2.ListModelsRequest(), timeout=_LOOKUP_SECONDS)
+            listed = await models.ListModels(models_pb2.ListModelsRequest(), timeout=_LOOKUP_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise StartError(f"--target: grpc://{address}: {no_answer(error.details() or error.code().name)}") from error
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise StartError(f"--api-key: {error.details()}") from error
+            raise StartError(f"--target: {address}: {no_answer(error.details() or error.code().name)}") from error
         served = {m.name: m for m in listed.models if m.executors}
         if name is None and len(served) == 1:
             return next(iter(served.values()))
@@ -84,7 +91,7 @@ class GrpcTarget:
             await asyncio.sleep(began + request.at - time.perf_counter())
         timeline = Timeline(sent=time.perf_counter())
         try:
-            async for answer in self._generate(message, timeout=self._timeout):
+            async for answer in self._generate(message, timeout=self._timeout, metadata=self._metadata):
                 if answer.token_ids:
                     timeline.bear(time.perf_counter(), answer.token_ids)
                 elif answer.HasField("closing"):
@@ -106,3 +113,7 @@ class GrpcTarget:
             reporting=inference_pb2.Reporting(token_ids=True),
             cache_salt="" if self._prefix_cache else secrets.token_hex(8),
         )
+
+
+def _secured(address: str) -> grpc.aio.Channel:
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(), options=CLIENT_OPTIONS)

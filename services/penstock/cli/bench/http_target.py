@@ -7,10 +7,11 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from penstock.cli.bench.http_stream import HttpError, request
+from penstock.cli.bench.http_stream import Door, HttpError, request
 from penstock.cli.bench.scenarios import Request
 from penstock.cli.bench.target import Description, of_all
 from penstock.cli.bench.timeline import Timeline
@@ -25,7 +26,7 @@ class HttpTarget:
     """Looks the model up when it is made; each request has a connection of its own.
 
     Args:
-        address: HOST:PORT.
+        door: where it is.
         model: its served name; None: the one that is served.
         vocabulary: of the model, where the server does not tell it: OpenAI's API does not.
         prefix_cache: False makes every request unlike any other to the suite's prefix cache.
@@ -35,8 +36,8 @@ class HttpTarget:
         StartError: nothing answers there, or it serves no such model.
     """
 
-    def __init__(self, address: str, *, model: str | None, vocabulary: int, prefix_cache: bool, timeout: float) -> None:
-        self._address = address
+    def __init__(self, door: Door, *, model: str | None, vocabulary: int, prefix_cache: bool, timeout: float) -> None:
+        self._door = door
         self._prefix_cache = prefix_cache
         self._timeout = timeout
         found = asyncio.run(self._find(model))
@@ -56,14 +57,16 @@ class HttpTarget:
         """The model as the server lists it; Penstock tells more of it than OpenAI's API has."""
         try:
             async with asyncio.timeout(_LOOKUP_SECONDS):
-                listed = json.loads(b"".join([part async for part in request(self._address, "GET", "/v1/models")]))
+                listed = json.loads(b"".join([part async for part in request(self._door, "GET", "/v1/models")]))
         except (OSError, HttpError, TimeoutError, ValueError) as error:
-            raise StartError(f"--target: http://{self._address} does not answer as OpenAI's API ({error})") from error
+            if isinstance(error, HttpError) and error.status == HTTPStatus.UNAUTHORIZED:
+                raise StartError(f"--api-key: {self._door.address} wants one that it knows ({error})") from error
+            raise StartError(f"--target: {self._door.address} does not answer as OpenAI's API ({error})") from error
         served = {str(model["id"]): model for model in listed["data"]}
         if name is None and len(served) == 1:
             name = next(iter(served))
         if name is None or name not in served:
-            raise StartError(f"--model: must be one of those that {self._address} serves: {', '.join(served) or 'none'}")
+            raise StartError(f"--model: must be one of those that {self._door.address} serves: {', '.join(served) or 'none'}")
         found: Mapping[str, Any] = served[name]
         return found
 
@@ -78,7 +81,7 @@ class HttpTarget:
         timeline = Timeline(sent=time.perf_counter())
         try:
             async with asyncio.timeout(self._timeout):
-                async for event in _events(request(self._address, "POST", "/v1/completions", body)):
+                async for event in _events(request(self._door, "POST", "/v1/completions", body)):
                     _note(timeline, event)
         except (OSError, HttpError, TimeoutError, ValueError) as error:
             timeline.error = str(error) or type(error).__name__

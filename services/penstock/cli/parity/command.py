@@ -41,7 +41,7 @@ def parity(
     where requests beside others differ, and the first cluster by itself answers them otherwise in other company.
 
     Args:
-        together: HOST:PORT of the gRPC door of the cluster that runs them together.
+        together: HOST:PORT of the gRPC door of the cluster that runs them together; grpcs://HOST:PORT where TLS stands before it.
         apart: HOST:PORT of the gRPC door of the other; it should run with --placement apart.
         model: Name of the model; the only one where absent.
         tolerance: By how much log-probabilities may differ. Executors of other backends, threads or chunks differ in the last bits.
