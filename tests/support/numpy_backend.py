@@ -1,6 +1,7 @@
 """A right backend in numpy alone: paged, batched, float32. What an author's first version may look like, and what mutants spoil."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -64,15 +65,35 @@ class NumpyModel:
         x = self.norm(x[self.rows(batch)], names.final_norm)
         return StepOutput(self.told(x @ self.weights[names.lm_head or names.embedding].T))
 
-    def step_top(self, batch, counts):
-        logits = self.step(batch).logits
-        ids = [self.likeliest(row, count) if count else row[:0].astype(np.int64) for row, count in zip(logits, counts, strict=True)]
-        values = [row[found] for row, found in zip(logits, ids, strict=True)]
-        whole = np.where(counts == 0, np.cumsum(counts == 0) - 1, -1)
-        starts = np.cumsum([0, *map(len, ids)])
-        return TopOutput(
-            starts, np.concatenate([*ids, whole[:0]]), np.concatenate([*values, logits[:0, 0]]), whole, logits[counts == 0]
+    def step_top(self, batch, request):
+        logits = self.top_logits = self.step(batch).logits.copy()
+        told = [self.tell(row, *asked) for row, asked in zip(logits, self.asked(request), strict=True) if asked[0]]
+        whole = np.where(request.counts == 0, np.cumsum(request.counts == 0) - 1, -1)
+        lengths = np.zeros(len(logits) + 1, np.int64)
+        lengths[1:][request.counts > 0] = [len(ids) for ids, *_ in told]
+        masses = np.full((len(logits), 2), np.nan)
+        masses[request.counts > 0] = np.reshape([masses for *_, masses in told], (-1, 2))
+        ids, values, named = (
+            np.concatenate([empty, *(one[i] for one in told)]) for i, empty in enumerate((whole[:0], logits[:0, 0], logits[:0, 0]))
         )
+        return TopOutput(np.cumsum(lengths), ids, values, named, masses, whole, logits[request.counts == 0])
+
+    def asked(self, request):
+        """Of each row how many tokens, which beside them, and at what temperature."""
+        named = [request.named[start:end] for start, end in pairwise(request.named_starts)]
+        return zip(request.counts, named, np.where(request.temperatures > 0, request.temperatures, 1.0), strict=True)
+
+    def tell(self, row, count, named, temperature):
+        others = row.copy()
+        others[named] = -np.inf
+        ids = self.likeliest(others, count)
+        return ids, row[ids], row[named], [self.log_mass(others), self.log_mass(others / np.float64(temperature))]
+
+    def log_mass(self, row):
+        return row.max() + np.log(np.exp(row.astype(np.float64) - row.max()).sum())
+
+    def rows_of_top(self, rows):
+        return self.top_logits[rows]
 
     def likeliest(self, row, count):
         return np.flatnonzero(row >= np.sort(row)[-count])

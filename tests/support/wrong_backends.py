@@ -246,22 +246,54 @@ class TellsByLikelihood(NumpyModel):
 
 
 class RoundsWhatItTells(NumpyModel):
-    def step_top(self, batch, counts):
-        found = super().step_top(batch, counts)
+    def step_top(self, batch, request):
+        found = super().step_top(batch, request)
         return replace(found, values=found.values.astype(np.float16).astype(np.float32))
 
 
 class TellsNoRowWhole(NumpyModel):
-    def step_top(self, batch, counts):
-        return super().step_top(batch, np.maximum(counts, 1))
+    def step_top(self, batch, request):
+        return super().step_top(batch, replace(request, counts=np.maximum(request.counts, 1)))
+
+
+class NamesAmongTheLikeliest(NumpyModel):
+    """Tokens that are told because they are named take the places of likely ones."""
+
+    def tell(self, row, count, named, temperature):
+        ids = self.likeliest(row, count)
+        return ids, row[ids], *super().tell(row, count, named, temperature)[2:]
+
+
+class MixesUpTheNamed(NumpyModel):
+    def step_top(self, batch, request):
+        found = super().step_top(batch, request)
+        return replace(found, named=found.named[::-1])
+
+
+class WeighsTheNamedToo(NumpyModel):
+    """The mass of a row is that of all its tokens."""
+
+    def tell(self, row, count, named, temperature):
+        masses = [self.log_mass(row), self.log_mass(row / np.float64(temperature))]
+        return *super().tell(row, count, named, temperature)[:3], masses
+
+
+class WeighsAtOneTemperature(NumpyModel):
+    def tell(self, row, count, named, temperature):
+        return super().tell(row, count, named, 1.0)
+
+
+class GivesOtherRowsLater(NumpyModel):
+    def rows_of_top(self, rows):
+        return super().rows_of_top(np.sort(rows))
 
 
 class ForgetsWhatItTold(NumpyModel):
     """Steps that tell the likeliest tokens leave nothing in the cache."""
 
-    def step_top(self, batch, counts):
+    def step_top(self, batch, request):
         before = self.cache.copy()
-        found = super().step_top(batch, counts)
+        found = super().step_top(batch, request)
         self.cache[...] = before
         return found
 

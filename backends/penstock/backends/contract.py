@@ -47,6 +47,7 @@ __all__ = [
     "TensorSpec",
     "TopLogits",
     "TopOutput",
+    "TopRequest",
     "Tuned",
     "Unavailable",
     "Unsupported",
@@ -379,13 +380,36 @@ class PrefixCopies(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TopRequest:
+    """What is wanted of R rows of logits in place of the rows: their likeliest tokens, and beside them others that are named.
+
+    Named tokens are told whatever their logits are, and are none of the likeliest.
+
+    Attributes:
+        counts: int32 [R], how many of the likeliest tokens, at most `TopLogits.most_top`; 0: the whole row, which names no token.
+        named_starts: int64 [R + 1]; row r names ``named[named_starts[r]:named_starts[r + 1]]``.
+        named: int64, rising within a row.
+        temperatures: float64 [R], for which masses are wanted; 0: none is.
+    """
+
+    counts: NDArray[np.int32]
+    named_starts: NDArray[np.int64]
+    named: NDArray[np.int64]
+    temperatures: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
 class TopOutput:
-    """What a step tells of R rows of logits: of each its likeliest tokens, or the row.
+    """What a step tells of R rows of logits: of each what a `TopRequest` asks for, or the row.
 
     Attributes:
         starts: int64 [R + 1]; row r has ``ids[starts[r]:starts[r + 1]]``, none where it is told whole.
-        ids: int64, rising within a row: all tokens whose logit is at least the k-th largest; more than k where some are equal.
+        ids: int64, rising within a row: of the tokens that are not named all whose logit is at least the k-th largest of them; more
+            than k where some are equal.
         values: float32, their logits.
+        named: float32, those of the named tokens, in the order of the request.
+        log_masses: float64 [R, 2], of all tokens that are not named: the logarithms of the sum of exp(logit), and of the sum of
+            exp(logit / temperature). Without meaning where no mass was asked for, and where the row is told whole.
         whole: int64 [R], where in `logits` the row is; -1: it is not told whole.
         logits: float32 [rows told whole, vocabulary], valid until the next step; the caller may overwrite them.
     """
@@ -393,6 +417,8 @@ class TopOutput:
     starts: NDArray[np.int64]
     ids: NDArray[np.int64]
     values: NDArray[np.float32]
+    named: NDArray[np.float32]
+    log_masses: NDArray[np.float64]
     whole: NDArray[np.int64]
     logits: NDArray[np.float32]
 
@@ -405,13 +431,21 @@ class TopLogits(Protocol):
     def most_top(self) -> int:
         """How many of a row's likeliest tokens may be asked for; 0: none, since whole rows cost no more here."""
 
-    def step_top(self, batch: StepBatch, counts: NDArray[np.int32]) -> TopOutput:
+    def step_top(self, batch: StepBatch, request: TopRequest) -> TopOutput:
         """As `GenerativeModel.step`, raising the same; tokens and logits are those of the rows that it would give, to the bit.
 
+        A row may be told whole in any case, and is where one of its logits is NaN or +inf, or where more tokens are equally likely
+        than the backend looked for.
+        """
+
+    def rows_of_top(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the last `step_top` that it did not tell whole, [rows, vocabulary]; to be asked for before the next step.
+
         Args:
-            batch: the step.
-            counts: int32 [R], how many of the likeliest tokens of each row are wanted, at most `most_top`; 0: the whole row. A row
-                may be told whole in any case, as where more tokens are equally likely than the backend looked for.
+            rows: their indices, each below R.
+
+        Raises:
+            RuntimeError: the model is closed, or another step has been made.
         """
 
 

@@ -227,13 +227,14 @@ class Engine:
         rows = [s.next_row() for s in batch.drawing]
         try:
             logits = self._runner.run(step, batch, rows)
+            drawn = logits.sample(self._sampler, batch.drawing_rows, rows, self._runner.whole_rows)
         except StepFailed as error:
             self._fail(step, error)
             return
         self.planner.advance(step)
         self.handoff.computed(step)
         self._score(batch.prompts, logits)
-        self._deliver(batch.drawing, logits.sample(self._sampler, batch.drawing_rows, rows))
+        self._deliver(batch.drawing, drawn)
 
     def _fail(self, step: Step, error: StepFailed) -> None:
         for sequence in step.sequences:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
+from contextlib import contextmanager
+from typing import cast
 
-from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.backends.contract import GenerativeModel, ModelLost, PrefixCopies, TopLogits
 from penstock.backends.kv_abilities import prefix_copies
 from penstock.backends.reports import text_of, what_was_raised
 from penstock.common.logs import logger
@@ -53,7 +58,8 @@ class ModelRunner:
         self.times: StepTimes | None = None
         self.step_seconds = 0.0
         self._config = config
-        self._raised_before = False
+        self._steps = 0
+        self._failed_step = -1
 
     def watch(self, seconds: float = 0.0) -> None:
         """Something begins that should take no longer: `stall_seconds` pass beyond that before the engine counts as stalled."""
@@ -67,6 +73,7 @@ class ModelRunner:
             EngineDead: there is no more model.
         """
         began = time.monotonic()
+        self._steps += 1
         decodes = step.counts.count(1)
         prompt_tokens = int(built.batch.starts[-1]) - decodes
         # Not of one whose first token came from elsewhere: it has made no step here.
@@ -79,17 +86,33 @@ class ModelRunner:
                 sequence.first_step_at = began
         self.watch(self._expected(built, prompt_tokens, decodes))
         try:
-            logits = compute(self.model, built, rows)
-        except ModelLost as error:
-            raise EngineDead(text_of(error)) from error
-        except Exception as error:
-            again, self._raised_before = self._raised_before, True
-            raise StepFailed(what_was_raised(error), again=again) from error
+            with self._failing():
+                return compute(self.model, built, rows)
         finally:
             self.step_seconds = time.monotonic() - began
             self.meter.computed(StepFacts(self.step_seconds, decodes, prompt_tokens, next_tokens))
-        self._raised_before = False
-        return logits
+
+    def whole_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the last step's logits that it did not tell whole.
+
+        Raises:
+            StepFailed: the backend has raised.
+            EngineDead: there is no more model.
+        """
+        with self._failing():
+            return cast("TopLogits", self.model).rows_of_top(rows)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever the model raises is the step's failure."""
+        try:
+            yield
+        except ModelLost as error:
+            raise EngineDead(text_of(error)) from error
+        except Exception as error:
+            again = self._failed_step == self._steps - 1
+            self._failed_step = self._steps
+            raise StepFailed(what_was_raised(error), again=again) from error
 
     def _expected(self, built: Built, prompt_tokens: int, decodes: int) -> float:
         """Seconds that a step may take."""

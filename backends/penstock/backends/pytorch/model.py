@@ -20,6 +20,7 @@ from penstock.backends.contract import (
     StepBatch,
     StepOutput,
     TopOutput,
+    TopRequest,
     Unsupported,
 )
 from penstock.backends.kv_memory import count_blocks, free_memory
@@ -31,7 +32,7 @@ from penstock.backends.pytorch.decoder import Decoder
 from penstock.backends.pytorch.device import current, find_device, threads
 from penstock.backends.pytorch.loading import from_numpy, load_decoder, to_numpy
 from penstock.backends.pytorch.registration import KV_LAYOUT, REGISTRATION
-from penstock.backends.pytorch.top import MOST_TOP, on_host, top_of
+from penstock.backends.pytorch.top import MOST_TOP, ToldRows, on_host
 from penstock.backends.pytorch.tuning import tuning_of
 from penstock.backends.step_limits import StepLimits
 from penstock.common.heap import keep_freed_memory
@@ -83,6 +84,7 @@ class TorchModel:
         self._copies: CacheCopies | None = copies_of(cache, self._kv)
         self._limits = StepLimits.of(spec.decoder, config, self._kv)
         self._graphs = self._record_by(CudaCapture()) if self._device.type == "cuda" else None
+        self._told = ToldRows()
         self._most_top = (0 if self._device.type == "cpu" else MOST_TOP) if most_top is None else most_top
 
     @property
@@ -120,15 +122,24 @@ class TorchModel:
         """How many of a row's likeliest tokens may be asked for."""
         return self._most_top
 
-    def step_top(self, batch: StepBatch, counts: NDArray[np.int32]) -> TopOutput:
-        """As `step`, of each row so many of the likeliest tokens; the device finds them.
+    def step_top(self, batch: StepBatch, request: TopRequest) -> TopOutput:
+        """As `step`, of each row what is asked for in its place; the device finds it.
 
         Raises:
             ValueError: the batch is not within what the model was created for.
             RuntimeError: the model is closed, or the device failed.
         """
         with self._computing():
-            return top_of(self._logits(batch), counts)
+            return self._told.tell(self._logits(batch), request)
+
+    def rows_of_top(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the last `step_top` that it did not tell whole.
+
+        Raises:
+            RuntimeError: the model is closed, another step has been made, or the device failed.
+        """
+        with self._computing():
+            return self._told.whole(rows)
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy the KV of `tokens` out of the cache.
@@ -165,6 +176,7 @@ class TorchModel:
     def close(self) -> None:
         """Give all memory back. Idempotent."""
         self._decoder = self._cache = self._copies = self._graphs = None
+        self._told.forget()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -177,6 +189,7 @@ class TorchModel:
         """[R, vocabulary] on the device, valid until the next step."""
         self._limits.check(batch)
         self._open()
+        self._told.forget()
         logits = None if self._graphs is None else self._graphs.step(batch)
         return self._compute(batch) if logits is None else logits
 

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, TopOutput
+from penstock.backends.contract import DeviceConfig, DType, KvChunk, KvSpec, ModelSpec, StepBatch, StepOutput, TopOutput, TopRequest
 from penstock.backends.kv_memory import count_blocks
 from penstock.backends.pytorch.cache import CacheCopies, copies_of, described
-from penstock.backends.pytorch.top import MOST_TOP, top_of
+from penstock.backends.pytorch.top import MOST_TOP, ToldRows
 from penstock.backends.step_limits import StepLimits
 from penstock.backends.tensorrt.api import TensorRt
 from penstock.backends.tensorrt.building import EngineBuilder
@@ -56,6 +56,7 @@ class TensorRtModel:
         self._profiles = make_profiles(spec.decoder, config)
         builder = EngineBuilder(trt, spec, self._dtype, device.identity, self._profiles, PlanCache(plans))
         self._copies: CacheCopies | None = None
+        self._told = ToldRows()
         self._executions: Executions | None = None
         try:
             self._executions = executions = Executions(
@@ -101,15 +102,24 @@ class TensorRtModel:
         """How many of a row's likeliest tokens may be asked for."""
         return MOST_TOP
 
-    def step_top(self, batch: StepBatch, counts: NDArray[np.int32]) -> TopOutput:
-        """As `step`, of each row so many of the likeliest tokens; the device finds them.
+    def step_top(self, batch: StepBatch, request: TopRequest) -> TopOutput:
+        """As `step`, of each row what is asked for in its place; the device finds it.
 
         Raises:
             ValueError: the step is beyond what the model was created for; nothing is written then.
             RuntimeError: the model is closed, or TensorRT or the device failed.
         """
         with self._computed(batch) as logits:
-            return top_of(logits, counts)
+            return self._told.tell(logits, request)
+
+    def rows_of_top(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the last `step_top` that it did not tell whole.
+
+        Raises:
+            RuntimeError: the model is closed, another step has been made, or the device failed.
+        """
+        with torch.inference_mode(), self._device.stream():
+            return self._told.whole(rows)
 
     def export_kv(self, blocks: Sequence[int], tokens: range) -> KvChunk:
         """Copy the KV of `tokens` out of the cache.
@@ -152,6 +162,7 @@ class TensorRtModel:
         if self._executions is not None:
             self._executions.close()
         self._executions = self._copies = None
+        self._told.forget()
         self._device.release()
 
     @contextmanager
@@ -159,6 +170,7 @@ class TensorRtModel:
         """A step's logits on the device, to be read on its stream."""
         executions, _ = self._open()
         self._limits.check(batch)
+        self._told.forget()
         runs = list(plan_runs(batch, self._profiles, BLOCK_SIZE, self._window, self._kv.blocks * BLOCK_SIZE))
         shape = (len(batch.logits_rows), self._vocabulary)
         with torch.inference_mode(), self._device.stream() as stream:

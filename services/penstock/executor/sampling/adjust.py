@@ -50,21 +50,35 @@ class Adjustment:
         self._ids[slot] = token
         return slot
 
-    def apply(self, row: NDArray[np.float32], masked: Sequence[int]) -> None:
-        """Change a row of logits in place; `masked` tokens become impossible."""
-        if len(self._bias_ids):
-            row[self._bias_ids] += self._bias
-        if self._slots:
-            self._penalize(row)
-        if masked:
-            row[list(masked)] = -np.inf
+    def touched(self, masked: Sequence[int]) -> NDArray[np.int64]:
+        """The ids, rising, of the tokens that `apply` changes."""
+        return np.unique(np.concatenate((self._bias_ids, self._ids[: len(self._slots)], np.array(masked, np.int64))))
 
-    def _penalize(self, row: NDArray[np.float32]) -> None:
+    def apply(self, logits: NDArray[np.float32], masked: Sequence[int], ids: NDArray[np.int64] | None = None) -> None:
+        """Change logits in place; `masked` tokens become impossible.
+
+        Args:
+            logits: a row of them, or those of `ids`.
+            masked: tokens.
+            ids: rising, all that are `touched` among them; None: all there are.
+        """
+        if len(self._bias_ids):
+            logits[_places(self._bias_ids, ids)] += self._bias
+        if self._slots:
+            self._penalize(logits, _places(self._ids[: len(self._slots)], ids))
+        if masked:
+            logits[_places(np.array(masked, np.int64), ids)] = -np.inf
+
+    def _penalize(self, logits: NDArray[np.float32], places: NDArray[np.int64]) -> None:
         p = self._parameters
-        ids, counts = self._ids[: len(self._slots)], self._counts[: len(self._slots)]
-        values = row[ids]
+        counts, values = self._counts[: len(self._slots)], logits[places]
         if p.repetition_penalty != 1.0:
             penalty = np.float32(p.repetition_penalty)
             values = np.where(values > 0, values / penalty, values * penalty)
         values -= counts * np.float32(p.frequency_penalty) + (counts > 0) * np.float32(p.presence_penalty)
-        row[ids] = values
+        logits[places] = values
+
+
+def _places(tokens: NDArray[np.int64], ids: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Where the logits of tokens stand among those of `ids`, or of all."""
+    return tokens if ids is None else np.searchsorted(ids, tokens)
