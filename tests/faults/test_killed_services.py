@@ -121,6 +121,19 @@ def test_scheduler_that_is_ended_with_a_queue_fails_no_request(suite, undisturbe
     suite.assert_idle()
 
 
+def test_tokenizer_that_is_ended_leaves_at_once_and_fails_no_request(suite, undisturbed):
+    """Long before the grace: gateways' decoding streams would last as long as they do."""
+    load = Load(suite)
+    load.wait_until_running()
+    (tokenizer,) = suite.services("tokenizer")
+    tokenizer.terminate()
+    new = Load(suite)
+    assert psutil.wait_procs([tokenizer], timeout=10)[0]
+    assert load.join() == undisturbed
+    assert new.join() == undisturbed
+    suite.assert_idle()
+
+
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_drain_lets_running_requests_finish(by):
     with Suite("builtin", "--dtype", "f32") as suite:

@@ -235,6 +235,32 @@ async def test_a_stream_that_ends_frees_what_it_opened(service):
     assert service.count("penstock_tokenizer_decodings") == 0
 
 
+async def test_a_drain_ends_decoding_streams_and_waits_for_nobody_that_watches(service):
+    ids = service.tokenizer.encode("the quick").ids
+    async with connect(service.grpc) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        stream = service.stub.Decode()
+        await stream.write(pb.DecodeRequest(open=[pb.OpenDecoding(decoding_id=1, model="m")], decoding_ids=[1], token_ids=ids[:1]))
+        await stream.read()
+        async with asyncio.timeout(10):
+            await service.server.drain()
+        assert await stream.read() is grpc.aio.EOF
+        assert await stream.code() is grpc.StatusCode.OK
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert service.count("penstock_tokenizer_decodings") == 0
+
+
+async def test_a_drain_lets_a_running_call_end(service):
+    long = "the quick brown fox " * 200_000
+    encoding = asyncio.ensure_future(service.stub.Encode(pb.EncodeRequest(model="m", text=long)))
+    async with asyncio.timeout(30):
+        while not service.server._servicer._calls:  # noqa: ASYNC110 - a call begins without telling anybody
+            await asyncio.sleep(0)
+        await service.server.drain()
+    assert len((await encoding).token_ids) == 1_000_000
+
+
 async def test_columns_of_different_length_end_the_stream_with_a_typed_error(service):
     stream = service.stub.Decode()
     await stream.write(pb.DecodeRequest(decoding_ids=[1, 2], token_ids=[3]))

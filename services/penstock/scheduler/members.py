@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 
 from penstock.common.errors import UnknownExecutor
@@ -31,12 +32,17 @@ class Members:
 
     Args:
         settling: whether executors may still have to register since the scheduler's start.
+
+    Attributes:
+        ended: set when `end` was called and no executor's stream is left.
     """
 
     def __init__(self, executors: Registry, settling: Callable[[], bool]) -> None:
         self._executors = executors
         self._settling = settling
         self._members: dict[Executor, _Member] = {}
+        self._ending = False
+        self.ended = asyncio.Event()
 
     def join(self, first: pb.RegisterRequest, executor: Executor, lease_ms: int) -> Outbox[pb.RegisterResponse]:
         """An executor's stream begins, with its lease and its peers; it is closed when the executor is taken for lost."""
@@ -44,6 +50,8 @@ class Members:
         member = self._members[executor] = _Member(description, first.secret, lease_ms)
         self._tell_peers(executor, member)
         member.outbox.flush()
+        if self._ending:
+            member.outbox.close()
         logger().info(
             "executor joined",
             executor_id=description.executor_id,
@@ -56,6 +64,14 @@ class Members:
     def leave(self, executor: Executor) -> None:
         """It has ended."""
         del self._members[executor]
+        self._note_end()
+
+    def end(self) -> None:
+        """Have the streams end: what runs on the executors goes on without."""
+        self._ending = True
+        for member in self._members.values():
+            member.outbox.close()
+        self._note_end()
 
     def lose(self, executor_id: str) -> None:
         """An executor is taken for lost."""
@@ -89,6 +105,10 @@ class Members:
             if member is not None:
                 member.description.role = messages.role_message(executor.role)
                 yield executor, member.description
+
+    def _note_end(self) -> None:
+        if self._ending and not self._members:
+            self.ended.set()
 
     def _tell_peers(self, executor: Executor, member: _Member) -> None:
         peers, settling = self._executors.peers(executor), self._settling()

@@ -60,7 +60,7 @@ class SchedulerServer:
         await asyncio.Event().wait()
 
     async def drain(self) -> None:
-        """End the streams of gateways, and return when they have heard what was decided.
+        """End the streams of gateways, and return when they have heard what was decided; then those of executors.
 
         Nothing waits here that they do not hold too: they ask the next scheduler for it, and sooner than this one would have had
         room. What runs needs none.
@@ -72,6 +72,8 @@ class SchedulerServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await self._driver.ended.wait()
+                self._driver.members.end()
+                await self._driver.members.ended.wait()
 
     async def close(self) -> None:
         """End all streams."""

@@ -41,8 +41,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         try:
             async for response in outbox:
                 yield response
-            if reading.done():  # it is not where the scheduler drains
-                reading.result()
+            _raise_from(reading)
         finally:
             reading.cancel()
             self._driver.disconnect(gateway)
@@ -71,8 +70,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         try:
             async for response in outbox:
                 yield response
-            if reading.done():  # it is not where the executor was lost
-                reading.result()
+            _raise_from(reading)
         finally:
             reading.cancel()
             self._driver.members.leave(executor)
@@ -107,6 +105,12 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SetRoleResponse:
         self._driver.members.set_role(request.executor_id, messages.read_role(request.role, "role"))
         return pb.SetRoleResponse()
+
+
+def _raise_from(reading: asyncio.Task[None]) -> None:
+    """What the reading of a stream failed with. It goes on where the scheduler ends the stream, and is cancelled with the call."""
+    if reading.done() and not reading.cancelled():
+        reading.result()
 
 
 def _pass_points(frame: pb.PlaceRequest) -> None:

@@ -24,6 +24,7 @@ from penstock.tokenizer.templates import TemplateError, TemplateLimits, Template
 __all__ = ["TokenizerServer"]
 
 _NAME = "penstock.internal.v1.TokenizerService"
+_LAST_WORDS_SECONDS = 1.0
 
 
 class TokenizerServer:
@@ -35,6 +36,7 @@ class TokenizerServer:
         self._config = config
         self._metrics = TokenizerMetrics()
         self._models = Models([])
+        self._servicer = TokenizerServicer(self._models, self._metrics)
         self._grpc: GrpcServer | None = None
         self._endpoint: endpoint.MetricsServer | None = None
         self._closed = asyncio.Event()
@@ -47,8 +49,8 @@ class TokenizerServer:
             raise StartError("models: none given; give at least one NAME=FOLDER")
         self._models = Models([await self._load(entry) for entry in config.models])
         self._grpc = GrpcServer(interceptors=[Traceparents()])
-        servicer = TokenizerServicer(self._models, self._metrics)
-        self._grpc.add(pb_grpc.add_TokenizerServiceServicer_to_server, servicer, _NAME)
+        self._servicer = TokenizerServicer(self._models, self._metrics)
+        self._grpc.add(pb_grpc.add_TokenizerServiceServicer_to_server, self._servicer, _NAME)
         try:
             bound = {"grpc": self._grpc.listen(config.listen)}
         except RuntimeError as error:
@@ -65,8 +67,15 @@ class TokenizerServer:
         await self._closed.wait()
 
     async def drain(self) -> None:
-        if self._grpc is not None:
-            await self._grpc.stop(self._config.grace_seconds)
+        """Take no more calls and end decoding streams, which last as long as gateways; return when the running calls have ended."""
+        if self._grpc is None:
+            return
+        stopping = asyncio.create_task(self._grpc.stop(self._config.grace_seconds))
+        leaving = asyncio.create_task(self._servicer.leave())
+        await asyncio.wait((stopping, leaving), return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        # For answers that are on their way; who watches health hears no end.
+        await asyncio.wait((stopping,), timeout=_LAST_WORDS_SECONDS)
 
     async def close(self) -> None:
         self._closed.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -30,11 +30,25 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
     def __init__(self, models: Models, metrics: TokenizerMetrics) -> None:
         self._models = models
         self._metrics = metrics
+        self._streams: set[asyncio.Queue[pb.DecodeRequest | None]] = set()
+        self._calls = 0
+        self._leaving = False
+        self._idle = asyncio.Event()
+
+    async def leave(self) -> None:
+        """End the decoding streams, which gateways take up again at the next tokenizer, and return when no other call runs."""
+        self._leaving = True
+        for frames in self._streams:
+            while not frames.empty():
+                frames.get_nowait()
+            frames.put_nowait(None)
+        self._note_end()
+        await self._idle.wait()
 
     async def Encode(self, request: pb.EncodeRequest, context: object) -> pb.EncodeResponse:
         model = self._models.get(request.model)
         try:
-            with tracing.span("tokenize"), self._metrics.encode_seconds.time():
+            with self._call(), tracing.span("tokenize"), self._metrics.encode_seconds.time():
                 ids = await self._encode(model, request)
         except PenstockError as error:
             self._metrics.refused.inc()
@@ -47,7 +61,8 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: object) -> pb.DetokenizeResponse:
         model = self._models.get(request.model)
         ids = list(request.token_ids)
-        text = await model.decode(ids, skip_special_tokens=request.skip_special_tokens)
+        with self._call():
+            text = await model.decode(ids, skip_special_tokens=request.skip_special_tokens)
         tokens = model.describe(ids) if request.tokens else []
         return pb.DetokenizeResponse(text=text, tokens=tokens, fingerprint=model.vocabulary.fingerprint)
 
@@ -55,7 +70,10 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
         stream = _DecodeStream(self._models, self._metrics)
         frames: asyncio.Queue[pb.DecodeRequest | None] = asyncio.Queue(_QUEUED_FRAMES)
         reader = asyncio.create_task(_read(request_iterator, frames))
+        self._streams.add(frames)
         try:
+            if self._leaving:
+                return
             while (frame := await frames.get()) is not None:
                 stream.take_in(frame)
                 # Frames that came meanwhile are answered together.
@@ -66,10 +84,25 @@ class TokenizerServicer(pb_grpc.TokenizerServiceServicer):
                 if frame is None:
                     return
         finally:
+            self._streams.discard(frames)
+            self._note_end()
             stream.close()
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self._note_end()
+
+    def _note_end(self) -> None:
+        if self._leaving and not self._calls and not self._streams:
+            self._idle.set()
 
     async def _encode(self, model: Model, request: pb.EncodeRequest) -> list[int]:
         match request.WhichOneof("input"):

@@ -64,6 +64,18 @@ async def test_draining_scheduler_ends_the_streams_of_gateways_and_refuses_nothi
         assert (await states(stub))[1] == 0
 
 
+async def test_draining_scheduler_ends_the_streams_of_executors_behind_those_of_gateways():
+    async with scheduler() as (address, server), stub_of(address) as stub:
+        executor, gateway = await Executor(stub).ready(), Gateway(stub)
+        gateway.place(1)
+        await gateway.grant()
+        async with asyncio.timeout(WAIT):
+            await server.drain()
+        assert await last_of(gateway) == []
+        assert await executor.read() is grpc.aio.EOF
+        assert await executor.call.code() is grpc.StatusCode.OK
+
+
 async def last_of(gateway, *, writes_cross=False):
     """Refusals until the stream ends, which a write may cross: gRPC's client tells that as INTERNAL where the status is OK."""
     refused = []
