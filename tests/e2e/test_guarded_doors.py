@@ -62,3 +62,6 @@ def test_generate_chat_and_models_speak_tls(guarded):
         done = penstock(*command, *door, trusting=signed)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+        refused = penstock(*command, "--target", targets["grpcs"], trusting=signed)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith("penstock: --api-key: ")

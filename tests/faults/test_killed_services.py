@@ -134,7 +134,7 @@ def test_tokenizer_that_is_ended_leaves_at_once_and_fails_no_request(suite, undi
     suite.assert_idle()
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_drain_lets_running_requests_finish(by):
     with Suite("builtin", "--dtype", "f32") as suite:
         load = Load(suite)

@@ -42,7 +42,7 @@ def read_until(stream, text):
     raise AssertionError(f"{text!r} never came, but {lines}")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_tells_where_it_listens_and_drains_on_a_signal(start, signum):
     process = start("serves")
     assert process.stdout.readline().startswith("listening grpc=127.0.0.1:")
@@ -52,6 +52,16 @@ def test_tells_where_it_listens_and_drains_on_a_signal(start, signum):
     assert out == ""
     said = [line for line in err.splitlines() if line in {"draining", "drained", "closed"}]
     assert said == ["draining", "drained", "closed"]
+
+
+def test_a_closed_terminal_does_not_end_what_is_to_outlive_it(start):
+    process = start("serves", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 0
+    assert "drained" in err.splitlines()  # by the one signal that counts: a second would have cut it short
 
 
 def test_a_collection_while_it_serves_does_not_look_at_what_it_was_started_with(start):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import socket
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -49,6 +50,15 @@ async def running(**options):
             yield server, servicer, channel
     finally:
         await server.stop(0)
+
+
+async def test_why_an_address_can_not_be_listened_on_is_the_systems_word():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=r"^Address already in use$"):
+            GrpcServer().listen(address)
+    with pytest.raises(RuntimeError, match=r"^Cannot assign requested address$"):
+        GrpcServer().listen("192.0.2.1:0")
 
 
 async def test_health_is_watched_from_start_to_drain():

@@ -78,6 +78,8 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by the caller, who does not want it
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process lives
     os.environ.update(with_fewer_threads(os.environ))
+    # gRPC's core writes lines of its own to stderr, among ours; what matters of them is in the errors that it raises.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if computes(sys.argv[1:]):
         start_again_with_huge_pages()
     sys.exit(_run())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from penstock.client import Client, DeadlineExceeded, InternalError, PenstockError, Unavailable
+from penstock.client import Client, DeadlineExceeded, InternalError, PenstockError, Unauthenticated, Unavailable
 from penstock.common.addresses import host_and_port
 from penstock.common.config import ConfigError
 
@@ -60,6 +60,8 @@ def connected(connection: Connection) -> Iterator[Client]:
         except DeadlineExceeded:
             seconds = connection.timeout
             raise ConfigError(f"--timeout {seconds:g}: the answer was not whole within {seconds:g} s and is broken off") from None
+        except Unauthenticated as error:
+            raise ConfigError(f"--api-key: {error}") from None
         except InternalError as error:
             where = f"; the services' logs have it under the request id {error.request_id}" if error.request_id else ""
             raise ConfigError(f"{error}{where}") from None

@@ -29,7 +29,9 @@ def health(address: str, /, *, service: str = "", timeout: float = 3.0) -> int:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
         except grpc.RpcError as error:
-            print(f"{address}: {error.code().name}: {error.details()}", file=sys.stderr)
+            unknown = service and error.code() is grpc.StatusCode.NOT_FOUND
+            why = f"it has no service {service}" if unknown else error.details()
+            print(f"{address}: {error.code().name}: {why}", file=sys.stderr)
             return 1
     print(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
     return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -19,6 +20,7 @@ SERVICES = ("gateway", "tokenizer", "scheduler", "executor")
 # What belongs to a start rather than to a setting.
 _ENVIRONMENT = "environment"
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+_FRACTION = re.compile(r"\d\.|\.\d")
 _NOT_SETTINGS = {"help", "version", "config", "process", "supervisor_fd", "faults"}
 
 
@@ -45,6 +47,8 @@ def _config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     file = arguments.get("--config", None)
     if file is None or not file.tokens:
         return
+    if not file.tokens[0].value:
+        raise ConfigError("--config or PENSTOCK_CONFIG is empty: name a file, or leave it away")
     path = Path(file.tokens[0].value)
     values = read_file(path, commands[-1], SERVICES, _keys(arguments))
     where = f"{path}: {commands[-1]}" if commands[-1] in sections_of(path, SERVICES) else str(path)
@@ -54,6 +58,15 @@ def _config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     Dict(values, source=where)(app, commands, arguments)
 
 
+def _whole_numbers_are_whole(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse 1.5 where a whole number belongs, which cyclopts would round."""
+    for argument in arguments:
+        if int in {argument.hint, *get_args(argument.hint)}:
+            for token in argument.tokens:
+                if _FRACTION.search(token.value):
+                    raise CoercionError(token=token, argument=argument, target_type=int)
+
+
 def wrong_setting(error: CycloptsError) -> ConfigError | None:
     """What is wrong with a value that comes from a file or the environment; None where the command line itself is wrong."""
     if not isinstance(error, CoercionError | UnknownOptionError) or (token := error.token) is None or token.source in {"", "cli"}:
@@ -61,7 +74,7 @@ def wrong_setting(error: CycloptsError) -> ConfigError | None:
     key = (token.keyword or "").partition("]")[0].removeprefix("[")  # of a mapping where there should be none, [key][inner]
     if isinstance(error, UnknownOptionError):
         return ConfigError(f"{token.source}: {key}: must be no mapping")
-    return ConfigError(f"{token.source}: {key}: must be {_right(error.target_type)}, and is {token.value}")
+    return ConfigError(f"{token.source}: {key}: must be {_right(error.target_type)}, and is {token.value or 'empty'}")
 
 
 def _right(kind: Any) -> str:
@@ -82,4 +95,5 @@ CONFIG_LAYERS = (
     Env(ENVIRONMENT_PREFIX, source=_ENVIRONMENT),
     Env(ENVIRONMENT_PREFIX, source=_ENVIRONMENT, command=False, show=False),
     _config_file,
+    _whole_numbers_are_whole,
 )

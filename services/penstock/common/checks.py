@@ -7,9 +7,10 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from penstock.common.addresses import host_and_port
 from penstock.common.service import StartError
 
-__all__ = ["check_numbers"]
+__all__ = ["check_numbers", "check_peer"]
 
 
 def check_numbers(settings: Any, *, may_be_zero: Collection[str]) -> None:
@@ -28,4 +29,22 @@ def check_numbers(settings: Any, *, may_be_zero: Collection[str]) -> None:
             continue
         if not 0 <= value < math.inf or (value == 0 and field.name not in may_be_zero):
             least = "0 or more" if field.name in may_be_zero else "more than 0"
-            raise StartError(f"{field.name} is {value}: it must be a number, {least}")
+            raise StartError(f"{field.name} is {value}: it must be a finite number, {least}")
+
+
+def check_peer(setting: str, address: str) -> None:
+    """Refuse an address at which no other service can ever be.
+
+    Args:
+        setting: its name.
+        address: HOST:PORT, as it should be.
+
+    Raises:
+        StartError: it is none, or has port 0.
+    """
+    try:
+        _, port = host_and_port(address)
+    except ValueError as error:
+        raise StartError(f"{setting}: {error}") from error
+    if not port:
+        raise StartError(f"{setting}: nothing can be reached at {address}: give the port that the service listens on")

@@ -16,7 +16,7 @@ from penstock.common import tracing
 from penstock.common.logs import logger
 from penstock.common.service import Service, StartError
 
-__all__ = ["die_with", "listening_line", "parse_listening", "run"]
+__all__ = ["die_with", "ending_signals", "listening_line", "parse_listening", "run"]
 
 _LISTENING = "listening"
 _CLOSE_SECONDS = 5.0
@@ -29,7 +29,7 @@ T = TypeVar("T")
 def run(service: Service, grace: float = 30.0) -> int:
     """Run a service until a signal ends it, or it ends by itself.
 
-    Writes one line to stdout, ``listening grpc=HOST:PORT …``, once it serves. SIGTERM and SIGINT drain it for `grace` seconds and
+    Writes one line to stdout, ``listening grpc=HOST:PORT …``, once it serves. `ending_signals` drain it for `grace` seconds and
     a moment more for its last words; a second one ends it at once.
 
     Returns:
@@ -45,6 +45,12 @@ def run(service: Service, grace: float = 30.0) -> int:
             sys.stderr.flush()
             os._exit(status)
     return status
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that ask a process to leave in good order; a closed terminal's, too, unless it is to be outlived (nohup)."""
+    outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT] if outlives else [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def listening_line(endpoints: Mapping[str, str]) -> str:
@@ -86,7 +92,7 @@ class _Run:
 
     async def main(self) -> int:
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in ending_signals():
             loop.add_signal_handler(signum, self._on_signal, signum)
         try:
             status = await self._serve()

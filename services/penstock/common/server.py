@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -51,13 +52,13 @@ class GrpcServer:
             RuntimeError: the address is no HOST:PORT or can not be bound; says which.
         """
         try:
-            host, _ = host_and_port(address)  # gRPC would take a port modulo 65,536
+            host, port = host_and_port(address)  # gRPC would take a port modulo 65,536
         except ValueError as error:
             raise RuntimeError(str(error)) from error
         try:
             bound = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise RuntimeError("another process has the port, or this machine has no such address") from error
+            raise RuntimeError(_why_not_bound(host, port)) from error
         return f"{host}:{bound}"
 
     async def start(self) -> None:
@@ -78,3 +79,14 @@ class GrpcServer:
         """Take no more calls, give the running ones `grace` seconds, then cancel them."""
         await self.set_serving(serving=False)
         await self._server.stop(grace)
+
+
+def _why_not_bound(host: str, port: int) -> str:
+    """What the system says of an address that gRPC could not bind, and tells of nothing but that."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as listener:
+                listener.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "another process has the port, or this machine has no such address"

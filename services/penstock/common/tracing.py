@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 
 from penstock.common.logs import logger
+from penstock.common.service import StartError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -85,6 +86,7 @@ class _Nothing:
         pass
 
 
+_COLLECTOR = re.compile(r"https?://[^\s/]+/?|[^\s/]+:\d+")
 _NOTHING = _Nothing()
 _current: ContextVar[str] = ContextVar("traceparent", default="")
 
@@ -114,9 +116,14 @@ def configure(service_name: str, endpoint: str | None = None, *, exporter: SpanE
 
     Returns:
         whether spans are recorded.
+
+    Raises:
+        StartError: the endpoint is none.
     """
     if exporter is None and not (endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")):
         return False
+    if endpoint and not _COLLECTOR.fullmatch(endpoint):
+        raise StartError(f"otlp_endpoint: {endpoint!r} is no collector: give http://HOST:PORT, https://HOST:PORT or HOST:PORT")
     try:
         from penstock.common._otel import OtelRecorder
     except ImportError as error:

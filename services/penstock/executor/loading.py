@@ -16,6 +16,7 @@ from penstock.backends.reports import what_was_raised
 from penstock.backends.speed import kept_speeds
 from penstock.backends.validation import fault_of_model
 from penstock.common.cache import found_cache
+from penstock.common.checks import check_peer
 from penstock.common.service import StartError
 from penstock.common.sources import default_name, resolve
 from penstock.common.step_times import StepTimes
@@ -188,6 +189,8 @@ def check(config: ExecutorConfig) -> None:
         if value is not None and not at_least <= value < math.inf:  # nan is neither
             more = ", one more than max_batch_size, since every running sequence takes one" if name == "max_batch_tokens" else ""
             raise StartError(f"{name}: must be a number of at least {at_least}{more}, not {value}")
+    if config.scheduler is not None:
+        check_peer("scheduler", config.scheduler)
     if config.kv_cache_gib is not None and not 0 < config.kv_cache_gib < float("inf"):
         raise StartError(f"kv_cache_gib: must be more than 0, not {config.kv_cache_gib}")
     if not 0 < config.kv_cache_share < 1:

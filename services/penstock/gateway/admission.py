@@ -174,7 +174,7 @@ class Admission:
         if self._draining:
             raise Unavailable("this gateway is draining; connect again")
         if self._coming >= self._max_live:
-            raise Overloaded(f"{self._max_live} requests are in work", 1.0)
+            raise Overloaded(f"as many requests are in work as this gateway takes, {self._max_live} (max_live_requests)", 1.0)
         self._coming += 1
         self._idle.clear()
         try:

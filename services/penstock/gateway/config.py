@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from penstock.common.logs import LogFormat, LogLevel
+from penstock.common.service import StartError
 
-__all__ = ["GatewayConfig"]
+__all__ = ["GatewayConfig", "check_origins"]
+
+# As browsers send it: no path, no slash behind it.
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s,]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +74,14 @@ class GatewayConfig:
     event_log: str | None = None
     otlp_endpoint: str | None = None
     grace_seconds: float = 30.0
+
+
+def check_origins(origins: Iterable[str]) -> None:
+    """Refuse what no browser would ever send as a page's origin.
+
+    Raises:
+        StartError: one is none; names it.
+    """
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise StartError(f"cors_origins: {origin!r} is no origin: give SCHEME://HOST or SCHEME://HOST:PORT, or * for every one")

@@ -14,7 +14,7 @@ import grpc.aio
 from penstock.common import metrics as endpoint
 from penstock.common import tracing
 from penstock.common.channel import connect
-from penstock.common.checks import check_numbers
+from penstock.common.checks import check_numbers, check_peer
 from penstock.common.errors import Unavailable
 from penstock.common.events import EventLog
 from penstock.common.logs import logger
@@ -25,7 +25,7 @@ from penstock.common.waiting import tell_waiting
 from penstock.gateway.admission import Admission
 from penstock.gateway.auth import load_keys
 from penstock.gateway.catalog import Catalog
-from penstock.gateway.config import GatewayConfig
+from penstock.gateway.config import GatewayConfig, check_origins
 from penstock.gateway.decoding import TokenizerDecoding
 from penstock.gateway.execution import ExecutorPool
 from penstock.gateway.grpc_door.access import AccessLog
@@ -72,6 +72,9 @@ class GatewayServer:
     async def start(self) -> Mapping[str, str]:
         config = self._config
         check_numbers(config, may_be_zero=("model_memory_seconds", "grace_seconds"))
+        check_peer("tokenizer", config.tokenizer)
+        check_peer("scheduler", config.scheduler)
+        check_origins(config.cors_origins)
         keys = load_keys(config.api_keys)
         tracing.configure(self.name, config.otlp_endpoint)
         self._failed = asyncio.get_running_loop().create_future()

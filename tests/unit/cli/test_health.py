@@ -22,7 +22,7 @@ def test_health_is_the_servers_own(capsys):
     assert asyncio.run(main()) == (1, 0, 1, 1)
     told = capsys.readouterr()
     assert told.out.split() == ["NOT_SERVING", "SERVING"]
-    assert "NOT_FOUND" in told.err
+    assert "NOT_FOUND: it has no service no.Such" in told.err
     assert "UNAVAILABLE" in told.err
 
 

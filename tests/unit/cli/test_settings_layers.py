@@ -132,6 +132,7 @@ def test_a_wrong_value_names_its_key_and_its_file(file):
     ("text", "why"),
     [
         ("executor: {max_batch_size: abc}", "executor: max_batch_size: must be a whole number, and is abc"),
+        ("executor: {max_batch_size: 1.5}", "executor: max_batch_size: must be a whole number, and is 1.5"),
         ("executor: {dtype: f99}", "executor: dtype: must be one of auto, f32, bf16, int8, int4, and is f99"),
         ("executor: {kv_cache_gib: [1]}", "executor: kv_cache_gib: must be a number, and is [1]"),
         ("executor: {kv_cache_gib: {a: 1}}", "executor: kv_cache_gib: must be no mapping"),
@@ -154,8 +155,22 @@ def test_a_wrong_variable_is_told_like_a_wrong_file_and_a_wrong_flag_is_a_wrong_
     monkeypatch.setattr("sys.argv", ["penstock", "scheduler", "--look-ahead", "many"])
     assert refused(capsys)[0] == 2
     monkeypatch.setattr("sys.argv", ["penstock", "scheduler"])
-    monkeypatch.setenv("PENSTOCK_LOOK_AHEAD", "many")
-    assert refused(capsys) == (1, "penstock: environment: PENSTOCK_LOOK_AHEAD: must be a whole number, and is many\n")
+    for value, told in (("many", "many"), ("1.5", "1.5"), ("", "empty")):
+        monkeypatch.setenv("PENSTOCK_LOOK_AHEAD", value)
+        assert refused(capsys) == (1, f"penstock: environment: PENSTOCK_LOOK_AHEAD: must be a whole number, and is {told}\n")
+
+
+def test_a_fraction_is_no_whole_number_in_a_flag_either(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["penstock", "gateway", "--max-choices", "1.5"])
+    status, why = refused(capsys)
+    assert (status, "--max-choices" in why, '"1.5"' in why) == (2, True, True)
+    assert parse("scheduler", "--lease-seconds", "1.5")
+
+
+def test_a_file_that_is_named_by_nothing_is_told(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["penstock", "scheduler"])
+    monkeypatch.setenv("PENSTOCK_CONFIG", "")
+    assert refused(capsys) == (1, "penstock: --config or PENSTOCK_CONFIG is empty: name a file, or leave it away\n")
 
 
 def refused(capsys):

@@ -274,6 +274,8 @@ async def test_a_stream_that_is_not_silent_holds_nothing_but_events(suite, page)
     [
         ("POST", "/chat/completions", 404, "there is no page /chat/completions; did you mean /v1/chat/completions?"),
         ("GET", "/models", 404, "there is no page /models; did you mean /v1/models?"),
+        ("POST", "/v1/completions/", 404, "there is no page /v1/completions/; did you mean /v1/completions?"),
+        ("GET", "/health/", 404, "there is no page /health/; did you mean /health?"),
         ("POST", "/v1/completion", 404, "there is no page /v1/completion; did you mean /v1/completions?"),
         ("POST", "/v1/responses", 404, "there is no page /v1/responses; there are /v1/completions, /v1/chat/completions, "),
         ("POST", "/v1/embeddings", 404, "there is no page /v1/embeddings; there are /v1/completions, "),

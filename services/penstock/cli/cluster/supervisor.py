@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from penstock.cli.cluster.console import Console
 from penstock.cli.cluster.group import GaveUp, Group
 from penstock.cli.cluster.restarts import RestartPolicy
+from penstock.common.lifecycle import ending_signals
 from penstock.common.service import StartError
 
 __all__ = ["supervise"]
@@ -25,7 +25,7 @@ async def supervise(bring_up: BringUp, console: Console, policy: RestartPolicy, 
         bring_up: starts the members, and returns the line for stdout once all of them serve.
         console: where the members' lines go.
         policy: how a member that died is started again.
-        grace: seconds that each stage may take to drain after SIGTERM or SIGINT. A second signal ends all at once.
+        grace: seconds that each stage may take to drain after SIGTERM, SIGINT or SIGHUP. A second signal ends all at once.
 
     Returns:
         the exit status: 0 after a signal, 1 if a member could not start or died too often, and 128 + the signal's number when
@@ -70,7 +70,7 @@ class _Signals:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self.last = 0
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in ending_signals():
             asyncio.get_running_loop().add_signal_handler(signum, self._on_signal, signum)
 
     def _on_signal(self, signum: int) -> None:

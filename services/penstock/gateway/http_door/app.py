@@ -55,6 +55,7 @@ def http_app(door: Door, registry: CollectorRegistry, not_ready: Callable[[], st
             Exception: _refused,
         },
     )
+    app.router.redirect_slashes = False  # a page that is not there is told as such, with the one that was meant
     return AccessLog(_open_to(cors_origins, app) if cors_origins else app)
 
 
