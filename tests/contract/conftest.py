@@ -29,6 +29,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ VARIANTS: dict[str, Callable] = {
     "llama-linear-rope": lambda: LlamaConfig(
         **SIZES, attention_bias=True, rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
     ),
+    "qwen2-yarn": lambda: Qwen2Config(**SIZES, rope_parameters=YARN_ROPE),
     "llama-sharded": lambda: LlamaConfig(**SIZES),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=24),

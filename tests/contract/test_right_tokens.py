@@ -160,6 +160,7 @@ VARIANTS = (
     "mistral",
     "mistral-window",
     "qwen2",
+    "qwen2-yarn",
     "qwen3",
 )
 

@@ -16,7 +16,7 @@ from penstock.backends.tensorrt import REGISTRATION, model
 from penstock.backends.tensorrt.memory import kv_rows
 from penstock.backends.tensorrt.model import TensorRtModel
 
-VARIANTS = ("llama-tied", "llama-3-rope", "llama-linear-rope", "mistral-window", "qwen2", "qwen3")
+VARIANTS = ("llama-tied", "llama-3-rope", "llama-linear-rope", "mistral-window", "qwen2", "qwen2-yarn", "qwen3")
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ class NumpyModel:
 
     def rotate(self, x, angles):
         low, high = np.split(x, 2, -1)
-        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        cos, sin = (np.float32(self.spec.rope.magnitude) * turn(angles)[:, None] for turn in (np.cos, np.sin))
         return np.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
 
     def linear(self, x, role, layer):

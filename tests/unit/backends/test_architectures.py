@@ -19,6 +19,7 @@ SIZES = {
     "rms_norm_eps": 1e-5,
 }
 OLD = SIZES | {"architectures": ["LlamaForCausalLM"], "rope_theta": 500_000.0, "eos_token_id": 2}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -60,16 +61,39 @@ def test_tensors_and_sizes_are_those_of_transformers(config):
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "llama3", **LLAMA3},
         {"rope_type": "llama3", **LLAMA3, "factor": 32.0},
+        {"rope_type": "yarn", **YARN},
+        {"rope_type": "yarn", **YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False},
+        {"rope_type": "yarn", **YARN, "attention_factor": 1.5, "beta_fast": 8, "beta_slow": 2},
+        {"rope_type": "yarn", **YARN, "mscale": 0.5, "original_max_position_embeddings": 64},
     ],
-    ids=lambda scaling: scaling["rope_type"],
+    ids=str,
 )
 def test_rotary_frequencies_are_those_of_transformers(scaling):
     config = LlamaConfig(**SIZES | {"hidden_size": 384}, rope_parameters={"rope_theta": 500_000.0, **scaling})
-    right = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    right = LlamaRotaryEmbedding(config)
     new = read_decoder(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    np.testing.assert_allclose(new.rope.inverse_frequencies(), right, rtol=1e-6)
+    np.testing.assert_allclose(new.rope.inverse_frequencies(), right.inv_freq.numpy(), rtol=2e-6)
+    assert new.rope.magnitude == pytest.approx(right.attention_scaling, rel=1e-9)
     old = read_decoder(OLD | {"hidden_size": 384, "rope_scaling": scaling})
     assert old.rope == new.rope
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 256),
+        ({"rope_type": "default"}, 256),
+        ({"type": "linear", "factor": 4.0}, 1024),
+        ({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "llama3", **LLAMA3}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "yarn", "factor": 2.5}, 640),
+    ],
+    ids=str,
+)
+def test_stretched_positions_stretch_the_context(scaling, context):
+    """As vLLM has it: such checkpoints' max_position_embeddings may be that of before."""
+    assert read_decoder(OLD | {"rope_scaling": scaling}).context_length == context
 
 
 def test_the_oldest_form_of_scaling_says_type():
@@ -120,7 +144,9 @@ def test_qwen_slides_where_all_layers_do(family, values, window):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}}, "rope_scaling.beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1}}, "rope_scaling.rope_theta"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor"),

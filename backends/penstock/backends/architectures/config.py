@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.backends.architectures.spec import DecoderSpec, LayerWeights, Rope, RopeScaling, WeightNames
+from penstock.backends.architectures.spec import DecoderSpec, LayerWeights, Rope, RopeScaling, WeightNames, Yarn
 
 __all__ = ["Config", "UnsupportedConfig", "decoder_spec", "layer_weights"]
 
@@ -147,6 +148,7 @@ def decoder_spec(
     if dim % 2:
         raise config.error("head_dim", "must be even, for rotary positions")
     tied = config.boolean("tie_word_embeddings")
+    rope = _rope(config, dim)
     return DecoderSpec(
         architecture=architecture,
         vocabulary_size=config.integer("vocab_size"),
@@ -156,9 +158,9 @@ def decoder_spec(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=dim,
-        context_length=config.integer("max_position_embeddings"),
+        context_length=_context_length(config, rope),
         norm_epsilon=config.number("rms_norm_eps", 1e-6),
-        rope=_rope(config, dim),
+        rope=rope,
         weights=WeightNames(
             embedding="model.embed_tokens.weight",
             final_norm="model.norm.weight",
@@ -199,9 +201,26 @@ def _refuse_what_no_backend_computes(config: Config) -> None:
     config.refuse("quantization_config", unless=None, why="must be absent: take the checkpoint as it was before quantisation")
 
 
+def _rope_parameters(config: Config) -> Config:
+    """``rope_parameters`` (transformers 5) or ``rope_scaling`` (before)."""
+    return config.section("rope_parameters") or config.section("rope_scaling") or Config({})
+
+
+def _context_length(config: Config, rope: Rope) -> int:
+    """As vLLM has it: ``max_position_embeddings`` tells what was there before positions were stretched, but with Llama 3's way.
+
+    With YaRN, and wherever ``original_max_position_embeddings`` stands, that one tells it.
+    """
+    told = config.integer("max_position_embeddings")
+    factor = rope.yarn.factor if rope.yarn else rope.linear_factor
+    if factor == 1:
+        return told
+    return int(factor * _rope_parameters(config).integer("original_max_position_embeddings", told))
+
+
 def _rope(config: Config, head_dim: int) -> Rope:
-    """Rotary positions from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    parameters = config.section("rope_parameters") or config.section("rope_scaling") or Config({})
+    """Rotary positions, with ``rope_theta`` beside their parameters or among them."""
+    parameters = _rope_parameters(config)
     theta = parameters.number("rope_theta", config.number("rope_theta", 10_000.0))
     parameters.refuse("partial_rotary_factor", unless=1, why="must be 1: rotation of a part of a head is not built")
     kind_key = "rope_type" if "rope_type" in parameters else "type"
@@ -220,5 +239,30 @@ def _rope(config: Config, head_dim: int) -> Rope:
             if scaling.low_frequency_factor >= scaling.high_frequency_factor:
                 raise parameters.error("low_freq_factor", "must be less than high_freq_factor")
             return Rope(theta, head_dim, scaling)
+        case "yarn":
+            return _yarn(parameters, theta, head_dim, config.integer("max_position_embeddings"))
         case _:
-            raise parameters.error(kind_key, "must be one of default, linear, llama3: no other scaling of positions is built")
+            raise parameters.error(kind_key, "must be one of default, linear, llama3, yarn: no other scaling of positions is built")
+
+
+def _yarn(parameters: Config, theta: float, head_dim: int, max_position_embeddings: int) -> Rope:
+    """YaRN, with the defaults that transformers takes."""
+    scaling = Yarn(
+        factor=parameters.number("factor"),
+        fast=parameters.number("beta_fast", 32.0),
+        slow=parameters.number("beta_slow", 1.0),
+        original_context_length=parameters.integer("original_max_position_embeddings", max_position_embeddings),
+        whole_dimensions=parameters.boolean("truncate", default=True),
+    )
+    if scaling.fast <= scaling.slow:
+        raise parameters.error("beta_fast", f"must be more than beta_slow, {scaling.slow:g}")
+    if theta <= 1:
+        raise parameters.error("rope_theta", "must be more than 1, for YaRN")
+    mscale, all_dim = parameters.amount("mscale"), parameters.amount("mscale_all_dim")
+    inferred = _magnitude(scaling.factor, mscale) / _magnitude(scaling.factor, all_dim) if mscale and all_dim else None
+    magnitude = parameters.number("attention_factor", inferred or _magnitude(scaling.factor, 1.0))
+    return Rope(theta, head_dim, yarn=scaling, magnitude=magnitude)
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DecoderSpec", "LayerWeights", "Rope", "RopeScaling", "SamplingDefaults", "WeightNames"]
+__all__ = ["DecoderSpec", "LayerWeights", "Rope", "RopeScaling", "SamplingDefaults", "WeightNames", "Yarn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,55 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """YaRN's stretching (Peng et al., 2023): dimensions that turn often keep their frequency, those that turn seldom are slowed.
+
+    Attributes:
+        factor: by which the slow ones are slowed.
+        fast: turns within the original context from which a dimension keeps its frequency.
+        slow: turns up to which it is slowed by the whole factor; between the two, by a ramp.
+        original_context_length: that the model was trained with.
+        whole_dimensions: whether the ramp begins and ends at whole dimensions.
+    """
+
+    factor: float
+    fast: float
+    slow: float
+    original_context_length: int
+    whole_dimensions: bool = True
+
+    def kept(self, theta: float, dim: int) -> NDArray[np.float64]:
+        """How much of its frequency each pair of dimensions keeps, [dim / 2], between 0 and 1."""
+        first, last = (
+            dim * math.log(self.original_context_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (self.fast, self.slow)
+        )
+        if self.whole_dimensions:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        width = last - first or 0.001
+        return 1 - np.clip((np.arange(dim // 2, dtype=np.float64) - first) / width, 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding (Su et al., 2021), halves rotated against each other."""
+    """Rotary position embedding (Su et al., 2021), halves rotated against each other.
+
+    Attributes:
+        theta: the base of the wavelengths.
+        dim: of a head, how many dimensions are rotated.
+        scaling: Llama 3's, if any.
+        linear_factor: by which every frequency is slowed.
+        yarn: YaRN's stretching, if any.
+        magnitude: by which cosine and sine are multiplied.
+    """
 
     theta: float
     dim: int
     scaling: RopeScaling | None = None
     linear_factor: float = 1.0
+    yarn: Yarn | None = None
+    magnitude: float = 1.0
 
     def inverse_frequencies(self) -> NDArray[np.float32]:
         """Radians per position, [dim / 2]."""
@@ -43,6 +85,9 @@ class Rope:
             )
             blended = (1 - smooth) * inverse / s.factor + smooth * inverse
             inverse = np.where(wavelength > low, inverse / s.factor, np.where(wavelength < high, inverse, blended))
+        if self.yarn is not None:
+            kept = self.yarn.kept(self.theta, self.dim)
+            inverse = inverse / self.yarn.factor * (1 - kept) + inverse * kept
         return inverse.astype(np.float32)
 
 

@@ -32,6 +32,7 @@ _LLAMA3: Mapping[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN: Mapping[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 # The least that is one: the checks speak in ids.
 _TOKENIZER = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
@@ -39,7 +40,7 @@ _TOKENIZER = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges":
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {**_SIZES, "architectures": ["LlamaForCausalLM"], "rope_scaling": _LLAMA3, "attention_bias": True},
     "mistral": {**_SIZES, "architectures": ["MistralForCausalLM"], "sliding_window": 40, "num_key_value_heads": 1},
-    "qwen2": {**_SIZES, "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen2": {**_SIZES, "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "rope_scaling": _YARN},
     "qwen3": {**_SIZES, "architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "num_key_value_heads": 4},
 }
 """config.json of a small model of each family."""

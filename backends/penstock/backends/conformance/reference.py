@@ -57,7 +57,7 @@ def reference(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids: Seque
         x = linear(x, role).reshape(count, -1, spec.head_dim)
         normed: str | None = getattr(names.layer, f"{role}_norm", None)
         x = x if normed is None else norm(x, normed.format(layer=layer))
-        return (x if position is None else _rotate(x, position)).transpose(1, 0, 2)
+        return (x if position is None else _rotate(x, position, spec.rope.magnitude)).transpose(1, 0, 2)
 
     positions: NDArray[np.int64] = np.arange(count)
     angles: Array = positions[:, None].astype(np.float64) * spec.rope.inverse_frequencies().astype(np.float64)
@@ -77,10 +77,10 @@ def reference(spec: DecoderSpec, weights: Mapping[str, NDArray[Any]], ids: Seque
     return Truth(logits, kv)
 
 
-def _rotate(x: Array, angles: Array) -> Array:
+def _rotate(x: Array, angles: Array, magnitude: float) -> Array:
     """Rotary positions (Su et al., 2021), the halves of each head turned against each other."""
     low, high = np.split(x, 2, -1)
-    cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    cosine, sine = magnitude * np.cos(angles)[:, None], magnitude * np.sin(angles)[:, None]
     return np.concatenate((low * cosine - high * sine, high * cosine + low * sine), -1)
 
 

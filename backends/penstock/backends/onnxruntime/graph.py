@@ -212,8 +212,9 @@ class _Builder:
         """Cosine and sine [context, head dim / 2] of each position."""
         if "cosine" not in self.weights.arrays:
             angle = np.arange(self.context, dtype=np.float32)[:, None] * self.spec.rope.inverse_frequencies()
-            self.weights.keep("cosine", np.cos(angle).astype(self.weights.compute))
-            self.weights.keep("sine", np.sin(angle).astype(self.weights.compute))
+            magnitude = np.float32(self.spec.rope.magnitude)
+            self.weights.keep("cosine", (magnitude * np.cos(angle)).astype(self.weights.compute))
+            self.weights.keep("sine", (magnitude * np.sin(angle)).astype(self.weights.compute))
         return self.held("cosine"), self.held("sine")
 
     def feed_forward(self, normed: ir.Value, layer: int) -> ir.Value:

@@ -73,7 +73,11 @@ class _Builder:
         frequencies = self.spec.rope.inverse_frequencies()
         both = np.concatenate([frequencies, frequencies])[None, None, None]
         angle = ops.multiply(_reshape(ops.convert(positions, "f32"), -1, 1, 1, 1), ops.constant(both))
-        return ops.cos(angle), ops.sin(angle)
+        cosine, sine = ops.cos(angle), ops.sin(angle)
+        magnitude = self.spec.rope.magnitude
+        return (
+            (cosine, sine) if magnitude == 1 else (ops.multiply(cosine, _scalar(magnitude)), ops.multiply(sine, _scalar(magnitude)))
+        )
 
     def norm(self, x: Any, name: str) -> Any:
         mean = ops.reduce_mean(ops.power(x, _scalar(2)), ops.constant(np.array([-1])), keep_dims=True)

@@ -88,6 +88,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
+        self.magnitude = spec.rope.magnitude
         self.embedding = nn.Embedding(spec.vocabulary_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.final_norm = RmsNorm(spec.norm_epsilon, spec.hidden_size)
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
             float32 [R, vocabulary].
         """
         x: Tensor = self.embedding(ids).to(self.final_norm.weight.dtype)
-        turn = torch.stack((angles.cos(), angles.sin()))[:, :, None]
+        turn = self.magnitude * torch.stack((angles.cos(), angles.sin()))[:, :, None]
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             # Behind the last layer's attention no token sees another: the rest is computed for the rows that are asked for alone.

@@ -152,7 +152,11 @@ class _Builder:
         """Cosine and sine float32 [B, L, 1, 1, head dim / 2]."""
         positions = self.op("Unsqueeze", self.op("Cast", "positions", to=TensorProto.FLOAT), self.ints(2, 3, 4))
         angle = self.op("Mul", positions, self.constant(self.spec.rope.inverse_frequencies()))
-        return self.op("Cos", angle), self.op("Sin", angle)
+        cosine, sine = self.op("Cos", angle), self.op("Sin", angle)
+        if self.spec.rope.magnitude == 1:
+            return cosine, sine
+        magnitude = self.constant(np.array(self.spec.rope.magnitude, np.float32))
+        return self.op("Mul", cosine, magnitude), self.op("Mul", sine, magnitude)
 
     def heads(self, x: str, role: str, shared: int, layer: int) -> str:
         """A product as [B, L, kv heads, shared, head dim]."""
