@@ -172,7 +172,7 @@ class Admission:
             Overloaded: as many calls as are taken are in work.
         """
         if self._draining:
-            raise Unavailable("this gateway is draining; connect again")
+            raise Unavailable("this gateway is draining; connect again", retry_after=1.0)
         if self._coming >= self._max_live:
             raise Overloaded(f"as many requests are in work as this gateway takes, {self._max_live} (max_live_requests)", 1.0)
         self._coming += 1

@@ -222,11 +222,11 @@ class GatewayServer:
                 await self.admission.idle()
         except TimeoutError:
             logger().warning("drain cut short", grace_seconds=self._config.grace_seconds, calls=self.admission.live)
-        self.admission.break_off_all(Unavailable("the gateway is leaving; ask again"))
+        self.admission.break_off_all(Unavailable("the gateway is leaving; ask again", retry_after=1.0))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await self.admission.idle()
-        self.admission.cancel_all(Unavailable("the gateway is leaving; ask again"))
+        self.admission.cancel_all(Unavailable("the gateway is leaving; ask again", retry_after=1.0))
 
     async def close(self) -> None:
         if self._http is not None:

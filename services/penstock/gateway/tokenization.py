@@ -93,7 +93,7 @@ class Tokenization:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     if deadline <= patience:
                         raise DeadlineExceeded("the deadline passed while the prompt was encoded") from error
-                    raise Unavailable("the tokenizer is not there") from error
+                    raise Unavailable("the tokenizer is not there", retry_after=1.0) from error
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise _public(error) from error
             await asyncio.sleep(0.05)

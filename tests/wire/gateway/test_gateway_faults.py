@@ -10,8 +10,10 @@ import httpx
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
+from penstock.common.errors import error_from_status
 from penstock.gateway.ports import Text
 from penstock.v1 import inference_pb2, inference_pb2_grpc
 
@@ -297,6 +299,7 @@ async def test_a_drain_lets_running_work_finish_and_refuses_new(suite):
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await told(suite.inference.Generate(request()))
     assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert error_from_status(failure.value.code(), rpc_status.from_call(failure.value)).retry_after == 1.0
     suite.executors[0].gate.set()
     assert text_of([first, *await told(call)]) == story(suite)
     await drained
